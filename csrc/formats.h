@@ -43,7 +43,7 @@ constexpr bool in_pairs(Format format) { return format == MXFP4_PLANES || format
 // Numbers are scale * code + bias, of codes without a sign.
 constexpr bool is_affine(Format format) { return format == AFFINE4 || format == AFFINE8; }
 // Plain numbers are read in place where each has its exact value in the dtype; blocks meet quantised activations in any, and
-// FP8 is widened to float32.
+// FP8 is widened to what it is multiplied by.
 constexpr bool reads(Dtype dtype, Format format) { return is_blocks(format) || format == FP8 || dtype == F32 || format == BF16_MATRIX; }
 
 }  // namespace moebius

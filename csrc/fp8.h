@@ -38,6 +38,35 @@ INLINE V load_some(const e4m3* p, int n) {
     return load(whole);
 }
 
+#if defined(__AVX512VBMI__)
+
+// The bytes of bfloat16 that codes without a sign have.
+struct Fp8Bytes {
+    alignas(64) uint8_t low[128], high[128];
+    constexpr Fp8Bytes() : low(), high() {
+        constexpr int SMALL[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // 0 to 7 times 2^-9
+        for (int code = 0; code < 128; code++) {
+            const int number = code < 8 ? SMALL[code] : code < 127 ? (code << 4) + (120 << 7) : 0x7fc0;
+            low[code] = uint8_t(number), high[code] = uint8_t(number >> 8);
+        }
+    }
+};
+constexpr Fp8Bytes FP8_BYTES;
+
+// Thirty-two codes as bfloat16: each twice, of which the first is looked up as the low byte, and the second as the high one.
+INLINE __m512i bfloat16_of(__m256i codes) {
+    const __m512i twice = _mm512_set_epi8(31, 31, 30, 30, 29, 29, 28, 28, 27, 27, 26, 26, 25, 25, 24, 24, 23, 23, 22, 22, 21, 21,
+                                          20, 20, 19, 19, 18, 18, 17, 17, 16, 16, 15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10,
+                                          9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const __m512i each = _mm512_permutexvar_epi8(twice, _mm512_castsi256_si512(codes));
+    constexpr __mmask64 FIRST = 0x5555555555555555;
+    __m512i bytes = _mm512_mask2_permutex2var_epi8(_mm512_load_si512(FP8_BYTES.low), each, FIRST, _mm512_load_si512(FP8_BYTES.low + 64));
+    bytes = _mm512_mask2_permutex2var_epi8(_mm512_load_si512(FP8_BYTES.high), bytes, ~FIRST, _mm512_load_si512(FP8_BYTES.high + 64));
+    return _mm512_ternarylogic_epi32(bytes, each, _mm512_set1_epi16(short(0x8000)), 0xf8);  // bytes | (each & sign)
+}
+
+#else
+
 // Thirty-two codes as bfloat16. Of a normal number the high byte depends on the sign and three bits of the exponent, and the
 // low byte is the rest; what is small, and NaN, which stands one below zero when the sign is left out of account, is looked up.
 INLINE __m512i bfloat16_of(__m256i codes) {
@@ -60,6 +89,8 @@ INLINE __m512i bfloat16_of(__m256i codes) {
     low = _mm256_mask_shuffle_epi8(low, small, small_low, size);
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi8(low, high)), _mm256_unpackhi_epi8(low, high), 1);
 }
+#endif
+
 INLINE G bfloat16_groups(const e4m3* p) { return {bfloat16_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 INLINE G bfloat16_groups_some(const e4m3* p, int n) {
     return {bfloat16_of(_mm256_maskz_loadu_epi8(__mmask32((1ull << n) - 1), p))};

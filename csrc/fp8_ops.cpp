@@ -42,24 +42,25 @@ void Ops::fp8_product(Dtype dtype, const void* const* x, int first, int m, const
     float sums[ROW_BLOCK * WIDENED_ROWS];
     for (int j = 0; j < columns; j += WIDENED_ROWS, c += WIDENED_ROWS) {
         const int n = std::min(WIDENED_ROWS, columns - j);
-        const char* codes = static_cast<const char*>(w.row(column + j));
-        const char* ahead = j + n < columns ? codes + size_t(n) * k : static_cast<const char*>(next);
-        if (!few)
-            for (int i = 0; i < n; i++) kernels.widen(reinterpret_cast<const uint8_t*>(codes) + size_t(i) * k, k, panel + size_t(i) * k);
+        const float* of_rows[WIDENED_ROWS];
+        for (int i = 0; i < n; i++) of_rows[i] = w.row_scales(column + j + i);
+        const Fp8Scales scales = {of_rows, per_block, kernels.smaller};
+        const uint8_t* codes = static_cast<const uint8_t*>(w.row(column + j));
+        if (few) {
+            kernels.product(pack ? &in_blocks : x, m, codes, n, k, scales, j + n < columns ? codes + size_t(n) * k : next, c, columns);
+            continue;
+        }
+        for (int i = 0; i < n; i++) kernels.widen(codes + size_t(i) * k, k, panel + size_t(i) * k);
         for (int b = 0; b < blocks; b++) {
             const int from = b * per_block;
-            const void* const* x_of_block = pack ? rows : rows_of(b);
-            if (pack) rows[0] = at(in_blocks, packed_bytes(m, from));
-            if (few) kernels.product(x_of_block, m, codes + from, k, n, width_of(b), ahead ? ahead + from : nullptr, sums, n);
-            else kernels_->product[kernels.x][kernels.widened](x_of_block, m, panel + from, k, n, width_of(b), nullptr, sums, n);
-            float scales[WIDENED_ROWS];
-            for (int i = 0; i < n; i++) scales[i] = w.row_scales(column + j + i)[b] * kernels.smaller;
-            for (int i = 0; i < m; i++) {
-                float* to = c + size_t(i) * columns;
-                const float* sum = sums + i * n;
-                if (b == 0) for (int l = 0; l < n; l++) to[l] = sum[l] * scales[l];
-                else for (int l = 0; l < n; l++) to[l] += sum[l] * scales[l];
-            }
+            const void* of_block = at(in_blocks, packed_bytes(m, from));
+            kernels_->product[kernels.x][kernels.widened](pack ? &of_block : rows_of(b), m, panel + from, k, n, width_of(b), nullptr, sums, n);
+            for (int i = 0; i < m; i++)
+                for (int l = 0; l < n; l++) {
+                    const float scaled = sums[i * n + l] * scales.of(l, b);
+                    float& to = c[size_t(i) * columns + l];
+                    to = b ? to + scaled : scaled;
+                }
         }
     }
 }

@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with -DMOEBIUS_ISA=name and its flags. Includes no standard templates: the
 // linker would merge their instances across units, and run one unit's instructions on another's processor.
 #include "attention_int8.h"
+#include "fp8_product.h"
 #include "ordered_product.h"
 #include "pointwise.h"
 #if defined(__AVX512F__)
@@ -30,7 +31,7 @@ namespace MOEBIUS_ISA {
 
 const BlockKernels* block_kernels();  // blocks_isa.cpp
 
-const Fp8Kernels FP8_BESIDE_FLOATS = {F32, F16_MATRIX, 256.0f, halve_fp8, MOEBIUS_16_OR_8(product, float, e4m3)};
+const Fp8Kernels FP8_BESIDE_FLOATS = {F32, F16_MATRIX, 256.0f, halve_fp8, fp8_product<float>};
 
 const Kernels* kernels() {
     static const Kernels table = {
@@ -42,7 +43,7 @@ const Kernels* kernels() {
          {ordered_product<float, bf16>, ordered_product<float, float>, ordered_product<float, f16>}},
         {
 #if defined(__AVX512BF16__)
-            {BF16, BF16_MATRIX, 1.0f, widen_fp8, MOEBIUS_BF16((product_16<bf16, e4m3>), nullptr)},
+            {BF16, BF16_MATRIX, 1.0f, widen_fp8, MOEBIUS_BF16(fp8_product<bf16>, nullptr)},
 #else
             FP8_BESIDE_FLOATS,
 #endif

@@ -68,6 +68,15 @@ struct AttentionBlock {
     const float* key_offset = nullptr;  // (key_dim,): what codes of keys were made less, where it is to be added back
 };
 
+// The scales of n rows of codes, of so many columns each: those of row j begin at rows[j].
+struct Fp8Scales {
+    const float* const* rows;
+    int columns;
+    float smaller;  // how many times smaller widened codes are
+
+    float of(int row, int block) const { return rows[row][block] * smaller; }
+};
+
 // How layers of a dtype meet codes of FP8 (fp8.h): as rows of x of `x`, and codes widened to `widened`, each so many times
 // smaller.
 struct Fp8Kernels {
@@ -75,8 +84,9 @@ struct Fp8Kernels {
     Format widened;
     float smaller;
     void (*widen)(const uint8_t* codes, int n, uint16_t* to);
-    // The product of Kernels with codes where they lie, which it widens in registers; the same bits. Null where there is none.
-    void (*product)(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
+    // The products of m rows of x, packed block by block where `pack` is, with n rows of k codes where they lie, to the bit those
+    // with widened ones. Null where there is none.
+    void (*product)(const void* const* x, int m, const void* w, int n, int k, const Fp8Scales& scales, const void* next, float* c, int ldc);
 };
 
 struct Kernels {

@@ -5,7 +5,6 @@
 // A tile of M rows of x and N rows of w keeps M * N vectors of partial sums; lane i sums the inner dimension's groups
 // i, i + 16, i + 32, ...; at the end the lanes are added by one tree. So an output's bits depend on its two rows alone.
 #pragma once
-#include "fp8.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -47,22 +46,16 @@ INLINE void tile(const T* const* x, const W* const* w, int k, const char* ahead,
 }
 
 // One or two rows of x: memory is all that counts, and gives one stream faster than several; hardware prefetchers follow it
-// (measured: 1.2 times the speed). Of bytes, that are widened first, a few rows are computed side by side: one sum alone would
-// wait for each addition.
+// (measured: 1.2 times the speed).
 template <class T, class W, int M>
 INLINE void one_by_one(const T* const* x, const W* w, size_t ldw, int n, int k, float* c, int ldc) {
-    constexpr int BESIDE = sizeof(W) == 1 ? 4 / M : 1;
     for (int j = 0; j < n; j += 16 / M) {
         const int count = min_of(16 / M, n - j);
         V sums[16] = {};
         float out[16];
-        for (int l = 0; l < count; l += BESIDE) {
-            const W* rows[BESIDE];
-            V found[BESIDE * M];
-            for (int b = 0; b < BESIDE; b++) rows[b] = w + (j + min_of(l + b, count - 1)) * ldw;
-            tile<T, W, M, BESIDE, 0>(x, rows, k, nullptr, found);
-            for (int b = 0; b < BESIDE; b++)
-                for (int i = 0; i < M; i++) sums[(l + b) * M + i] = found[i * BESIDE + b];
+        for (int l = 0; l < count; l++) {
+            const W* row = w + (j + l) * ldw;
+            tile<T, W, M, 1, 0>(x, &row, k, nullptr, sums + l * M);
         }
         store(out, reduce_16(sums));
         for (int l = 0; l < count; l++)
@@ -122,7 +115,7 @@ void product_16(const void* const* x_rows, int m, const void* w, size_t ldw, int
     const int tiles = (m + ROWS - 1) / ROWS;
     constexpr int LINES = ROWS * sizeof(W) / sizeof(T);  // what a step reads of ROWS weight rows
     if (m == 1) one_by_one<T, W, 1>(x, weights, ldw, n, k, c, ldc);
-    else if (m == 2 && (sizeof(T) == sizeof(W) || sizeof(W) == 1)) one_by_one<T, W, 2>(x, weights, ldw, n, k, c, ldc);
+    else if (m == 2 && sizeof(T) == sizeof(W)) one_by_one<T, W, 2>(x, weights, ldw, n, k, c, ldc);
     else if (tiles == 1) blocks<T, W, LINES>(x, m, weights, ldw, n, k, then, c, ldc);
     else if (tiles <= 3) blocks<T, W, LINES / 2>(x, m, weights, ldw, n, k, then, c, ldc);
     else blocks<T, W, 1>(x, m, weights, ldw, n, k, then, c, ldc);

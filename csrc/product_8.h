@@ -230,8 +230,7 @@ void product_8(const void* const* packed, int m, const void* weights, size_t ldw
     const float* x = static_cast<const float*>(packed[0]);
     const size_t ldx = size_t(steps_8(k)) * STEP_8;
     const W *w = static_cast<const W*>(weights), *next = static_cast<const W*>(then ? then : weights);
-    // Of bytes rows are widened side by side: one sum alone would wait for each addition.
-    if (m == 1) return rows_8<T, W, 1, 4, sizeof(W) == 1 ? 4 : 1>(x, ldx, w, ldw, n, k, next, c, ldc);
+    if (m == 1) return rows_8<T, W, 1, 4, 1>(x, ldx, w, ldw, n, k, next, c, ldc);
     for (; m > 4; m -= 4, x += 4 * ldx, c += 4 * size_t(ldc)) rows_8<T, W, 4, BESIDE_FOUR>(x, ldx, w, ldw, n, k, w, c, ldc);
     if (m == 1) rows_8<T, W, 1, 4>(x, ldx, w, ldw, n, k, next, c, ldc);
     else if (m == 2) rows_8<T, W, 2, 4>(x, ldx, w, ldw, n, k, next, c, ldc);

@@ -88,7 +88,7 @@ def test_every_kind_is_held_as_it_is_stored(tmp_path: Path, kind: Kind) -> None:
     assert_close(logits(decoder), theirs)
 
 
-@pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros", "gptq-ordered", "mlx-4"])
+@pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros", "gptq-ordered", "int-zeros"])
 def test_kernels_compute_with_the_same_numbers(tmp_path: Path, kind: str) -> None:
     """What they do not read in place is widened when it is loaded."""
     meant = made(tmp_path, KINDS[kind], "llama")
@@ -260,6 +260,8 @@ READ = {
     "gptq": (Kind(gptq_config(4, 32), gptq(4, 32, stored_zero=7), repacked=True), "int4"),
     "gptq-8": (KINDS["gptq-8"], "int8_words"),
     "gptq-zeros": (KINDS["gptq-zeros"], "int4"),
+    "mlx-4": (KINDS["mlx-4"], "affine4"),
+    "mlx-8": (KINDS["mlx-8"], "affine8"),
     "awq": (Kind({**KINDS["awq"].config, "group_size": 32}, awq(32), repacked=True), "int4"),
 }
 
@@ -285,7 +287,7 @@ def test_kernels_read_what_the_file_holds(tmp_path: Path, kind: Kind, format: st
             assert row.format.partition("[")[0] == format
             assert row.mapped == (not kind.repacked) and row.repacked == kind.repacked
             read += 1
-    assert read == 2 * (4 + 5 * 3)
+    assert read == 2 * (4 + 5 * 3) + kind.embedding
     plain = logits(load_decoder(plain_copy(tmp_path, meant), F32, ops=ReferenceOps()))
     # Kernels quantise activations too.
     assert_close(logits(decoder), plain, tolerance=0.15)
