@@ -29,6 +29,7 @@ from moebius.engine.workspace import forward
 from moebius.inspect.corpus import read_documents
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.key_offsets import key_offsets
 from moebius.models.store.load import load_decoder
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
@@ -101,7 +102,7 @@ def compare(
     dtype = decoder.dtype
     ways: dict[str, tuple[torch.dtype, Sequence[Tensor | None]]] = {
         str(dtype).removeprefix("torch."): (dtype, ()),
-        "int8": (torch.int8, decoder.key_offsets()),
+        "int8": (torch.int8, key_offsets(decoder)),
         "int8, nothing subtracted": (torch.int8, ()),
     }
     nats = dict.fromkeys(ways, 0.0)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moebius.models.hub import resolve_model
+from moebius.models.store.gguf import block_type
 from moebius.ops import FORMATS
 from moebius.quantize.encode import ENCODERS, block_format, encoded
-from moebius.quantize.rows import block_type
 from records import processor, save
 
 ROWS = 1024

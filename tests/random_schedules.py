@@ -16,6 +16,7 @@ from moebius.engine.kv_cache import KVCache, lay_out
 from moebius.engine.runner import Runner
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.key_offsets import key_offsets
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.linear import Weighted, WeightList
@@ -249,7 +250,7 @@ def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, Engi
         num_blocks=schedule.num_blocks,
         block_size=schedule.block_size,
         device=torch.device("cpu"),
-        key_offsets=decoder.key_offsets() if schedule.kv_dtype == torch.int8 else (),
+        key_offsets=key_offsets(decoder) if schedule.kv_dtype == torch.int8 else (),
     )
     pool.cache = cache
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)

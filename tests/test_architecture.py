@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "text": {"errors", "files", "gguf", "request"},
     "gguf": {"errors", "files"},
     "pages": set(),
+    "progress": set(),
     "machine": set(),
     "_cpu": set(),  # built from csrc
     "ops": {"errors", "machine", "_cpu"},
@@ -34,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"errors", "ops"},
     "moe": {"errors", "ops", "parallel", "nn"},
     "models": {"errors", "files", "gguf", "pages", "ops", "nn", "moe"},
-    "quantize": {"errors", "files", "gguf", "text", "ops", "models"},
+    "quantize": {"errors", "files", "gguf", "progress", "text", "ops", "models"},
     "engine": {
         "__version__",
         "errors",
@@ -69,6 +70,7 @@ ARROWS: dict[str, set[str]] = {
     "bench": {
         "errors",
         "files",
+        "progress",
         "request",
         "schedule",
         "text",
@@ -79,7 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "inspect",
         "llm",
     },
-    "inspect": {"errors", "files", "text", "ops", "nn", "moe", "models", "quantize"},
+    "inspect": {"errors", "files", "progress", "text", "ops", "nn", "moe", "models", "quantize"},
     "train": {"errors", "files", "text", "ops", "nn", "moe", "models", "inspect"},
 }
 # What starts all else, and may import it: commands, and what Ray Serve starts.

@@ -25,6 +25,7 @@ from moebius.engine.in_process import InProcessClient
 from moebius.engine.inline import InlineClient
 from moebius.engine.interrupts import Uninterrupted
 from moebius.errors import ConfigError, EngineError, OverloadError, RequestError
+from moebius.models.hub import find_model
 from moebius.ops.threads import TorchThreads
 
 
@@ -316,8 +317,10 @@ def test_bad_input_is_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> 
     assert llm.client._engine.scheduler.drained
     with pytest.raises(TypeError, match="no option max_num_seq;"):
         LLM("bundled", max_num_seq=1)
-    with pytest.raises(ConfigError):
-        LLM(str(tmp_path / "missing"))
+    with pytest.raises(TypeError, match="names its file and tokenizer itself"):
+        LLM(find_model("bundled"), file="model.gguf")
+    with pytest.raises(ConfigError, match=r"there is no directory .*/missing"):
+        LLM(tmp_path / "missing")
 
 
 def expected_logprobs(reference: Any, ids: list[int]) -> list[float]:

@@ -17,6 +17,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks need Linu
 
 ASK = [SamplingParams(max_tokens=6 + i, seed=i, temperature=i % 2, logprobs=2) for i in range(4)]
 
+MADE_UP = """
+from pathlib import Path
+from moebius import machine
+machine.ROOT = Path({!r})
+for function in (machine.memory, machine.identity, machine.processors, machine.threads):
+    function.__defaults__ = (machine.ROOT,)
+"""
+
 
 def make_host(root: Path, free: float) -> None:
     """Two nodes with half of this machine's processors each; with one, both have that."""
@@ -31,8 +39,10 @@ def make_host(root: Path, free: float) -> None:
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What engines that start now take for this machine: Python runs a sitecustomize first."""
     make_host(tmp_path, free=2)
-    monkeypatch.setenv("MOEBIUS_TEST_ROOT", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text(MADE_UP.format(str(tmp_path)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path
 
 

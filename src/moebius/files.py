@@ -12,6 +12,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,9 @@ def write_file(path: Path | str, content: Content, *, ours: Ours) -> None:
 def _target(path: Path) -> Path:
     """Where a file of this name really lies, or would."""
     try:
-        return path.resolve()
+        final = path.resolve()
+        final.exists()  # which a name that is too long cannot be asked
+        return final
     except (OSError, RuntimeError) as error:
         raise StorageError(f"{path} cannot be written: {error}") from error
 
@@ -177,6 +180,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@cache
+def short_name(path: Path) -> str:
+    """`directory/file`, for messages."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def package_table(name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Its engine computes in this process, on the caller's thread; several ranks do in
 own, which end with it.
 """
 
+import os
 import threading
 import time
 import weakref
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -167,14 +169,14 @@ class LLM:
     outputs. What torch is set to in this process stays.
 
         llm = LLM()
-        for output in llm.generate(["def fibonacci(n):"], SamplingParams(temperature=0,
-        max_tokens=64)):
+        params = SamplingParams(temperature=0, max_tokens=64)
+        for output in llm.generate(["def fibonacci(n):"], params):
             print(output.outputs[0].text)
     """
 
     def __init__(
         self,
-        model: str | ModelSource = "bundled",
+        model: str | PathLike[str] | ModelSource = "bundled",
         *,
         file: str | None = None,
         tokenizer: str | None = None,
@@ -187,13 +189,14 @@ class LLM:
                 f"{', '.join(EngineConfig.__dataclass_fields__)}"
             )
         self.config = EngineConfig(**options)
-        source = model
-        if isinstance(source, str):
-            source = find_model(source, file, tokenizer)
-        self.tokenizer, self.defaults = load_text(source.path, source.tokenizer)
+        if not isinstance(model, ModelSource):
+            model = find_model(os.fspath(model), file, tokenizer)
+        elif file is not None or tokenizer is not None:
+            raise TypeError("a ModelSource names its file and tokenizer itself: see find_model")
+        self.tokenizer, self.defaults = load_text(model.path, model.tokenizer)
         key = draw_prefix_key()
         self._engines: EngineProcesses | None = None
-        self.client = self._start(source.path, key)
+        self.client = self._start(model.path, key)
         info = self.client.info
         self._opener = ChoiceOpener(self.tokenizer, info, info.hasher(key))
         self._sessions = Sessions(self.client)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-# Tests of whole processes make up hosts of other kinds.
-ROOT = Path(os.environ.get("MOEBIUS_TEST_ROOT", "/"))
+ROOT = Path("/")
 # What the kernel escapes in a mount's path: space, tab, line break and backslash.
 _ESCAPES = {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}
 # Limits of a process, as /proc/self/limits names them, and what /proc/self/status calls what it

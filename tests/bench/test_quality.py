@@ -25,7 +25,7 @@ CONFIG = EngineConfig(dtype="float32", kv_cache_memory_bytes=2**22)
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_command(models: list[Path], tmp_path: Path) -> None:
     assert "q8_0" in told.output and "bits per byte" in told.output
 
 
-@pytest.mark.parametrize("variant", ["fast=yes", "dtype", "threads=2"])
+@pytest.mark.parametrize("variant", ["fast=yes", "dtype", "threads=2", "dtype=auto,dtype=float32"])
 def test_variants_that_are_none(models: list[Path], tmp_path: Path, variant: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT[0])

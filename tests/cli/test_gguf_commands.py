@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cli.test_commands import moebius, refused
+from cli.test_commands import moebius
+from cli.test_commands import refused as refusal
 from models.gguf_writing import Converter, tokenizer_keys
 from moebius import LLM, SamplingParams
 from moebius.cli.serve import ServeOptions
@@ -22,6 +25,7 @@ from moebius.text import load_text
 PROMPT = "def fibonacci(n):"
 FLAGS = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12"]
 SMALL = ["--kv-cache-memory-bytes", "1000000", "--threads", "1"]
+Command = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +38,28 @@ def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return directory, alone / "tiny-F32.gguf"
 
 
-def said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> str:
-    assert moebius(monkeypatch, *arguments) == 0
-    return capsys.readouterr().out
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """A command that succeeds: what it prints."""
+
+    def run(*arguments: str) -> str:
+        assert moebius(monkeypatch, *arguments) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """A command that is refused: why."""
+    return partial(refusal, monkeypatch, capsys)
 
 
 def test_generate_and_chat_say_the_same_of_both(
-    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, said: Command
 ) -> None:
     answers = [
-        said(monkeypatch, capsys, "generate", PROMPT, "--model", str(path), *FLAGS, *SMALL)
+        said("generate", PROMPT, "--model", str(path), *FLAGS, *SMALL)
         for path in (*both, both[1].parent)
     ]
     assert answers[0].startswith(PROMPT) and len(answers[0]) > len(PROMPT) + 1
@@ -55,9 +69,7 @@ def test_generate_and_chat_say_the_same_of_both(
         typed = iter(["hello", "/quit"])
         monkeypatch.setattr("builtins.input", lambda _, typed=typed: next(typed))
         options = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "8"]
-        talks.append(
-            said(monkeypatch, capsys, "chat", str(path), *options, "--max-model-len", "99")
-        )
+        talks.append(said("chat", str(path), *options, "--max-model-len", "99"))
     assert talks[0] == talks[1] != "\n"
 
 
@@ -74,10 +86,8 @@ def test_llm_takes_a_file(both: tuple[Path, Path]) -> None:
     assert texts == texts[:1] * 3
 
 
-def test_plan_says_what_the_file_holds(
-    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = said(monkeypatch, capsys, "plan", str(both[1]), *SMALL[:2])
+def test_plan_says_what_the_file_holds(both: tuple[Path, Path], said: Command) -> None:
+    found = said("plan", str(both[1]), *SMALL[:2])
     weights = next(line for line in found.splitlines() if line.startswith("weights"))
     assert "0 B copied" in weights
     quantised = both[1].with_name("q") / "tiny-Q8_0.gguf"
@@ -88,17 +98,12 @@ def test_plan_says_what_the_file_holds(
     Converter(
         quantised.parent / "source", lambda place: Type.F16 if "down" in place else Type.Q8_0
     ).save(quantised)
-    found = said(monkeypatch, capsys, "plan", str(quantised), *SMALL[:2])
+    found = said("plan", str(quantised), *SMALL[:2])
     formats = next(line for line in found.splitlines() if line.startswith("formats"))
     assert re.search(r"KiB q8_0, .* KiB float16, .* KiB float32", formats)
 
 
-def test_inspect_takes_a_file(
-    both: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_inspect_takes_a_file(both: tuple[Path, Path], tmp_path: Path, said: Command) -> None:
     (tmp_path / "text.txt").write_text("def fibonacci(n):\n    return n\n" * 20)
     reports = []
     for path in both:
@@ -111,7 +116,7 @@ def test_inspect_takes_a_file(
             "--max-tokens",
             "200",
         ]
-        said(monkeypatch, capsys, "inspect", *arguments)
+        said("inspect", *arguments)
         report = json.loads((out / "report.json").read_text())
         reports.append(report["layers"])
     assert reports[0] == reports[1]
@@ -158,24 +163,21 @@ def test_names_that_are_served() -> None:
 
 
 def test_bad_files_are_one_line(
-    both: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    both: tuple[Path, Path], tmp_path: Path, said: Command, refused: Command
 ) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(both[1].read_bytes()[:5000])
-    assert "bad.gguf: " in refused(monkeypatch, capsys, "plan", str(bad))
-    assert "truncated" in refused(monkeypatch, capsys, "serve", str(bad))
+    assert "bad.gguf: " in refused("plan", str(bad))
+    assert "truncated" in refused("serve", str(bad))
     bad.write_bytes(b"no such thing")
     for command in (["plan"], ["serve"], ["chat"], ["generate", "x", "--model"]):
-        words = refused(monkeypatch, capsys, *command, str(bad))
+        words = refused(*command, str(bad))
         assert "13 bytes are no GGUF file" in words
-    assert "no file" in refused(monkeypatch, capsys, "plan", str(tmp_path / "no.gguf"))
+    assert "no file" in refused("plan", str(tmp_path / "no.gguf"))
     shutil.copy(both[1], tmp_path / "good.gguf")
-    listed = refused(monkeypatch, capsys, "chat", str(tmp_path))
+    listed = refused("chat", str(tmp_path))
     assert "choose one by --file: bad.gguf (0.013 kB), good.gguf (" in listed
-    assert moebius(monkeypatch, "plan", str(tmp_path), "--file", "good", *SMALL[:2]) == 0
+    said("plan", str(tmp_path), "--file", "good", *SMALL[:2])
 
 
 def test_a_tokenizer_beside_a_file_is_its_own_or_none(
@@ -198,13 +200,26 @@ def test_a_tokenizer_beside_a_file_is_its_own_or_none(
     again = load_text(path).tokenizer
     assert again.encode(PROMPT) == own.tokenizer.encode(PROMPT)
     assert "the tokenizer.json beside it is another model's" in caplog.text
+    given = load_text(path, tmp_path).tokenizer
+    assert given.encode(PROMPT) != own.tokenizer.encode(PROMPT), "what is asked for is used"
+    assert "has other tokens than tiny.gguf was trained with" in caplog.text
+
+
+def test_a_tokenizer_with_more_tokens_than_a_directorys_model_is_told_of(
+    both: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, _ = both
+    load_text(directory, directory)
+    assert caplog.text == ""
+    narrow = Path(shutil.copytree(directory, tmp_path / "narrow"))
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    load_text(narrow, directory)
+    assert "has other tokens than narrow was trained with" in caplog.text
 
 
 def test_a_file_without_a_tokenizer_is_given_one(
-    both: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    both: tuple[Path, Path], tmp_path: Path, said: Command, refused: Command
 ) -> None:
     directory, file = both
     shutil.copytree(directory, tmp_path / "source")
@@ -212,20 +227,18 @@ def test_a_file_without_a_tokenizer_is_given_one(
     bare = tmp_path / "bare" / "tiny.gguf"
     Converter(tmp_path / "source").save(bare)
     arguments = ["generate", PROMPT, *FLAGS, *SMALL, "--model"]
-    words = refused(monkeypatch, capsys, *arguments, str(bare))
+    words = refused(*arguments, str(bare))
     assert "--tokenizer" in words and "tokenizer.json" in words
-    wanted = said(monkeypatch, capsys, *arguments, str(file))
+    wanted = said(*arguments, str(file))
     for tokenizer in both:
         given = ["--tokenizer", str(tokenizer)]
-        assert said(monkeypatch, capsys, *arguments, str(bare), *given) == wanted
+        assert said(*arguments, str(bare), *given) == wanted
 
 
-def test_benchmarks_take_a_file(
-    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_benchmarks_take_a_file(both: tuple[Path, Path], said: Command) -> None:
     sizes = ["--input-len", "4", "--output-len", "2", *SMALL]
     run = ["bench", "throughput", "--model", str(both[1]), "--num-prompts", "2", *sizes]
-    assert "Total num output tokens:  4" in said(monkeypatch, capsys, *run)
+    assert "Total num output tokens:  4" in said(*run)
     run = ["bench", "latency", "--model", str(both[1].parent), "--file", "F32", "--num-iters", "1"]
-    found = said(monkeypatch, capsys, *run, "--num-iters-warmup", "0", *sizes)
+    found = said(*run, "--num-iters-warmup", "0", *sizes)
     assert "Avg latency" in found

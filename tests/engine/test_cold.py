@@ -17,7 +17,7 @@ from tiny import write_model
 
 MIB = 2**20
 WEIGHTS = WeightBytes(
-    mapped=100 * MIB, copied=3 * MIB, parameters=9, experts=80 * MIB, layer=10 * MIB
+    mapped=100 * MIB, copied=3 * MIB, parameters=9, experts=80 * MIB, largest_layer=10 * MIB
 )
 
 

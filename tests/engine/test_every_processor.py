@@ -26,7 +26,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "initializer_range": 0.1,
     }
     write_model(tmp_path, **sizes)
-    monkeypatch.setenv("HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def given(level: str, cache: str) -> dict[str, list[tuple[object, ...]]]:
         monkeypatch.setenv("MOEBIUS_CPU_ISA", level)

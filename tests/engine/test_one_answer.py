@@ -114,6 +114,27 @@ def tight(groups: CacheGroups, sequences: int = 1) -> Schedule:
     return Schedule(4, blocks, 16, 17, True, (0,) * 16, 2)
 
 
+def check_all_schedules(
+    decoders: list[Decoder],
+    asked: list[Wish],
+    expected: dict[str, Answer],
+    rng: random.Random,
+    kv_dtype: torch.dtype | None = None,
+) -> None:
+    """The expected answers in a roomy cache, in tight ones, behind prefixes and preemptions."""
+    groups = groups_of(decoders[0])
+    preemptions = prefix_hits = 0
+    for schedule in (random_schedule(len(asked), rng, groups), tight(groups), tight(groups, 4)):
+        arrivals = schedule.arrivals[: len(asked)]
+        schedule = replace(schedule, arrivals=arrivals, kv_dtype=kv_dtype)
+        seen = answers(rng.choice(decoders), asked, schedule)
+        for found in seen.rounds:
+            assert found == expected, schedule
+        preemptions += seen.preemptions
+        prefix_hits += seen.prefix_hits
+    assert preemptions and prefix_hits, "or else nothing was compared"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", [*sorted(WINDOWED), "mixed"])
 def test_windows_that_give_blocks_back_give_one_answer(
@@ -126,19 +147,7 @@ def test_windows_that_give_blocks_back_give_one_answer(
     rng = random.Random(name)
     asked = growing(16, rng)
     expected = {wish.id: alone(decoders[0], wish) for wish in asked}
-    groups = groups_of(decoders[0])
-    preemptions = prefix_hits = 0
-    for schedule in (
-        random_schedule(len(asked), rng, groups),
-        tight(groups),
-        tight(groups, sequences=4),
-    ):
-        seen = answers(rng.choice(decoders), asked, schedule)
-        for found in seen.rounds:
-            assert found == expected, schedule
-        preemptions += seen.preemptions
-        prefix_hits += seen.prefix_hits
-    assert preemptions and prefix_hits, "or else nothing was compared"
+    check_all_schedules(decoders, asked, expected, rng)
 
 
 @pytest.mark.parametrize(
@@ -164,17 +173,7 @@ def test_keys_and_values_in_int8_give_one_answer(
     expected = {wish.id: alone(decoders[0], wish, torch.int8) for wish in asked}
     unlike = alone(decoders[0], asked[0])
     assert expected[asked[0].id] != unlike, "nothing was quantised"
-    groups = groups_of(decoders[0])
-    preemptions = prefix_hits = 0
-    for schedule in (random_schedule(len(asked), rng, groups), tight(groups), tight(groups, 4)):
-        arrivals = schedule.arrivals[: len(asked)]
-        schedule = replace(schedule, arrivals=arrivals, kv_dtype=torch.int8)
-        seen = answers(rng.choice(decoders), asked, schedule)
-        for found in seen.rounds:
-            assert found == expected, schedule
-        preemptions += seen.preemptions
-        prefix_hits += seen.prefix_hits
-    assert preemptions and prefix_hits, "or else nothing was compared"
+    check_all_schedules(decoders, asked, expected, rng, torch.int8)
 
 
 @pytest.mark.parametrize("written", [False, True])

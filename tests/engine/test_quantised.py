@@ -44,7 +44,7 @@ def test_a_plan_says_what_is_repacked(
     assert all(word in row[2] for word in words), row
     assert ("repacked" in row[2]) == ("repacked" in words)
     assert weights.total == sum(each.nbytes for each in prepared.weights)
-    matrices = [each for each in prepared.weights if each.format not in ("float32",)]
+    matrices = [each for each in prepared.weights if each.format != "float32"]
     stored = sum(each.count for each in matrices)
     # Four bits and a scale, or eight, where plain numbers would take 32.
     assert sum(each.nbytes for each in matrices) < stored * (1.05 if "fp8" in row[2] else 1.1)

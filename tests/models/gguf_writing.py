@@ -85,12 +85,23 @@ class Converter:
     def __init__(self, directory: Path, type_of: TypeOf = plain) -> None:
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         self.tensors = load_file(directory / "model.safetensors")
-        self.directory, self.type_of = directory, type_of
+        self.directory = directory
+        self.type_of = type_of
         self.model_type: str = self.config["model_type"]
         self.architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[self.model_type])
         layers = self.config["num_hidden_layers"]
         self.names = gguf.get_tensor_name_map(self.architecture, layers)
         self.seed = 0
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.config.get("rope_scaling") or self.config["rope_parameters"]
+        return found
+
+    @property
+    def head_size(self) -> int:
+        size: int = self.config["hidden_size"] // self.config["num_attention_heads"]
+        return self.config.get("head_dim") or size
 
     def save(self, path: Path, change: Callable[[gguf.GGUFWriter], None] | None = None) -> None:
         """change: adds keys that the converter would not write."""
@@ -118,7 +129,7 @@ class Converter:
         w.add_head_count(c["num_attention_heads"])
         w.add_head_count_kv(c["num_key_value_heads"])
         w.add_layer_norm_rms_eps(c["rms_norm_eps"])
-        rope = c.get("rope_scaling") or c["rope_parameters"]
+        rope = self.rope
         w.add_rope_freq_base(rope["rope_theta"])
         if rope["rope_type"] in ("linear", "yarn"):
             w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
@@ -140,8 +151,7 @@ class Converter:
         c = self.config
         if self.model_type in PERMUTED:
             w.add_vocab_size(c["vocab_size"])
-            size = c["hidden_size"] // c["num_attention_heads"]
-            w.add_rope_dimension_count(c.get("head_dim") or size)
+            w.add_rope_dimension_count(self.head_size)
         if "moe_intermediate_size" in c:
             w.add_expert_feed_forward_length(c["moe_intermediate_size"])
         if self.model_type == "qwen2_moe":
@@ -218,11 +228,10 @@ class Converter:
 
     def rope_freqs(self, writer: gguf.GGUFWriter) -> None:
         """Llama 3's frequencies, as divisors."""
-        rope = self.config.get("rope_scaling") or self.config["rope_parameters"]
+        rope = self.rope
         if rope["rope_type"] != "llama3":
             return
-        size = self.config["hidden_size"] // self.config["num_attention_heads"]
-        size = self.config.get("head_dim") or size
+        size = self.head_size
         context = rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         divisors = []

@@ -12,27 +12,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from models.gguf_writing import Converter, TypeOf, plain
+from models.ropes import LINEAR, LLAMA3, YARN
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from oracle import Server, assert_close, load_theirs, save_tiny
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "llama", {}),
     ("tied-no-gqa", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),

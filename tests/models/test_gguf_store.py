@@ -160,7 +160,6 @@ def test_the_fingerprint_is_of_keys_and_tensors(tmp_path: Path) -> None:
     copy.write_bytes(content)
     assert fingerprint(open_checkpoint(copy)) != name
     content[tensor.start + 5] ^= 1
-    place = content.index(b"general.file_type") if b"general.file_type" in content else None
     place = content.index(b"qwen3moe.rope.freq_base") + len("qwen3moe.rope.freq_base") + 4
     content[place] ^= 1
     copy.write_bytes(content)

@@ -14,6 +14,7 @@ from moebius.engine.kv_cache import KVCache
 from moebius.engine.workspace import forward
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.key_offsets import key_offsets
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA, Attention
 from moebius.nn.rope import RopeConfig, frequencies
@@ -78,7 +79,7 @@ def by_hand(bias_N: Tensor, rope: RopeConfig | None) -> Tensor:
 @pytest.mark.parametrize("rope", [ROPE, replace(ROPE, partial=0.5), None], ids=repr)
 def test_an_offset_is_what_lasts_of_the_bias(rope: RopeConfig | None) -> None:
     decoder = decoder_of(model(replace(BIASED, rope=rope)), ReferenceOps())
-    for layer, offset in zip(decoder.layers, decoder.key_offsets(), strict=True):
+    for layer, offset in zip(decoder.layers, key_offsets(decoder), strict=True):
         attention = layer.self_attn
         assert isinstance(attention, Attention) and offset is not None
         assert offset.dtype == torch.float32 and offset.shape == (2, HEAD_DIM)
@@ -93,11 +94,11 @@ def test_an_offset_is_what_lasts_of_the_bias(rope: RopeConfig | None) -> None:
     "mixer", [replace(BIASED, qkv_bias=False), replace(BIASED, qk_norm="head")]
 )
 def test_keys_without_biases_or_normed_behind_them_are_held_as_they_are(mixer: GQA) -> None:
-    assert decoder_of(model(mixer), ReferenceOps()).key_offsets() == [None, None]
+    assert key_offsets(decoder_of(model(mixer), ReferenceOps())) == [None, None]
 
 
 def test_it_is_the_same_for_every_backend() -> None:
-    found = [decoder_of(model(), ops).key_offsets() for ops in (ReferenceOps(), CpuOps(1))]
+    found = [key_offsets(decoder_of(model(), ops)) for ops in (ReferenceOps(), CpuOps(1))]
     for ours, theirs in zip(*found, strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 
@@ -128,5 +129,5 @@ def test_a_model_with_large_biases_comes_closer_by_far(ops: Ops, change: dict[st
         found = log_probabilities(decoder, torch.int8, offsets)
         return (plain.exp() * (plain - found)).sum(-1).mean().item()
 
-    less = divergence(decoder.key_offsets())
+    less = divergence(key_offsets(decoder))
     assert less < 0.05 * divergence([]) and less < 1e-3

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.ropes import LINEAR, LLAMA3, YARN
 from moebius.models.decoder import Decoder
 from moebius.models.family import family, model_config
 from moebius.models.layout import sources
@@ -19,20 +20,6 @@ from moebius.ops.reference import ReferenceOps
 from moebius.train.initial import init_weights
 from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
 
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -41,7 +28,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gqa8-biases", "llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 48,
                               "attention_bias": True, "mlp_bias": True, "vocab_size": 131}),
     ("llama3-rope", "llama", {"rope_parameters": LLAMA3}),
-    ("linear-rope", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}}),
+    ("linear-rope", "llama", {"rope_parameters": LINEAR}),
     ("head-size", "llama", {"head_dim": 14, **ONE_LAYER}),
     ("gelu", "llama", {"hidden_act": "gelu_pytorch_tanh", **ONE_LAYER}),
     ("window", "mistral", {"sliding_window": 4}),

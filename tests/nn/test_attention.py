@@ -14,6 +14,7 @@ from moebius.nn.packed import PackedPast
 from moebius.nn.rope import RopeConfig
 from moebius.nn.spec import Place
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import Rotation
 
 HEADS, GROUPS, SIZE, ROWS = 4, 2, 6, 3
 
@@ -54,7 +55,7 @@ def check(
     attention = Attention(spec, Place(ReferenceOps(), 8, 1e-6, torch.float32))
     if attention.sinks is not None:
         attention.sinks.data = torch.randn(HEADS, generator=generator)
-    still = torch.ones(len(qkv), SIZE // 2), torch.zeros(len(qkv), SIZE // 2)
+    still = Rotation(torch.ones(len(qkv), SIZE // 2), torch.zeros(len(qkv), SIZE // 2))
     out = PackedPast(length, documents).attend(attention, qkv, still)
     exact = qkv.detach().double().requires_grad_()
     expected = naive(exact, spec, attention.sinks, documents)
@@ -101,7 +102,7 @@ def test_sinks_learn() -> None:
     assert attention.sinks is not None
     attention.sinks.data = torch.tensor([0.5, -1.0, 2.0, 0.0])
     qkv = torch.randn(ROWS * 4, 8 * SIZE, generator=torch.Generator().manual_seed(2))
-    still = torch.ones(len(qkv), SIZE // 2), torch.zeros(len(qkv), SIZE // 2)
+    still = Rotation(torch.ones(len(qkv), SIZE // 2), torch.zeros(len(qkv), SIZE // 2))
     out = PackedPast(4).attend(attention, qkv, still)
     found, wanted = (
         torch.autograd.grad(x.square().sum(), attention.sinks)[0]

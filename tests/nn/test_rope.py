@@ -60,10 +60,10 @@ def test_frequencies_equal_transformers(
 def test_rotation_is_complex_multiplication(partial: float, interleaved: bool, ops: Ops) -> None:
     head_dim, theta = 8, 100.0
     rotated = int(head_dim * partial)
-    rope = RopeConfig(theta, partial=partial)
-    cos, sin = Rotary(rope, head_dim, ops)(torch.tensor([0, 1, 7, 1000]))
+    rope = RopeConfig(theta, partial=partial, interleaved=interleaved)
+    rotation = Rotary(rope, head_dim, ops)(torch.tensor([0, 1, 7, 1000]))
     x = torch.randn(4, 3, head_dim)
-    out = ops.rotary(x, cos, sin, interleaved=interleaved)
+    out = ops.rotary(x, rotation)
     half = rotated // 2
     for t, position in enumerate((0, 1, 7, 1000)):
         for i in range(half):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moebius.ops import Ops
 from moebius.ops.cache_spec import key_value_spec
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Rotation, StepInputs
 
 
 def side_by_side(q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor:
@@ -23,7 +23,8 @@ def side_by_side(q_THN: Tensor, k_TGN: Tensor, v_TGN: Tensor) -> Tensor:
 def as_is(ops: Ops, cache: Any, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -> None:
     """Write keys and values to their slots without norm and rotation."""
     nothing = torch.empty(len(k_TGN), 0)
-    ops.rotate_and_store(side_by_side(k_TGN, k_TGN, v_TGN), nothing, nothing, cache, slots_T)
+    rows_TI = side_by_side(k_TGN, k_TGN, v_TGN)
+    ops.rotate_and_store(rows_TI, Rotation(nothing, nothing), cache, slots_T)
 
 
 def empty_cache(

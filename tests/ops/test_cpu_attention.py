@@ -11,7 +11,7 @@ import torch
 
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Rotation, StepInputs
 from ops.levels import ROUNDOFF, assert_within
 from ops.paged import Sequences, as_is, empty_cache, side_by_side
 
@@ -51,7 +51,7 @@ def test_rotate_and_store(
     tokens, u = 37, ROUNDOFF[dtype]
     q, k, v = (torch.randn(tokens, n, head_dim).to(dtype) for n in (heads, kv_heads, kv_heads))
     angles = torch.randn(tokens, half)
-    turn = (angles.cos(), angles.sin())
+    turn = Rotation(angles.cos(), angles.sin(), interleaved)
     weights = (
         [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)] if norms else [None, None]
     )
@@ -62,29 +62,18 @@ def test_rotate_and_store(
         rotated = []
         for part in (slice(0, 9), slice(9, 10), slice(10, tokens)):
             rows = side_by_side(q[part], k[part], v[part])
-            cos, sin = (x[part].contiguous() for x in turn)
-            rotated.append(
-                ops.rotate_and_store(
-                    rows,
-                    cos,
-                    sin,
-                    caches[0],
-                    step.slot_mapping[part],
-                    *weights,
-                    1e-6,
-                    interleaved=interleaved,
-                )
-            )
+            its_turn = Rotation(turn.cos_TR[part], turn.sin_TR[part], interleaved)
+            slots = step.slot_mapping[part]
+            rotated.append(ops.rotate_and_store(rows, its_turn, caches[0], slots, *weights, 1e-6))
         oracle = empty_cache(REF, blocks, block_size, kv_heads, head_dim, torch.float64)
         wide = [None if w is None else w.double() for w in weights]
         exact = REF.rotate_and_store(
             side_by_side(q, k, v).double(),
-            *turn,
+            turn,
             oracle,
             step.slot_mapping,
             *wide,
             1e-6,
-            interleaved=interleaved,
         )
         size = head_dim**0.5 * 1.5 if norms else q.double().norm(dim=-1, keepdim=True)
         assert_within(torch.cat(rotated), exact, (3 * u + 2.0**-20) * size)
@@ -92,13 +81,12 @@ def test_rotate_and_store(
         rows = side_by_side(k, k, v)
         keys = ops.rotate_and_store(
             rows,
-            *turn,
+            turn,
             caches[1],
             step.slot_mapping,
             weights[1],
             weights[1],
             1e-6,
-            interleaved=interleaved,
         )
         as_is(ops, caches[2], keys, v, step.slot_mapping)
         plan = ops.plan_attention(step, block_size)

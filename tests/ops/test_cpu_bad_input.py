@@ -14,7 +14,7 @@ from moebius.ops import AttentionPlan, ExpertWeights, RouterTally, Shaping, sele
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Rotation, StepInputs
 from ops.paged import empty_cache
 
 OPS = CpuOps(threads=1)
@@ -27,6 +27,7 @@ EXPERTS = OPS.prepare_experts(
 IDS, WEIGHTS = torch.zeros(3, 1).long(), torch.ones(3, 1)
 CACHE = empty_cache(OPS, 2, 4, 1, 4, torch.float32)
 QKV, ANGLES, SLOTS = torch.ones(3, 12), torch.ones(3, 2), torch.arange(3)
+TURN = Rotation(ANGLES, ANGLES)
 ROUTER = RouterConfig(8, 2)
 
 
@@ -82,13 +83,13 @@ def test_not_contiguous(call: Callable[[], object], message: str) -> None:
         (lambda: OPS.draw(BF16, [0], [1.0], [0.5]), "want torch.float32"),
         (lambda: OPS.argmax(X.double()), "want torch.float32"),
         (lambda: OPS.rotation(SLOTS.int(), X[0], 1.0), "want torch.int64"),
-        (lambda: OPS.rotate_and_store(QKV.half(), ANGLES, ANGLES, CACHE, SLOTS), "float16"),
+        (lambda: OPS.rotate_and_store(QKV.half(), TURN, CACHE, SLOTS), "float16"),
         (
-            lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES.double(), CACHE, SLOTS),
+            lambda: OPS.rotate_and_store(QKV, Rotation(ANGLES, ANGLES.double()), CACHE, SLOTS),
             "want torch.float32",
         ),
-        (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS.int()), "want torch.int64"),
-        (lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS, BF16[0, :4]), "one dtype"),
+        (lambda: OPS.rotate_and_store(QKV, TURN, CACHE, SLOTS.int()), "want torch.int64"),
+        (lambda: OPS.rotate_and_store(QKV, TURN, CACHE, SLOTS, BF16[0, :4]), "one dtype"),
     ],
 )
 def test_another_dtype(call: Callable[[], object], message: str) -> None:
@@ -126,13 +127,13 @@ def plan(*tables: list[int], tokens: int = 3) -> AttentionPlan:
         lambda: OPS.experts(X, WEIGHTS[:2], IDS, EXPERTS),
         lambda: OPS.experts(X, None, IDS, EXPERTS),
         lambda: OPS.experts(X, WEIGHTS, None, EXPERTS),
-        lambda: OPS.rotate_and_store(QKV[:, :11].contiguous(), ANGLES, ANGLES, CACHE, SLOTS),
-        lambda: OPS.rotate_and_store(QKV[:, :8].contiguous(), ANGLES, ANGLES, CACHE, SLOTS),
-        lambda: OPS.rotate_and_store(QKV, QKV[:, :3].contiguous(), ANGLES, CACHE, SLOTS),
-        lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES[:2], CACHE, SLOTS),
-        lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS[:2]),
-        lambda: OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, SLOTS, torch.ones(3)),
-        lambda: OPS.rotate_and_store(QKV.bfloat16(), ANGLES, ANGLES, CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV[:, :11].contiguous(), TURN, CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV[:, :8].contiguous(), TURN, CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV, Rotation(QKV[:, :3].contiguous(), ANGLES), CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV, Rotation(ANGLES, ANGLES[:2]), CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV, TURN, CACHE, SLOTS[:2]),
+        lambda: OPS.rotate_and_store(QKV, TURN, CACHE, SLOTS, torch.ones(3)),
+        lambda: OPS.rotate_and_store(QKV.bfloat16(), TURN, CACHE, SLOTS),
         lambda: OPS.paged_attention(torch.ones(1, 1, 5), CACHE, plan([0]), 1.0),
         lambda: OPS.paged_attention(torch.ones(2, 1, 4), CACHE, plan([0]), 1.0),
         lambda: OPS.paged_attention(Q[:1], CACHE, plan([0]), 1.0, None, torch.ones(2)),
@@ -159,7 +160,7 @@ def test_a_sequence_without_blocks_for_all_of_its_tokens() -> None:
 def test_slots_and_blocks_that_the_cache_has_not() -> None:
     for slot in (-1, 8):
         with pytest.raises(IndexError, match=f"slot {slot} is none of 8"):
-            OPS.rotate_and_store(QKV, ANGLES, ANGLES, CACHE, torch.tensor([0, slot, 1]))
+            OPS.rotate_and_store(QKV, TURN, CACHE, torch.tensor([0, slot, 1]))
     with pytest.raises(IndexError, match="block 2 is none of 2"):
         OPS.paged_attention(Q[:1], CACHE, plan([0, 2], tokens=5), 1.0)
 

@@ -18,7 +18,7 @@ from moebius.ops.cache_spec import CacheSpec, Plane, key_value_planes, key_value
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.codes import quantised
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Rotation, StepInputs
 from ops.levels import LEVELS, ROUNDOFF, assert_within, bits, level
 from ops.paged import Sequences, as_is, empty_cache, side_by_side
 
@@ -152,15 +152,15 @@ def test_keys_are_not_rounded_before_they_are_quantised(backend: Ops) -> None:
     """A rotated bfloat16 key becomes the codes of the float32 one."""
     k = torch.randn(5, 1, 8).bfloat16()
     angles = torch.randn(5, 4)
-    turn = (angles.cos(), angles.sin())
-    wide = REF.rotary(k.float(), *turn)
+    turn = Rotation(angles.cos(), angles.sin())
+    wide = REF.rotary(k.float(), turn)
     assert not torch.equal(quantised(wide)[0], quantised(wide.bfloat16())[0])
     slots = torch.arange(5)
     outs = []
-    for keys, rotation in ((k, turn), (wide, (torch.empty(5, 0),) * 2)):
+    for keys, rotation in ((k, turn), (wide, Rotation(torch.empty(5, 0), torch.empty(5, 0)))):
         cache = empty_cache(backend, 1, 16, 1, 8, torch.int8)
         rows_TI = side_by_side(keys, keys, k.to(keys.dtype))
-        backend.rotate_and_store(rows_TI, *rotation, cache, slots)
+        backend.rotate_and_store(rows_TI, rotation, cache, slots)
         plan = backend.plan_attention(StepInputs.build([[0]], [4], [[0]], 16), 16)
         outs.append(backend.paged_attention(torch.ones(1, 1, 8), cache, plan, 0.3))
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)

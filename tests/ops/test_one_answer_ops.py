@@ -21,7 +21,7 @@ from moebius.ops import ExpertWeights
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.sampling import Shaping
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Rotation, StepInputs
 from ops.levels import LEVELS, ROUNDOFF, bits, level
 from ops.paged import Sequences, empty_cache, side_by_side
 
@@ -127,10 +127,10 @@ def pointwise(dtype: torch.dtype) -> dict[str, RowWise]:
 
     def rotated(ops: CpuOps, at: Tensor) -> tuple[Tensor, ...]:
         cache = empty_cache(ops, 10, 7, 1, 33, dtype)
-        turn = (angles[at].cos(), angles[at].sin())
+        turn = Rotation(angles[at].cos(), angles[at].sin())
         return (
             ops.rotate_and_store(
-                qkv[at], *turn, cache, torch.randperm(70)[: len(at)], norm, norm, 1e-6
+                qkv[at], turn, cache, torch.randperm(70)[: len(at)], norm, norm, 1e-6
             ),
         )
 
@@ -328,11 +328,9 @@ def test_what_is_cached_does_not_know_its_step(
             cache = empty_cache(ops, 6, block_size, 3, 20, kv_dtype or dtype)
             for start, stop in pairwise(cuts):
                 part = slice(start, stop)
-                rows, turn = (
-                    side_by_side(q[part], k[part], v[part]),
-                    (angles[part].cos(), angles[part].sin()),
-                )
-                ops.rotate_and_store(rows, *turn, cache, slots[part], norm, norm, 1e-6)
+                rows = side_by_side(q[part], k[part], v[part])
+                turn = Rotation(angles[part].cos(), angles[part].sin())
+                ops.rotate_and_store(rows, turn, cache, slots[part], norm, norm, 1e-6)
             buffers.append(cache.buffer)
     assert all(torch.equal(buffer, buffers[0]) for buffer in buffers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ from moebius import LLM, SamplingParams
 from moebius.cli.commands import app
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
-from moebius.errors import ConfigError, WeightsError
+from moebius.errors import ConfigError, StorageError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
@@ -27,8 +28,8 @@ from tiny import write_model
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / ".cache" / "moebius" / "quantized"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moebius" / "quantized"
 
 
 @pytest.fixture(scope="session")
@@ -177,6 +178,54 @@ def test_another_checkpoint_and_another_recipe_have_files_of_their_own(
     }
     assert len(files) == 3
     assert {file.parent for file in files} == {cache_directory()}
+
+
+def test_the_cache_is_where_the_system_has_its_caches(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_directory() == cache
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for told in ("", "not/absolute"):
+        monkeypatch.setenv("XDG_CACHE_HOME", told)
+        assert cache_directory() == Path("/home/somebody/.cache/moebius/quantized")
+
+
+def test_without_a_home_it_has_to_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(ConfigError, match="set XDG_CACHE_HOME"):
+        cache_directory()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(model: Path, cache: Path) -> None:
+    """A file is in its way, or where the lock would be a directory."""
+    cache.parent.mkdir(parents=True)
+    cache.write_text("in the way")
+    with pytest.raises(StorageError, match=r"quantized cannot be written to.* set XDG_CACHE_HOME"):
+        quantized(model).make()
+    cache.unlink()
+    made = quantized(model)
+    made.file.with_suffix(".lock").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"quantized cannot be written to.* set XDG_CACHE_HOME"):
+        made.make()
+
+
+def test_who_has_to_wait_is_told(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = quantized(model)
+    made.file.parent.mkdir(parents=True)
+    with made.file.with_suffix(".lock").open("w") as lock, caplog.at_level(logging.WARNING):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=made.make)
+        waiting.start()
+        while "waits" not in caplog.text:
+            waiting.join(0.01)
+        assert not made.file.exists()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        waiting.join()
+    assert made.file.exists()
 
 
 def test_two_at_once(model: Path) -> None:

@@ -86,7 +86,7 @@ def test_names_keys_and_order_of_rows_are_llama_cpps(tmp_path: Path) -> None:
     q = stored["model.layers.0.self_attn.q_proj.weight"]
     assert np.array_equal(tensors["blk.0.attn_q.weight"].data, q[order].numpy())
     assert written.nbytes == out.stat().st_size
-    assert written.parameters == sum(tensor.numel() for tensor in stored.values())
+    assert written.total.parameters == sum(tensor.numel() for tensor in stored.values())
     assert written.bits == 32
 
 
@@ -108,7 +108,7 @@ def test_experts_are_one_tensor(tmp_path: Path) -> None:
 
 
 def test_quantised_tensors_are_gguf_pys_numbers(tmp_path: Path) -> None:
-    """Q8_0 of a model whose rows are blocks of 32: logits of the file are those of its numbers."""
+    """Q8_0 of a model whose rows are blocks of 32, byte for byte."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     model = saved(tmp_path / "model", "qwen3", **sizes)
     out = tmp_path / "out.gguf"

@@ -57,7 +57,7 @@ def test_the_file_is_that_of_the_numbers(kind: str, model_type: str, tmp_path: P
 
 
 def test_a_cache_is_made_of_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     quantised, _ = both(tmp_path, "fp8-block", "qwen3_moe")
     assert "quantization_config" in json.loads((quantised / "config.json").read_text())
     made = Quantized.of(open_checkpoint(quantised), "q8_0")

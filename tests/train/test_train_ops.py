@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import Rotation
 from moebius.train import ops
 from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.tables import TrainingRecipe
@@ -30,9 +31,8 @@ def test_norm_and_rotation_are_the_references() -> None:
     torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(_gradients(mine, x_TD, weight_D), _gradients(theirs, x_TD, weight_D))
     x_THN, angles = _random(9, 2, 8).detach().bfloat16(), _random(9, 4, seed=2).detach()
-    rotated = [
-        each.rotary(x_THN, angles.cos(), angles.sin()) for each in (TrainingOps(), ReferenceOps())
-    ]
+    rotation = Rotation(angles.cos(), angles.sin())
+    rotated = [each.rotary(x_THN, rotation) for each in (TrainingOps(), ReferenceOps())]
     assert torch.equal(*rotated)
 
 

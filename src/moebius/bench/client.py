@@ -131,7 +131,7 @@ async def run_load(
     due: Sequence[float],
     *,
     max_concurrency: int | None = None,
-    on_done: Callable[[Record], None] = lambda record: None,
+    on_done: Callable[[Record], object] = lambda record: None,
 ) -> tuple[list[Record], float]:
     """Send samples[i] due[i] seconds after the start, at most `max_concurrency` at a time.
 

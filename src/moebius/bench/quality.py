@@ -5,8 +5,7 @@ text at a time. The rows are the same for all, and so are the tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,19 +22,12 @@ from moebius.errors import ConfigError, NumericalError
 from moebius.inspect.corpus import Document
 from moebius.ops.steps import StepInputs
 from moebius.ops.threads import TorchThreads, default_threads
+from moebius.progress import Progress, silent
 from moebius.text import Tokenizer, load_text
 from moebius.text.pieces import encode_in_pieces
 
 # Rows of logits that are compared at a time.
 _LOGIT_ROWS = PROMPT_LOGIT_ROWS
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
-"""Gets what is done and how many rows it is; gives what to call after each."""
-
-
-def silent(what: str, total: int) -> AbstractContextManager[Callable[[], object]]:
-    """No progress shown."""
-    return nullcontext(lambda: None)
 
 
 class Candidate(NamedTuple):
@@ -130,7 +122,7 @@ def measure(
     with TorchThreads(default_threads()), progress("measuring", len(rows)) as advance:
         for row in rows:
             _measure_row(models, row, sizes)
-            advance()
+            advance(1)
     return [model.figures for model in models]
 
 

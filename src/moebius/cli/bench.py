@@ -105,7 +105,7 @@ def latency(
         samples = dataset.samples(batch_size, seed, llm.tokenizer)
         for _ in range(batches):
             seconds.append(timed(llm, samples, n=n, progress=False)["elapsed_time"])
-            advance()
+            advance(1)
     result = latency_figures(seconds[num_iters_warmup:])
     typer.echo(f"Avg latency: {result['avg_latency']:.4f} seconds")
     for p, value in result["percentiles"].items():
@@ -307,7 +307,7 @@ def _send(
             samples,
             due[: len(samples)],
             max_concurrency=options.max_concurrency,
-            on_done=advance,
+            on_done=lambda _: advance(1),
         )
         return asyncio.run(load)
 

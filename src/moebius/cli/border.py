@@ -2,8 +2,12 @@
 
 import asyncio
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from moebius.errors import EngineError, MoebiusError, in_one_line, wants_traceback
 
@@ -13,6 +17,8 @@ FAILED = 1
 INTERRUPTED = 130
 NO_READER = 141
 """What a shell reports of a program that SIGPIPE ended."""
+TERMINATED = 143
+"""What a shell reports of a program that SIGTERM ended."""
 
 
 def open_streams() -> None:
@@ -34,6 +40,20 @@ def open_streams() -> None:
             os.dup2(opened, number)
             os.close(opened)
         setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Let SIGTERM end what is in the block as Ctrl-C does: what was begun is taken back."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def report(error: BaseException) -> int:

@@ -128,7 +128,9 @@ async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], 
     concurrency = 2 * config.max_num_seqs
     async with app.router.lifespan_context(app):
         with o.progress_bar("calls", len(calls)) as advance:
-            return await run_batch(app, calls, out, concurrency=concurrency, on_result=advance)
+            return await run_batch(
+                app, calls, out, concurrency=concurrency, on_result=lambda: advance(1)
+            )
 
 
 @o.options_of(

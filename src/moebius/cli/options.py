@@ -15,9 +15,10 @@ from moebius.errors import ConfigError
 
 if TYPE_CHECKING:
     from moebius.models.hub import ModelSource
+    from moebius.progress import Advance
 
 _MODEL_HELP = "A directory in the Hugging Face layout, a GGUF file, a hub id, or 'bundled'."
-Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=_MODEL_HELP)]
 
 
@@ -149,8 +150,8 @@ def _annotation(hint: Any) -> Any:
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while that is a terminal; yields what to call once for each that is done."""
+def progress_bar(what: str, total: int) -> Iterator["Advance"]:
+    """A bar on stderr while that is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -158,4 +159,4 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
         console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
     ) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda *_: progress.advance(task)
+        yield lambda amount: progress.advance(task, amount)

@@ -105,21 +105,24 @@ def _options(asked: str) -> Mapping[str, Any]:
     for part in asked.split(","):
         name, equals, value = part.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
+        value = value.strip()
         if not equals or name not in words:
             raise ConfigError(
                 f"--variant {asked}: {part!r} is not OPTION=VALUE with one of "
                 f"{', '.join(sorted(words))}"
             )
-        given[name] = None if value == _NONE else value.strip()
+        if name in given:
+            raise ConfigError(f"--variant {asked}: {name} is there twice; give it one value")
+        given[name] = None if value == _NONE else value
     return given
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A line each; what is beside the first is beside it in percent."""
+    """A line for each, under a head; changes of bits per byte are in percent of the first's."""
     from moebius.engine.plan_words import human_bytes
 
     first = records[0]["bits_per_byte"]
-    head = ("", "weights", "bits per byte", "change", "divergence", "same choice")
+    head = ("model", "weights", "bits per byte", "change", "divergence", "same choice")
     lines: list[tuple[str, ...]] = [head]
     for each in records:
         bits = each["bits_per_byte"]
@@ -135,8 +138,8 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     tokens = f"{records[0]['tokens']:,} tokens, {records[0]['bytes']:,} bytes of text"
-    rows = [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    ]
+    rows = []
+    for label, *cells in lines:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        rows.append("  ".join([label.ljust(widths[0]), *right]))
     return "\n".join([*rows, tokens])

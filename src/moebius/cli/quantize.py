@@ -21,7 +21,11 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     type_: Annotated[
         str,
-        typer.Option("--type", help="q8_0, q6_k, q5_k_m, q4_k_m, mxfp4, or bf16, f16, f32."),
+        typer.Option(
+            "--type",
+            help="What weights become: q8_0, q6_k, q5_k_m, q4_k_m or mxfp4; plain numbers: bf16, "
+            "f16 or f32.",
+        ),
     ] = "q4_k_m",
     force: Annotated[
         bool, typer.Option("--force", help="Replace a GGUF file that is there.")
@@ -31,25 +35,26 @@ def quantize(
 
     llama.cpp and what builds on it load the file; `moebius serve OUT.gguf` does too.
     """
+    from moebius.cli.border import ended_in_order
     from moebius.quantize.export import write_model
 
     name = model.rstrip("/").rpartition("/")[2]
-    found = write_model(
-        which.find(model).path, out, type_.lower(), name=name, force=force, progress=_bytes_bar
-    )
+    source = which.find(model).path
+    with ended_in_order():
+        found = write_model(source, out, type_.lower(), name=name, force=force, progress=_bytes_bar)
     typer.echo(_summary(out, found))
 
 
 def _summary(out: Path, found: "Written") -> str:
     """The whole, then a line a type of tensor."""
     lines = [
-        f"{out}: {found.nbytes:,} bytes, {found.parameters:,} parameters, "
+        f"{out}: {found.nbytes:,} bytes, {found.total.parameters:,} parameters, "
         f"{found.bits:.2f} bits each"
     ]
-    by_size = sorted(found.by_type.items(), key=lambda entry: -entry[1][2])
-    for kind, (tensors, numbers, nbytes) in by_size:
-        share = f"{100 * numbers / found.parameters:.1f} % of parameters"
-        lines.append(f"  {kind:<5} {nbytes:>15,} bytes in {tensors} tensors, {share}")
+    by_size = sorted(found.by_type.items(), key=lambda entry: -entry[1].nbytes)
+    for kind, each in by_size:
+        share = f"{100 * each.parameters / found.total.parameters:.1f} % of parameters"
+        lines.append(f"  {kind:<5} {each.nbytes:>15,} bytes in {each.tensors} tensors, {share}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from moebius.cli.ranks import listening
 from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError
 from moebius.files import json_text
-from moebius.gguf import Part
+from moebius.gguf import SplitName
 from moebius.server.settings import ServerSettings, UnknownFields, host_and_port
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _names(model: str) -> list[str]:
     path = PurePath(model)
     if path.suffix != ".gguf":
         return [model]
-    part = Part.of(path.name)
+    part = SplitName.of(path.name)
     return [path.stem if part is None else part.stem, model]
 
 

@@ -23,8 +23,8 @@ class EngineConfig(SchedulerConfig):
     ] = "auto"
     quantization: Annotated[
         str | None,
-        "Have the weights in fewer bits: q8_0, q6_k, q5_k_m, q4_k_m or mxfp4. Made at the first "
-        "start and kept in a cache.",
+        "Hold the weights in fewer bits: q8_0, q6_k, q5_k_m, q4_k_m or mxfp4. They are made at the "
+        "first start and kept in a cache.",
     ] = None
     activations: Annotated[
         Activations,

@@ -40,6 +40,7 @@ from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.key_offsets import key_offsets
 from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
@@ -210,7 +211,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         weight_bytes,
         dtype=dtype_name(dtype),
         device=device.type,
-        kv_dtype=str(kv_dtype).removeprefix("torch."),
+        kv_dtype=dtype_name(kv_dtype),
         cache=_cache_sizes(checkpoint.config.caches(dtype, kv_dtype), ops, config.block_size),
         available=available,
         available_of=available_of,
@@ -218,18 +219,18 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         ranks=1 if share is None else share.ranks,
     )
     return Prepared(
-        checkpoint,
-        ops,
-        device,
-        dtype,
-        kv_dtype,
-        weights,
-        plan,
-        _threads(config),
-        workspace,
-        decoder,
-        Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold),
-        quantized,
+        checkpoint=checkpoint,
+        ops=ops,
+        device=device,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        weights=weights,
+        plan=plan,
+        threads=_threads(config),
+        workspace=workspace,
+        decoder=decoder,
+        loader=Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold),
+        quantized=quantized,
     )
 
 
@@ -397,7 +398,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
         block_size=plan.block_size,
         device=prepared.device,
         num_states=0 if states is None else states.num_slots,
-        key_offsets=model.key_offsets() if prepared.kv_dtype == torch.int8 else (),
+        key_offsets=key_offsets(model) if prepared.kv_dtype == torch.int8 else (),
     )
     if model.ranks is not None:
         model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))

@@ -284,7 +284,7 @@ def plan_memory(
     dtype: str,
     device: str,
     cache: CacheSizes,
-    kv_dtype: str = "",
+    kv_dtype: str | None = None,
     available: int,
     available_of: str = "",
     recorded: int | None = None,
@@ -300,7 +300,7 @@ def plan_memory(
 
     recorded: what the programs of a step take, where they are recorded; else it is estimated.
     ranks: how many share the experts; weights and all else are those of one of them.
-    kv_dtype: what keys and values are held in; empty: dtype.
+    kv_dtype: what keys and values are held in; None: as they are computed.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
     half of what is left after weights and workspace.

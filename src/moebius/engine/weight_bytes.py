@@ -20,8 +20,8 @@ class WeightBytes:
     dtype that most of them have in the files. moving is room for experts that come before others
     go, and for as many as a rank may come to hold. near are copied as they are, to the `nodes` of
     memory that a rank is bound to; `common` of these are of weights that every rank has. experts
-    are the mapped ones that routers choose from, and `layer` those of the layer with most: where
-    they are `cold`, no more than these count, and the others may stay on disk.
+    are the mapped ones that routers choose from, and `largest_layer` those of the layer with most:
+    where they are `cold`, no more than these count, and the others may stay on disk.
     """
 
     mapped: int
@@ -33,7 +33,7 @@ class WeightBytes:
     common: int = 0
     nodes: tuple[int, ...] = ()
     experts: int = 0
-    layer: int = 0
+    largest_layer: int = 0
     cold: bool = False
     repacked: int = 0
 
@@ -45,7 +45,7 @@ class WeightBytes:
     @property
     def on_disk(self) -> int:
         """What need not be in memory all at once."""
-        return self.experts - self.layer if self.cold else 0
+        return self.experts - self.largest_layer if self.cold else 0
 
     @property
     def parts(self) -> str:
@@ -95,7 +95,7 @@ def count_weights(
         near=sum(nbytes for nbytes, _ in near),
         common=sum(nbytes for nbytes, common in near if common),
         experts=layers.total(),
-        layer=max(layers.values(), default=0),
+        largest_layer=max(layers.values(), default=0),
         repacked=sum(weight.nbytes for weight in weights if weight.repacked),
         moving=0 if ranks is None else _moving_bytes(sources, weights, ranks, config),
         cold=config.mmap_cold,

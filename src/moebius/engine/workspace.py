@@ -14,6 +14,7 @@ from moebius.errors import ConfigError
 from moebius.models.decoder import Decoder
 from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
+from moebius.ops.formats import dtype_name
 from moebius.ops.program import Trace
 from moebius.ops.sources import LOGITS, RowSource, StepSource
 from moebius.ops.steps import Step
@@ -98,8 +99,9 @@ def plan_workspace(
     ops = model.ops
     dtype = model.dtype
     if ops.capability(Use(Operation.LINEAR, dtype)) is None:
-        name = str(dtype).removeprefix("torch.")
-        raise ConfigError(f"the {ops.name} kernels do not compute in {name}; use another --dtype")
+        raise ConfigError(
+            f"the {ops.name} kernels do not compute in {dtype_name(dtype)}; use another --dtype"
+        )
     meta = torch.device("meta")
     specs = config.caches(dtype, kv_dtype)
     cache = KVCache(specs, ops, num_blocks=1, block_size=block_size, device=meta)

@@ -1,6 +1,6 @@
 """The GGUF file format: what a file says of itself, and where its tensors lie. No torch."""
 
-from moebius.gguf.model import GgufModel, Part, is_gguf, open_gguf
+from moebius.gguf.model import GgufModel, SplitName, first_file, is_gguf, open_gguf
 from moebius.gguf.reader import GgufFile, GgufTensor, Metadata, Value, read_gguf
 
 __all__ = [
@@ -8,8 +8,9 @@ __all__ = [
     "GgufModel",
     "GgufTensor",
     "Metadata",
-    "Part",
+    "SplitName",
     "Value",
+    "first_file",
     "is_gguf",
     "open_gguf",
     "read_gguf",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moebius.errors import WeightsError
+from moebius.files import short_name
 from moebius.gguf.reader import GgufFile, GgufTensor, Metadata, read_gguf
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -25,7 +26,7 @@ class GgufModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SplitName:
     """What the name of a split file says: part `number` of `count`, from 1."""
 
     stem: str
@@ -33,7 +34,7 @@ class Part:
     count: int
 
     @classmethod
-    def of(cls, name: str) -> "Part | None":
+    def of(cls, name: str) -> "SplitName | None":
         """None for the name of a file that is whole."""
         found = _PART.fullmatch(name)
         return found and cls(found["stem"], int(found["number"]), int(found["count"]))
@@ -41,6 +42,12 @@ class Part:
     def name(self, number: int) -> str:
         """What part `number` of the same model is called."""
         return f"{self.stem}-{number:05}-of-{self.count:05}.gguf"
+
+
+def first_file(name: str) -> str:
+    """The name of a model's first file, by that of any."""
+    part = SplitName.of(name)
+    return name if part is None else part.name(1)
 
 
 def is_gguf(path: Path) -> bool:
@@ -53,12 +60,12 @@ def open_gguf(path: Path) -> GgufModel:
 
     Raises WeightsError naming the file and what is wrong in it, or the part that is missing.
     """
-    part = Part.of(path.name)
-    first = read_gguf(path if part is None else path.with_name(part.name(1)))
+    first = read_gguf(path.with_name(first_file(path.name)))
     count = first.metadata.get("split.count", 1)
     if count == 1:
         return GgufModel((first,), first.metadata, first.tensors)
-    name = f"{first.path.parent.name}/{first.path.name}"
+    name = short_name(first.path)
+    part = SplitName.of(path.name)
     if type(count) is not int or not 1 <= count <= _MOST_PARTS:
         raise WeightsError(f"{name}: split.count is {count!r}; it must be 1 to {_MOST_PARTS}")
     if part is None or part.count != count:
@@ -74,7 +81,7 @@ def _joined(files: list[GgufFile], count: int) -> dict[str, GgufTensor]:
     """The tensors of all parts. Raises WeightsError where they are not parts of one model."""
     tensors: dict[str, GgufTensor] = {}
     for number, file in enumerate(files):
-        name = f"{file.path.parent.name}/{file.path.name}"
+        name = short_name(file.path)
         for key, wanted in (("split.count", count), ("split.no", number)):
             found = file.metadata.get(key)
             if found != wanted:
@@ -86,8 +93,8 @@ def _joined(files: list[GgufFile], count: int) -> dict[str, GgufTensor]:
         tensors.update(file.tensors)
     total = files[0].metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        name = f"{files[0].path.parent.name}/{files[0].path.name}"
         raise WeightsError(
-            f"{name}: split.tensors.count is {total}, but the files hold {len(tensors)}"
+            f"{short_name(files[0].path)}: split.tensors.count is {total}, but the files hold "
+            f"{len(tensors)}"
         )
     return tensors

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from moebius.errors import WeightsError
+from moebius.files import short_name
 from moebius.gguf.types import (
     ALIGNMENT,
     ARRAY,
@@ -75,7 +76,7 @@ class _Place(NamedTuple):
 class Metadata(Mapping[str, Value]):
     """The keys of a file in its order; a value is made when it is first asked for.
 
-    Raises WeightsError naming file and key for text that is no UTF-8.
+    Raises WeightsError naming file and key for text that is not UTF-8.
     """
 
     def __init__(self, head: "_Bytes", places: Mapping[str, _Place]) -> None:
@@ -127,17 +128,19 @@ class _Bytes:
         raise WeightsError(f"{self.name}: {what}")
 
     def close(self) -> None:
-        """What is here is all that there will be."""
+        """Nothing more will be read."""
         self._file = None
 
     def need(self, stop: int, what: str) -> None:
-        """Have the bytes before `stop`. Raises WeightsError where the file has them not."""
+        """Have the bytes before `stop`. Raises WeightsError where the file does not."""
         if stop <= len(self.data):
             return
         if stop > self.size:
             self.refuse(f"{what} ends at byte {stop}, the file at {self.size}; it is truncated")
         if stop > _MOST_HEAD:
-            self.refuse(f"{what} ends at byte {stop}; more than {_MOST_HEAD} are not read")
+            self.refuse(
+                f"{what} ends at byte {stop}; at most {_MOST_HEAD} bytes of a head are read"
+            )
         wanted = max(stop, 2 * len(self.data), _FIRST_READ)
         assert self._file is not None
         self.data += self._file.read(min(wanted, _MOST_HEAD) - len(self.data))
@@ -164,7 +167,7 @@ class _Bytes:
             self.refuse(f"{what} is no UTF-8")
 
     def after_strings(self, at: int, count: int, what: str) -> int:
-        """Where `count` strings end, of which none is made."""
+        """Where `count` strings end; none of them is made."""
         unpack = _U64.unpack_from
         data = self.data
         turns = iter(range(count))
@@ -210,7 +213,7 @@ class _Bytes:
 
 def read_gguf(path: Path) -> GgufFile:
     """One file's head. Raises WeightsError naming the file and what is wrong in it."""
-    name = f"{path.parent.name}/{path.name}"
+    name = short_name(path)
     try:
         with path.open("rb") as file:
             head = _Bytes(file, name)
@@ -300,7 +303,7 @@ def _alignment(head: _Bytes, metadata: Metadata) -> int:
 
 
 class _Row(NamedTuple):
-    """A line of the table of tensors; offset counts from the data's start."""
+    """An entry of the table of tensors; offset counts from the data's start."""
 
     type: BlockType
     shape: tuple[int, ...]
@@ -309,7 +312,7 @@ class _Row(NamedTuple):
 
 
 def _row(head: _Bytes, at: int, what: str) -> tuple[_Row, int]:
-    """A tensor's line behind its name, and where it ends."""
+    """What a tensor's entry says behind its name, and where the entry ends."""
     (count,) = head.unpack(_U32, at, what)
     if not 1 <= count <= _MOST_DIMENSIONS:
         head.refuse(f"{what} has {count} dimensions; 1 to {_MOST_DIMENSIONS} are read")

@@ -79,3 +79,5 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 # Where general.alignment says nothing.
 ALIGNMENT = 32
+# That of the blocks' layouts, in general.quantization_version.
+QUANTIZATION_VERSION = 2

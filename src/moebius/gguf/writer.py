@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from moebius.errors import StorageError
 from moebius.files import Ours, begins_with, write_file
@@ -150,15 +150,14 @@ def _value(value: Value) -> bytes:
     return struct.pack("<IIQ", ARRAY, kind, len(value)) + struct.pack(form, *value)
 
 
-def _number_type(values: Sequence[object], *, scalar: bool) -> int:
+def _number_type(values: Sequence[Any], *, scalar: bool) -> int:
     """The narrowest of the usual types that holds them all."""
-    if all(isinstance(each, bool) for each in values) and values:
+    if values and all(isinstance(each, bool) for each in values):
         return BOOL
     if any(isinstance(each, float) for each in values):
         return _F32
-    whole = [int(str(each)) for each in values]
-    low = min(whole, default=0)
-    high = max(whole, default=0)
+    low = min(values, default=0)
+    high = max(values, default=0)
     if scalar and low >= 0 and high < 2**32:
         return _U32
     if low >= -(2**31) and high < 2**31:

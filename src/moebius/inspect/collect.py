@@ -4,10 +4,9 @@ Memory does not grow with the text. Shape legend: S steps, M layers with a route
 step, E experts, K experts a token, X tracked vocabulary, C kinds of text.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +20,13 @@ from moebius.moe.router import Router, Routing
 from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference.routing import router_probabilities
+from moebius.progress import Progress, silent
 
 # Counters that the vocabulary may take, two of 4 bytes each: the commonest ids have them.
 _VOCABULARY_COUNTERS = 2**25
 _NEVER = torch.iinfo(torch.int32).max
 # How often an id must occur to be tracked (OLMoE, arXiv 2409.02060 section 5.4).
 _OFTEN = 10
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
-"""Gets what is done and how many steps of it there are; gives what to call after each."""
-
-
-def silent(what: str, total: int) -> AbstractContextManager[Callable[[], Any]]:
-    """No progress shown."""
-    return nullcontext(lambda: None)
 
 
 def routers(decoder: Decoder) -> dict[int, Router]:
@@ -195,7 +187,7 @@ def collect(
         # A hook sees a router's input while it is there; those of all layers together are large.
         for m, router in enumerate(found.values()):
             stack.callback(router.register_forward_hook(partial(tally.see, m)).remove)
-        on_step = stack.enter_context(progress("inspecting", len(starts)))
+        advance = stack.enter_context(progress("inspecting", len(starts)))
         for start in starts:
             tokens_T = rows.tokens_N[start : start + step].to(device)
             document_T = rows.document_N[start : start + step].to(device)
@@ -203,5 +195,5 @@ def collect(
             routings = forward(decoder, tokens_T, document_T)
             if against is not None:
                 tally.compare(routings, forward(against, tokens_T, document_T))
-            on_step()
+            advance(1)
     return tally

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moebius.errors import ConfigError
 from moebius.files import begins_with, check_target, json_text, make_directory, signed, write_file
-from moebius.inspect.collect import Progress, Tally, collect, routers, silent
+from moebius.inspect.collect import Tally, collect, routers
 from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document, Rows, make_rows
 from moebius.inspect.summary import (
@@ -35,6 +35,7 @@ from moebius.models.store.load import load_decoder
 from moebius.moe.health import max_violation_floor
 from moebius.ops import select_ops
 from moebius.ops.threads import TorchThreads, default_threads
+from moebius.progress import Progress, silent
 from moebius.quantize.cached import Quantized
 from moebius.text import Tokenizer, load_text
 

@@ -14,7 +14,6 @@ from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.layer import FeedForward
 from moebius.moe.ranks import ExpertRank
 from moebius.moe.router import Router, Routing
-from moebius.nn.attention import Attention
 from moebius.nn.linear import Changes, Embedding, Linear, ParameterModule, RMSNorm
 from moebius.nn.mixer import MixerModule, Past
 from moebius.nn.rope import Positions
@@ -122,17 +121,6 @@ class Decoder(nn.Module):
             if layer.mlp is not None and layer.mlp.router is not None:
                 found[number] = layer.mlp.router
         return found
-
-    def key_offsets(self) -> list[Tensor | None]:
-        """What each layer's keys may be held less where they are held as codes; None for nothing.
-
-        Of the weights and the configuration alone, never of a request.
-        """
-        mixers = [layer.self_attn for layer in self.layers if isinstance(layer, Layer)]
-        return [
-            mixer.key_offset(self.config.context) if isinstance(mixer, Attention) else None
-            for mixer in mixers
-        ]
 
     @property
     def dtype(self) -> torch.dtype:

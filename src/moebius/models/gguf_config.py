@@ -1,7 +1,8 @@
-"""A GGUF file's keys as the config.json that they were made from, and the way back.
+"""A GGUF file's keys as the config.json that they were made from.
 
-What is not understood and could change the answer is refused, as in config.json: every key that
-stands under the architecture's name, unless it says that something is off.
+As with config.json, whatever is not understood and could change the answer is refused: any key
+under the architecture's name, unless it says that something is off. moebius.models.gguf_keys is the
+way back.
 """
 
 import math
@@ -11,7 +12,9 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError, WeightsError
+from moebius.files import short_name
 from moebius.gguf import GgufModel, GgufTensor, Value
+from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.models.family import gguf_architectures, gguf_families
 from moebius.models.gguf_architecture import GgufArchitecture, Key
 
@@ -33,7 +36,6 @@ _NEUTRAL: Mapping[str, tuple[Value, ...]] = {
 _OFF: tuple[Value, ...] = (0, "", [])
 # Where keys have nothing to do with what the model computes.
 _ELSEWHERE = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.")
-_QUANTIZATION_VERSION = 2
 # Of a head.
 _MOST_PAIRS = 2**12
 
@@ -109,7 +111,7 @@ class _Keys:
         value = self.get(key, wanted)
         unsaid = value == 0 and not isinstance(value, bool)
         if value != wanted and not unsaid:
-            raise self.wrong(key, f"is {value!r}; {wanted!r} is what is supported here")
+            raise self.wrong(key, f"is {value!r}; only {wanted!r} is supported")
 
     def finish(self) -> list[str]:
         """The keys that were not read and change nothing.
@@ -135,8 +137,7 @@ class _Keys:
 def gguf_config(model: GgufModel) -> GgufConfig:
     """Raises ConfigError naming the file and the key that is wrong, or is not supported, and
     WeightsError for a file without an embedding."""
-    first = model.files[0].path
-    where = f"{first.parent.name}/{first.name}"
+    where = short_name(model.files[0].path)
     model_type, architecture = _family(model.metadata, where)
     keys = _Keys(model.metadata, architecture.name, where)
     config = {"model_type": model_type, **architecture.fixed}
@@ -185,11 +186,11 @@ def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchite
             f"{where}: general.architecture {name!r} is not supported; supported are "
             f"{', '.join(gguf_architectures())}"
         )
-    version = metadata.get("general.quantization_version", _QUANTIZATION_VERSION)
-    if version != _QUANTIZATION_VERSION:
+    version = metadata.get("general.quantization_version", QUANTIZATION_VERSION)
+    if version != QUANTIZATION_VERSION:
         raise ConfigError(
-            f"{where}: general.quantization_version is {version!r}; its blocks are other ones "
-            f"than those of version {_QUANTIZATION_VERSION}"
+            f"{where}: general.quantization_version is {version!r}; only the blocks of version "
+            f"{QUANTIZATION_VERSION} can be read: convert the model again with today's llama.cpp"
         )
     sparse = bool(metadata.get(f"{name}.expert_count"))
     # Of those that a file does not tell apart, the one that the architecture has its name from.
@@ -236,7 +237,7 @@ def yarn_attention(factor: float) -> float:
 def _embedding(model: GgufModel, where: str) -> GgufTensor:
     embedding = model.tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
-        raise WeightsError(f"{where}: there is no matrix {EMBEDDING}")
+        raise WeightsError(f"{where}: the matrix {EMBEDDING} is missing")
     return embedding
 
 
@@ -246,7 +247,7 @@ def _rope_divisors(model: GgufModel, where: str) -> tuple[float, ...] | None:
     if tensor is None:
         return None
     if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_PAIRS:
-        raise WeightsError(f"{where}: {ROPE_DIVISORS} is no vector of F32, one for each pair")
+        raise WeightsError(f"{where}: {ROPE_DIVISORS} must be a vector of F32")
     try:
         with tensor.file.open("rb") as file:
             file.seek(tensor.start)
@@ -255,5 +256,5 @@ def _rope_divisors(model: GgufModel, where: str) -> tuple[float, ...] | None:
     except (OSError, struct.error) as cause:
         raise WeightsError(f"{where}: {ROPE_DIVISORS} cannot be read: {cause}") from None
     if not all(0 < each < math.inf for each in found):
-        raise WeightsError(f"{where}: {ROPE_DIVISORS} holds what divides no frequency")
+        raise WeightsError(f"{where}: {ROPE_DIVISORS} must hold positive finite numbers")
     return None if set(found) == {1.0} else found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from moebius.errors import ConfigError
-from moebius.gguf import Part
+from moebius.gguf import first_file
 
 # Projectors of images, which lie beside the models that they are for.
 _NO_MODEL = "mmproj"
@@ -15,7 +15,7 @@ _NO_MODEL = "mmproj"
 class GgufChoice:
     """One model: a file, or all those that it was split into.
 
-    name    of the first, as its directory or repository has it
+    name    the first file's, as its directory or repository has it
     """
 
     name: str
@@ -28,13 +28,12 @@ class GgufChoice:
 
 
 def gguf_choices(sizes: Mapping[str, int]) -> list[GgufChoice]:
-    """The models of files by their names, which say how they were split, and sizes in bytes."""
+    """The models that these files are, by their names; sizes in bytes."""
     found: dict[str, list[str]] = {}
     for name in sorted(sizes):
         path = PurePosixPath(name)
         if path.suffix == ".gguf" and not path.name.startswith(_NO_MODEL):
-            part = Part.of(path.name)
-            first = name if part is None else str(path.with_name(part.name(1)))
+            first = str(path.with_name(first_file(path.name)))
             found.setdefault(first, []).append(name)
     return [
         GgufChoice(first, tuple(files), sum(sizes[file] for file in files))
@@ -43,8 +42,10 @@ def gguf_choices(sizes: Mapping[str, int]) -> list[GgufChoice]:
 
 
 def chosen(choices: list[GgufChoice], wanted: str | None, where: str) -> GgufChoice:
-    """The one that `wanted` is the name of, or a part that no other name has; None for the only
-    one. Raises ConfigError that lists them."""
+    """The one whose name `wanted` is, or is a part of; where it is None, the only one.
+
+    Raises ConfigError, which lists them, where none fits or several do.
+    """
     listed = ", ".join(map(str, choices))
     if not choices:
         raise ConfigError(f"{where} holds no GGUF file")

@@ -13,6 +13,7 @@ from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig, frequencies
 
 _WINDOWS = ("sliding_window", "use_sliding_window")
+_ADVICE = "load the model with --quantization instead"
 
 
 class GgufKeys(NamedTuple):
@@ -32,7 +33,7 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     config = model_config(config_json)
     architecture = family(config.model_type).gguf
     if architecture is None:
-        raise ConfigError(f"GGUF files hold no {config.model_type} models")
+        raise ConfigError(f"GGUF files hold no {config.model_type} models; {_ADVICE}")
     reader = config_reader(config_json)
     _check_fixed(architecture, config, reader)
     keys: dict[str, int | float | bool | str]
@@ -65,7 +66,10 @@ def _rope(config: ModelConfig) -> RopeConfig:
     ropes = {mixer.rope for mixer in config.mixers if isinstance(mixer, GQA)}
     rope = ropes.pop() if ropes else None
     if rope is None or ropes:
-        raise ConfigError(f"GGUF files hold no {config.model_type} model whose layers turn apart")
+        raise ConfigError(
+            f"GGUF files hold no {config.model_type} models whose layers have different rotary "
+            f"embeddings; {_ADVICE}"
+        )
     return rope
 
 
@@ -74,13 +78,16 @@ def _check_fixed(architecture: GgufArchitecture, config: ModelConfig, reader: Co
     windows = [mixer.window for mixer in config.mixers if isinstance(mixer, GQA)]
     # One as long as the context cuts nothing off.
     if any(window is not None and window < config.context for window in windows):
-        raise ConfigError(f"llama.cpp has no sliding window for {architecture.name}")
+        raise ConfigError(
+            f"this model has a sliding window, but llama.cpp has none for {architecture.name}; "
+            f"{_ADVICE}"
+        )
     for key, wanted in architecture.fixed.items():
         value = reader.get(key)
         if key not in _WINDOWS and (value or None) != (wanted or None):
             raise ConfigError(
                 f"{key} is {value!r}, but llama.cpp takes {wanted!r} for granted of "
-                f"{architecture.name}"
+                f"{architecture.name}; {_ADVICE}"
             )
 
 
@@ -94,7 +101,7 @@ def _rope_keys(rope: RopeConfig) -> dict[str, int | float | str]:
     }
     if rope.scaling == "yarn":
         if not rope.truncate:
-            raise ConfigError("rope truncate is false, which llama.cpp's yarn has not")
+            raise ConfigError(f"rope truncate is false, but llama.cpp's yarn truncates; {_ADVICE}")
         _, attention = frequencies(rope, 2)
         keys |= {
             "rope.scaling.original_context_length": rope.original_max_position,

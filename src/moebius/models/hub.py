@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moebius.errors import ConfigError
-from moebius.gguf import Part, is_gguf
+from moebius.gguf import first_file, is_gguf
 from moebius.models.gguf_files import chosen, gguf_choices
 
 Found = TypeVar("Found")
@@ -38,9 +38,9 @@ _NOT_FILES = ["consolidated*.safetensors", "*/*.safetensors"]
 class ModelSource:
     """A model as it was asked for, and where its files are: see `find_model`.
 
-    file        the GGUF file that was asked for of several
     path        a directory, or a GGUF file
-    tokenizer   where another tokenizer than its own is, in a directory or a GGUF file
+    tokenizer   the directory or GGUF file of a tokenizer that is used instead of the model's
+    file        which of several GGUF files was asked for
     """
 
     name: str
@@ -70,13 +70,11 @@ def resolve_model(name: str, file: str | None = None) -> Path:
     if path is not None and path.is_file():
         if file is not None:
             raise ConfigError(f"--file {file} chooses among a directory's files; {name} is one")
-        part = Part.of(path.name)
-        return path if part is None else path.with_name(part.name(1))
+        return path.with_name(first_file(path.name))
     if path is not None:
         return _of_directory(path, name, file)
-    path = _bundled() if name == BUNDLED and file is None else None
-    if path is not None:
-        return path
+    if name == BUNDLED:
+        return _of_directory(_bundled(), name, file)
     _check_hub_id(name)
     return _of_repository(name, file)
 
@@ -254,9 +252,9 @@ def _why(cause: Exception) -> str:
         )
     if constants.HF_HUB_OFFLINE:
         kept = (
-            "holds a part of it only"
+            "holds only a part of it"
             if isinstance(cause, IncompleteSnapshotError)
-            else "has it not"
+            else "does not have it"
         )
         return f"HF_HUB_OFFLINE is set, and the cache in {constants.HF_HUB_CACHE} {kept}"
     lines = [line.removeprefix("Got: ") for line in str(cause).splitlines() if line.strip()]

@@ -16,7 +16,7 @@ from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, ParameterModule, RMSNorm
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Feature, Operation, Pair, PreparedLinear, Use
+from moebius.ops import Feature, Operation, PreparedLinear, Rotation, Use
 from moebius.ops.cache_spec import CacheSpec, key_value_spec
 
 QKNorm = Literal["none", "head", "full"]
@@ -147,7 +147,7 @@ class GQA:
 class Attends(Protocol):
     """A past of keys and values: what `Attention` asks of whoever runs a step."""
 
-    def attend(self, attention: "Attention", qkv_TI: Tensor, rotation: Pair) -> Tensor:
+    def attend(self, attention: "Attention", qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, value size): each row's heads, as they were projected, over the keys and values
         that it may see, its own among them. `rotation` is cos and sin (T, R) of the rows."""
 
@@ -161,7 +161,6 @@ class Attention(ParameterModule):
         self.layer = place.layer
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
-        self.interleaved = spec.rope is not None and spec.rope.interleaved
         self.scale = spec.score_scale
         self._projections: PreparedLinear | None = None
 
@@ -201,27 +200,6 @@ class Attention(ParameterModule):
         if spec.clip_qkv is not None:
             qkv_TI = self.ops.clip(qkv_TI, spec.clip_qkv)
         return qkv_TI
-
-    def key_offset(self, context: int) -> Tensor | None:
-        """What codes of keys may be made less, (G, N) in float32: a part that all keys have.
-
-        Keys with large biases (Qwen2) would waste most of their codes on it. A bias turns with the
-        position; its slow pairs hardly do, in which large ones lie, as models use them for what
-        matters at any distance. Fast ones average to nothing. None where keys have no bias, or are
-        normed behind it, which bounds them.
-        """
-        bias = self.k_proj.bias
-        if bias is None or self.k_norm is not None:
-            return None
-        bias_1GN = bias.detach().float().view(1, self.spec.num_kv_heads, self.spec.head_dim)
-        cos_1R, sin_1R = self.rotary.lasting(context)
-        turned = self.ops.rotary(
-            bias_1GN,
-            cos_1R.to(bias.device),
-            sin_1R.to(bias.device),
-            interleaved=self.interleaved,
-        )
-        return turned[0].contiguous()
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:
         """What attention adds to the residual stream (T, D)."""

@@ -4,13 +4,11 @@ Shape legend: T = R * L tokens in R rows of L; G key/value heads, S query heads 
 H = G * S; N head size; B queries of a block, K keys up to its end.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from moebius.nn.attention import Attention
-from moebius.ops import Pair
+from moebius.ops import Rotation
 from moebius.ops.reference import visible
 
 # Queries of a row that are attended at a time: keys after them are never touched.
@@ -42,7 +40,7 @@ class PackedPast:
             self._biases[window] = nothing_RLL.masked_fill(~seen_RLL, torch.finfo(like.dtype).min)
         return self._biases[window]
 
-    def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Pair) -> Tensor:
+    def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         """See moebius.nn.attention.Attends."""
         spec = attention.spec
         q_THN, k_TGN, v_TGN = _heads(attention, qkv_TI, rotation)
@@ -73,7 +71,9 @@ class PackedPast:
         return out_RGLSN.transpose(1, 2).reshape(len(q_THN), spec.num_heads, size)
 
 
-def _heads(attention: Attention, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(
+    attention: Attention, qkv_TI: Tensor, rotation: Rotation
+) -> tuple[Tensor, Tensor, Tensor]:
     """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
     spec = attention.spec
     q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_size, spec.k_size, spec.v_size], dim=1)
@@ -85,8 +85,8 @@ def _heads(attention: Attention, qkv_TI: Tensor, rotation: Pair) -> tuple[Tensor
         q_norm, k_norm = attention.head_norms
         q_THN = q_norm(q_THN.contiguous())
         k_TGN = k_norm(k_TGN.contiguous())
-    rotary = partial(attention.ops.rotary, interleaved=attention.interleaved)
-    return rotary(q_THN, *rotation), rotary(k_TGN, *rotation), v_TGN
+    rotary = attention.ops.rotary
+    return rotary(q_THN, rotation), rotary(k_TGN, rotation), v_TGN
 
 
 def _attend(

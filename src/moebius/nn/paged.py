@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from moebius.nn.attention import Attention
-from moebius.ops import AttentionPlan, LayerCache, Ops, Pair
+from moebius.ops import AttentionPlan, LayerCache, Ops, Rotation
 from moebius.ops.steps import Step
 
 
@@ -39,13 +39,12 @@ class PagedPast:
             self._plans[key] = self._ops.plan_attention(step, self._block_size, window)
         return self._plans[key]
 
-    def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Pair) -> Tensor:
+    def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         """See moebius.nn.attention.Attends."""
         spec = attention.spec
         cache = self._caches[attention.layer]
         group = self._groups[attention.layer]
         slots = self._step.of(group).slot_mapping
-        cos_TR, sin_TR = rotation
         q_weight = k_weight = None
         eps = 0.0
         if attention.head_norms is not None:
@@ -53,17 +52,7 @@ class PagedPast:
             q_weight = q_norm.weight
             k_weight = k_norm.weight
             eps = q_norm.eps
-        q_THN = self._ops.rotate_and_store(
-            qkv_TI,
-            cos_TR,
-            sin_TR,
-            cache,
-            slots,
-            q_weight,
-            k_weight,
-            eps,
-            interleaved=attention.interleaved,
-        )
+        q_THN = self._ops.rotate_and_store(qkv_TI, rotation, cache, slots, q_weight, k_weight, eps)
         return self._ops.paged_attention(
             q_THN,
             cache,

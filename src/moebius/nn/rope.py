@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moebius.errors import ConfigError
-from moebius.ops import Ops, Pair
+from moebius.ops import Ops, Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,37 +138,22 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 class Rotary:
-    """cos and sin of a step's positions for all layers with this rope; None turns nothing."""
+    """The rotation of a step's positions for all layers with this rope; None turns nothing."""
 
     def __init__(self, rope: RopeConfig | None, head_dim: int, ops: Ops) -> None:
         self._ops = ops
         self._inverse_R = torch.empty(0, dtype=torch.float32, device="cpu")
         self._factor = 1.0
+        self._interleaved = rope is not None and rope.interleaved
         if rope is not None:
             self._inverse_R, self._factor = frequencies(rope, head_dim)
 
-    def __call__(self, positions_T: Tensor) -> Pair:
-        """cos and sin (T, R)."""
+    def __call__(self, positions_T: Tensor) -> Rotation:
+        """How rows at these positions turn."""
         if self._inverse_R.device != positions_T.device and not positions_T.is_meta:
             self._inverse_R = self._inverse_R.to(positions_T.device)
-        return self._ops.rotation(positions_T, self._inverse_R, self._factor)
-
-    def lasting(self, context: int) -> Pair:
-        """cos and sin (1, R), averaged over positions up to `context`: what of a turned vector
-        stays where it is.
-
-        Each order of magnitude counts alike, as do sequences of 100 tokens and of 10,000: for pairs
-        that turn by less than a radian in most sequences it is 1 and 0 or close, for fast ones 0.
-        """
-        positions_P = torch.linspace(0, math.log(context), 1024, dtype=torch.float64).exp() - 1
-        angles_PR = positions_P.unsqueeze(1) * self._inverse_R.double().cpu()
-
-        def mean(x_PR: Tensor) -> Tensor:
-            # Coarse enough for no other library's last bits to matter.
-            coarse_1R = (x_PR.mean(0, keepdim=True) * 4096).round() / 4096
-            return (coarse_1R * self._factor).float()
-
-        return mean(angles_PR.cos()), mean(angles_PR.sin())
+        cos_TR, sin_TR = self._ops.rotation(positions_T, self._inverse_R, self._factor)
+        return Rotation(cos_TR, sin_TR, self._interleaved)
 
 
 class Positions:
@@ -176,10 +161,10 @@ class Positions:
 
     def __init__(self, positions_T: Tensor) -> None:
         self.positions_T = positions_T
-        self._rotations: dict[Rotary, Pair] = {}
+        self._rotations: dict[Rotary, Rotation] = {}
 
-    def rotation(self, rotary: Rotary) -> Pair:
-        """cos and sin (T, R)."""
+    def rotation(self, rotary: Rotary) -> Rotation:
+        """How the step's rows turn."""
         if rotary not in self._rotations:
             self._rotations[rotary] = rotary(self.positions_T)
         return self._rotations[rotary]

@@ -17,7 +17,7 @@ from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.select import select_ops
-from moebius.ops.steps import ExpertWeights, Pair, RouterTally
+from moebius.ops.steps import ExpertWeights, Pair, Rotation, RouterTally
 from moebius.ops.weights import Matrix, Weight
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Pair",
     "PreparedExperts",
     "PreparedLinear",
+    "Rotation",
     "RouterTally",
     "Shaping",
     "Use",

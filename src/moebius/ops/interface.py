@@ -22,7 +22,7 @@ from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, Pre
 from moebius.ops.program import Given, Program, Trace
 from moebius.ops.sampling import SamplerOps
 from moebius.ops.sources import Source, Wanted
-from moebius.ops.steps import ExpertWeights, Pair, RouterTally, Step
+from moebius.ops.steps import ExpertWeights, Pair, Rotation, RouterTally, Step
 from moebius.ops.weights import Weight
 
 
@@ -167,13 +167,10 @@ class Ops(SamplerOps):
         """
 
     @abstractmethod
-    def rotary(
-        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
-    ) -> Tensor:
-        """Rotate the first 2R of a head's N values, pairing i with i + R (arXiv 2104.09864).
+    def rotary(self, x_THN: Tensor, rotation: Rotation) -> Tensor:
+        """Rotate the first 2R of a head's N values in pairs (arXiv 2104.09864).
 
-        interleaved: pairing 2i with 2i + 1. cos_TR, sin_TR: float32. Inside in float32, rounded
-        once.
+        Inside in float32, rounded once.
         """
 
     @abstractmethod
@@ -225,15 +222,12 @@ class Ops(SamplerOps):
     def rotate_and_store(
         self,
         qkv_TI: Tensor,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
+        rotation: Rotation,
         cache: LayerCache,
         slot_mapping_T: Tensor,
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
-        *,
-        interleaved: bool = False,
     ) -> Tensor:
         """The step's queries (T, H, N); its keys and values go to the cache.
 

@@ -14,6 +14,17 @@ from moebius.ops.weights import Weight, planes_of
 Pair = tuple[Tensor, Tensor]
 
 
+class Rotation(NamedTuple):
+    """How the heads of each row turn: cos and sin (T, R) float32 of its pairs' angles.
+
+    interleaved   a head's values 2i and 2i + 1 are a pair; else i and i + R
+    """
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    interleaved: bool = False
+
+
 class ExpertWeights(NamedTuple):
     """One layer's experts: one weight an expert, so that nothing mapped is stacked or copied.
 

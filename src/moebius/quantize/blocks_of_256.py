@@ -10,7 +10,9 @@ what comes of its error.
 Suffixes: N blocks, S their sub-blocks, P numbers of a sub-block, E = S * P = 256, Y bytes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,8 +58,7 @@ def _in_rows(codes_PNS: Tensor) -> Tensor:
     return codes_PNS.to(torch.uint8).permute(1, 2, 0).reshape(codes_PNS.shape[1], -1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Affine:
+class _Affine(NamedTuple):
     """x = (d * scale) * code - least * minimum, with small integers as scales and minima."""
 
     d_N: Tensor
@@ -67,18 +68,37 @@ class _Affine:
     codes_PNS: Tensor
     error_N: Tensor
 
-    def or_better(self, other: "_Affine") -> "_Affine":
-        """Of each block what has the smaller error."""
-        better_N = other.error_N < self.error_N
-        better_N1 = better_N.unsqueeze(1)
-        return _Affine(
-            torch.where(better_N, other.d_N, self.d_N),
-            torch.where(better_N, other.least_N, self.least_N),
-            torch.where(better_N1, other.scale_NS, self.scale_NS),
-            torch.where(better_N1, other.minimum_NS, self.minimum_NS),
-            torch.where(better_N1, other.codes_PNS, self.codes_PNS),
-            torch.where(better_N, other.error_N, self.error_N),
+
+class _Scaled(NamedTuple):
+    """x = (d * scale) * level, with small integers of either sign as scales."""
+
+    d_N: Tensor
+    scale_NS: Tensor
+    levels_PNS: Tensor
+    error_N: Tensor
+
+
+_Fit = TypeVar("_Fit", _Affine, _Scaled)
+
+
+def _refined(first: _Fit, turn: Callable[[_Fit], _Fit]) -> _Fit:
+    """Of each block the best of the first fit and of what turns make of it."""
+    best = first
+    for _ in range(_TURNS):
+        best = _better(best, turn(best))
+    return best
+
+
+def _better(one: _Fit, other: _Fit) -> _Fit:
+    """Of each block the fit with the smaller error."""
+    better_N = other.error_N < one.error_N
+    better_N1 = better_N.unsqueeze(1)
+    return type(one)(
+        *(
+            torch.where(better_N if mine.ndim == 1 else better_N1, theirs, mine)
+            for mine, theirs in zip(one, other, strict=True)
         )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +116,10 @@ class _AffineSearch:
         minimum_NS = -_per_sub_block(best.low_M, x_PNS)
         d_N = self.blocks.rounded(scale_NS.amax(dim=1) / self.units)
         least_N = self.blocks.rounded(minimum_NS.amax(dim=1) / self.units)
-        result = self._with(
+        first = self._with(
             d_N, least_N, self._whole(scale_NS, d_N), self._whole(minimum_NS, least_N)
         )
-        for _ in range(_TURNS):
-            result = result.or_better(self._turn(result))
-        return result
+        return _refined(first, self._turn)
 
     def _whole(self, numbers_NS: Tensor, unit_N: Tensor) -> Tensor:
         """Numbers in units, as far as integers go."""
@@ -161,27 +179,6 @@ def _affine(x_NE: Tensor, size: int, most: int, units: int, steps: int) -> tuple
 
 
 @dataclass(frozen=True, slots=True)
-class _Scaled:
-    """x = (d * scale) * level, with small integers of either sign as scales."""
-
-    d_N: Tensor
-    scale_NS: Tensor
-    levels_PNS: Tensor
-    error_N: Tensor
-
-    def or_better(self, other: "_Scaled") -> "_Scaled":
-        """Of each block what has the smaller error."""
-        better_N = other.error_N < self.error_N
-        better_N1 = better_N.unsqueeze(1)
-        return _Scaled(
-            torch.where(better_N, other.d_N, self.d_N),
-            torch.where(better_N1, other.scale_NS, self.scale_NS),
-            torch.where(better_N1, other.levels_PNS, self.levels_PNS),
-            torch.where(better_N, other.error_N, self.error_N),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class _ScaleSearch:
     """Levels, and scales from -`units` to `units` - 1."""
 
@@ -197,10 +194,7 @@ class _ScaleSearch:
         scale_NS = _per_sub_block(best_M, x_PNS)
         largest_N = scale_NS.gather(1, scale_NS.abs().argmax(dim=1, keepdim=True))[:, 0]
         d_N = self.blocks.rounded(largest_N / -self.units)
-        result = self._with(d_N, self._whole(scale_NS, d_N))
-        for _ in range(_TURNS):
-            result = result.or_better(self._turn(result))
-        return result
+        return _refined(self._with(d_N, self._whole(scale_NS, d_N)), self._turn)
 
     def _whole(self, scale_NS: Tensor, d_N: Tensor) -> Tensor:
         whole_NS = (scale_NS * inverse(d_N).unsqueeze(1)).round_()

@@ -15,15 +15,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
-from moebius.files import anyone, make_directory
+from moebius.errors import ConfigError, StorageError
+from moebius.files import anyone
 from moebius.gguf.reader import Value
+from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, lay_out, write_gguf
 from moebius.models.store import Checkpoint, Store, StoredTensor, fingerprint
+from moebius.models.store.gguf import block_type
+from moebius.progress import Progress, silent
 from moebius.quantize.encode import VERSION
 from moebius.quantize.recipe import Recipe, format_of, recipe
-from moebius.quantize.rows import Progress, Rows, block_type, silent
+from moebius.quantize.rows import Rows
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +36,20 @@ _STAMPS = 2**29
 
 
 def cache_directory() -> Path:
-    """Where such files are kept."""
-    return Path.home() / ".cache" / "moebius" / "quantized"
+    """Where such files are kept: in XDG_CACHE_HOME, or else in the user's .cache.
+
+    As the XDG Base Directory Specification has it, a relative path is no answer. Raises ConfigError
+    for a user without a home.
+    """
+    told = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        caches = Path(told) if os.path.isabs(told) else Path.home() / ".cache"
+    except RuntimeError:
+        raise ConfigError(
+            "--quantization keeps its files in your home's .cache, and there is no home; set "
+            "XDG_CACHE_HOME to a directory for them"
+        ) from None
+    return caches / "moebius" / "quantized"
 
 
 class QuantizedStore(Store):
@@ -96,12 +112,11 @@ class Quantized:
     def make(self, progress: Progress = silent) -> None:
         """Have the file be there, and whole.
 
-        Who comes while another process makes it waits for that. Raises StorageError where it cannot
-        be written, WeightsError for numbers that no format holds.
+        While another process makes it, this one waits. Raises StorageError where it cannot be
+        written, WeightsError for numbers that no format holds.
         """
         if self._is_there():
             return
-        make_directory(self.file.parent)
         with _locked(self.file.with_suffix(".lock")):
             if not self._is_there():
                 self._clear()
@@ -115,21 +130,21 @@ class Quantized:
     def _write(self, progress: Progress) -> None:
         formats = _formats(self.original, self.recipe)
         # A warning, because whoever waits for a minute wants to know what for.
-        text = "%s is quantized to %s, this once; it is kept as %s"
+        text = "%s is quantised to %s, this once; it is kept as %s"
         log.warning(text, self.original.path.name, self.recipe.name, self.file)
         with Rows() as rows:
             tensors = _to_write(self.original, formats, rows)
             total = sum(tensor.nbytes for tensor in tensors)
-            with progress(f"quantizing to {self.recipe.name}", total) as written:
+            with progress(f"quantising to {self.recipe.name}", total) as written:
                 metadata = _metadata(self.recipe)
                 write_gguf(self.file, metadata, tensors, ours=anyone, written=written)
         stamp = _stamp(self.file)
         os.utime(self.file, ns=(stamp, stamp))
 
     def _is_there(self) -> bool:
-        """Whether the file is as it was made; one that is not is told of, and made anew.
+        """Whether the file is as it was made; the log tells of one that is not.
 
-        Whoever writes to it since has left another time of modification.
+        Whoever has written to it since has left another time of modification.
         """
         try:
             found = self.file.stat()
@@ -155,7 +170,7 @@ def _metadata(recipe: Recipe) -> dict[str, Value]:
         "general.architecture": "moebius",
         "general.description": f"a checkpoint's own tensors as {recipe.name}, kept by Moebius",
         "general.file_type": recipe.file_type,
-        "general.quantization_version": 2,
+        "general.quantization_version": QUANTIZATION_VERSION,
         "moebius.quantizer": VERSION,
     }
 
@@ -193,10 +208,29 @@ def _stamp(file: Path) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among processes, where the system has such locks; it ends with its process."""
-    with path.open("w") as file:
-        with suppress(ImportError, OSError):
-            import fcntl
+    """Alone among processes, where the system has such locks; one ends with its process.
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+    Raises StorageError where the file of the lock cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise StorageError(
+            f"{path.parent} cannot be written to: {error.strerror}; set XDG_CACHE_HOME to a "
+            "directory that can"
+        ) from None
+    with file:
+        with suppress(ImportError, OSError):
+            _lock(file)
         yield
+
+
+def _lock(file: TextIO) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("another process is making the same file; this one waits for it")
+        fcntl.flock(file, fcntl.LOCK_EX)

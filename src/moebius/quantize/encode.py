@@ -11,7 +11,7 @@ from moebius.ops.formats import FORMATS, BlockFormat
 from moebius.quantize import blocks_of_32, blocks_of_256
 
 VERSION = 1
-"""Of what these functions give: another one where any of them gives other bytes."""
+"""A new one whenever any of these functions gives other bytes."""
 
 Encode = Callable[[Tensor], Tensor]
 """Blocks (N, elements) float32 into their bytes (N, nbytes) uint8."""
@@ -39,7 +39,7 @@ _PIECE = 2**17
 
 
 def block_format(name: str) -> BlockFormat:
-    """A format that there is a quantiser for."""
+    """The format of this name, which ENCODERS has."""
     found = FORMATS[name]
     assert name in ENCODERS and isinstance(found, BlockFormat), f"nothing makes {name}"
     return found

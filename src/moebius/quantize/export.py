@@ -1,7 +1,7 @@
 """A model as a GGUF file that llama.cpp loads: its names, its keys, its order of rows."""
 
 import struct
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moebius.errors import ConfigError
-from moebius.files import Ours, check_target
+from moebius.files import Ours, anyone, check_target
 from moebius.gguf.reader import Value
+from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, gguf_file, write_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.gguf_architecture import pair_rows
@@ -18,19 +19,20 @@ from moebius.models.gguf_config import ROPE_DIVISORS
 from moebius.models.gguf_keys import gguf_keys
 from moebius.models.layout import Source, sources
 from moebius.models.store import Checkpoint, StoredTensor, open_checkpoint
-from moebius.models.store.gguf import GgufStore
+from moebius.models.store.gguf import GgufStore, block_type
 from moebius.ops.formats import Dense, format_named
+from moebius.progress import Progress, silent
 from moebius.quantize.recipe import PLAIN, RECIPES, Recipe, format_of, recipe
-from moebius.quantize.rows import Progress, Rows, block_type, silent
+from moebius.quantize.rows import Rows
 from moebius.quantize.vocabulary import vocabulary_metadata
 
-# Of what is no matrix, and of what chooses experts.
+# The format of what is no matrix, and of routers.
 _KEPT = "float32"
-_QUANTIZATION_VERSION = 2
 
 
-class Part(NamedTuple):
-    """Rows of a tensor to be: where they come from, from which row on, and in which order."""
+class RowRange(NamedTuple):
+    """Rows of a stored tensor, from `first` on; order: which of them stands where, None for all
+    where they are."""
 
     stored: StoredTensor
     first: int
@@ -40,12 +42,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor to be."""
+    """A tensor of the file, and the rows that it is made of."""
 
     name: str
     shape: tuple[int, ...]
     format: str
-    parts: tuple[Part, ...]
+    parts: tuple[RowRange, ...]
 
     def to_write(self, rows: Rows) -> TensorToWrite:
         return TensorToWrite(
@@ -57,19 +59,37 @@ class Target:
             yield from rows.pieces(stored, self.format, first=first, rows=count, order=order)
 
 
+@dataclass(slots=True)
+class Total:
+    """Of some tensors: how many they are, their numbers, and their bytes."""
+
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+
+    def add(self, tensor: TensorToWrite) -> None:
+        self.tensors += 1
+        self.parameters += tensor.numbers
+        self.nbytes += tensor.nbytes
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a file holds: bytes in all, numbers, and of both those of each type of tensor."""
+    """What a file holds.
+
+    nbytes    of the whole file, metadata included
+    total     of all tensors
+    by_type   of those of each type
+    """
 
     nbytes: int
-    parameters: int
-    by_type: Mapping[str, tuple[int, int, int]]
-    """Tensors, numbers and bytes."""
+    total: Total
+    by_type: Mapping[str, Total]
 
     @property
     def bits(self) -> float:
-        """A parameter's, metadata left out."""
-        return 8 * sum(nbytes for _, _, nbytes in self.by_type.values()) / self.parameters
+        """Of a parameter, metadata left out."""
+        return 8 * self.total.nbytes / self.total.parameters
 
 
 def write_model(
@@ -84,8 +104,9 @@ def write_model(
     """Write a model, a directory or a GGUF file, as a GGUF file of the named type.
 
     name: what the file calls the model. force: a GGUF file that is there may be replaced. Raises
-    ConfigError for what is no type, for a model that llama.cpp has not, and where there is a file;
-    TokenizerError for a tokenizer that such files cannot describe; WeightsError; StorageError.
+    ConfigError for an unknown type, for a model that llama.cpp does not have, and where `out` is
+    there; TokenizerError for a tokenizer that GGUF files cannot describe; WeightsError;
+    StorageError.
     """
     chosen = recipe(type_name, {**RECIPES, **PLAIN})
     _check_out(out, force=force)
@@ -107,15 +128,15 @@ def _ours(*, force: bool) -> Ours:
 def _check_out(out: Path, *, force: bool) -> None:
     if out.suffix != ".gguf":
         raise ConfigError(f"{out}: name a file that ends in .gguf")
+    check_target(out, gguf_file if force else anyone)
     if out.is_file() and not force:
         raise ConfigError(f"{out} is there already; choose another name, or add --force")
-    check_target(out, _ours(force=force))
 
 
 def _described(
     checkpoint: Checkpoint, recipe: Recipe
 ) -> tuple[dict[str, Value], list[Target], list[TensorToWrite]]:
-    """The file's keys, the model's tensors, and those that belong to keys."""
+    """The file's keys, the model's tensors, and those that say what keys cannot."""
     if isinstance(checkpoint.store, GgufStore):
         metadata = dict(checkpoint.store.metadata)
         for key in [key for key in metadata if key.startswith(("split.", "general.alignment"))]:
@@ -124,7 +145,7 @@ def _described(
         targets = _targets(checkpoint, recipe, names, permute=False)
         stored = checkpoint.store.tensors.get(ROPE_DIVISORS)
         if stored is not None:
-            whole = Part(stored, 0, stored.shape[0], None)
+            whole = RowRange(stored, 0, stored.shape[0], None)
             targets.append(Target(ROPE_DIVISORS, stored.shape, _KEPT, (whole,)))
         more = []
     else:
@@ -137,7 +158,7 @@ def _described(
         divisors = found.rope_divisors
         more = [] if divisors is None else [_vector(ROPE_DIVISORS, divisors)]
     metadata["general.file_type"] = recipe.file_type
-    metadata["general.quantization_version"] = _QUANTIZATION_VERSION
+    metadata["general.quantization_version"] = QUANTIZATION_VERSION
     return metadata, targets, more
 
 
@@ -174,14 +195,14 @@ def _format(recipe: Recipe, source: Source, checkpoint: Checkpoint) -> str:
     return stored if rows_do_not_fit and isinstance(format_named(stored), Dense) else _KEPT
 
 
-def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> Part:
+def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> RowRange:
     """Where a parameter's rows lie; of a vector each number is a row."""
     vector = len(stored.shape) == 1
     rows = stored.shape[0] if vector else source.shape[0]
     first = source.start
     if source.entry is not None:
         first += source.entry * source.stored_shape[1]
-    return Part(stored, first, rows, order)
+    return RowRange(stored, first, rows, order)
 
 
 def _order(source: Source, config: ModelConfig) -> Sequence[int] | None:
@@ -199,13 +220,9 @@ def _vector(name: str, numbers: Sequence[float]) -> TensorToWrite:
 
 
 def _summary(nbytes: int, tensors: Iterable[TensorToWrite]) -> Written:
-    count: Counter[str] = Counter()
-    numbers: Counter[str] = Counter()
-    stored: Counter[str] = Counter()
+    total = Total()
+    by_type: defaultdict[str, Total] = defaultdict(Total)
     for tensor in tensors:
-        kind = tensor.type.name
-        count[kind] += 1
-        numbers[kind] += tensor.numbers
-        stored[kind] += tensor.nbytes
-    by_type = {kind: (count[kind], numbers[kind], stored[kind]) for kind in count}
-    return Written(nbytes, sum(numbers.values()), by_type)
+        total.add(tensor)
+        by_type[tensor.type.name].add(tensor)
+    return Written(nbytes, total, by_type)

@@ -1,8 +1,8 @@
 """Which format each parameter of a model gets: what llama.cpp's files of these names hold.
 
-Sources: llama.cpp's src/llama-quant.cpp (2026-10), as facts. Values and down-projections of the
-first and last eighth of the layers, and of every third one between, have more bits; so has what
-makes logits. Routers, norms, biases and other vectors stay as they are.
+Value and down projections have more bits in the first and last eighth of the layers and in every
+third one between; so has the matrix that makes logits. Routers, norms, biases and other vectors
+stay as they are. Source: llama.cpp's src/llama-quant.cpp (2026-10), as facts.
 """
 
 import re
@@ -33,12 +33,12 @@ _KEPT = ("mlp.router.", "mlp.shared_gate.")
 class Recipe:
     """A name that people ask for, and what it stands for.
 
-    usual      most matrices' format
-    head       that of the matrix that makes logits
-    more       that of values and down-projections in the layers that get more bits
-    experts    that of routed experts, where it is not the usual one
-    few        with eight experts (Mixtral): that of what attention puts out
-    file_type  its number in general.file_type of GGUF files, which is a label
+    usual      the format of most matrices
+    head       of the matrix that makes logits
+    more       of value and down projections in the layers that get more bits
+    experts    of routed experts, where it is not the usual one
+    few        of attention's output projections in models with eight experts (Mixtral)
+    file_type  the number in general.file_type of GGUF files, which is a label
     """
 
     name: str
@@ -74,7 +74,7 @@ PLAIN: Mapping[str, Recipe] = MappingProxyType(
 
 
 def recipe(name: str, among: Mapping[str, Recipe] = RECIPES) -> Recipe:
-    """Raises ConfigError for a name that there is not."""
+    """Raises ConfigError for an unknown name."""
     found = among.get(name)
     if found is None:
         raise ConfigError(f"there is no quantization {name!r}; there are {', '.join(among)}")
@@ -121,7 +121,7 @@ def _gets_more(layer: int, layers: int) -> bool:
 
 
 def _fitting(name: str, columns: int, instead: str | None = None) -> str | None:
-    """The format, or what rows get that are no whole blocks of it; None where nothing fits."""
+    """The format, or the one for rows that are no whole blocks of it; None where nothing fits."""
     for each in (name, instead or _BLOCKS_OF_32.get(name)):
         format = FORMATS.get(str(each))
         if isinstance(format, Dense):

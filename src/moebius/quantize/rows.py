@@ -2,9 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moebius.errors import WeightsError
-from moebius.gguf.types import TENSOR_TYPES, BlockType
+from moebius.files import short_name
 from moebius.models.store.mapped import MappedFiles
-from moebius.models.store.tensors import StoredTensor, short_name
+from moebius.models.store.tensors import StoredTensor
 from moebius.ops import FORMATS, Matrix
 from moebius.ops.formats import BlockFormat, Dense, format_named
 from moebius.ops.threads import TorchThreads, default_threads
@@ -22,17 +21,6 @@ from moebius.quantize.encode import encoded
 
 # Numbers that a thread turns into bytes at a time: an expert's matrix is work for several threads.
 _PIECE = 2**17
-
-_TYPES = {each.name.lower(): each for each in TENSOR_TYPES.values()}
-_DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Gets what is done and how many bytes it is; gives what hears of bytes that are done."""
-
-
-def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
-    """No progress shown."""
-    return nullcontext(lambda nbytes: None)
 
 
 class Rows:
@@ -168,8 +156,3 @@ def _as_they_are(matrix: Matrix) -> Iterator[memoryview]:
 def _bytes(plane: Tensor) -> memoryview:
     found: memoryview = plane.contiguous().view(torch.uint8).numpy().data
     return found.cast("B")
-
-
-def block_type(format: str) -> BlockType:
-    """What GGUF files call a format."""
-    return _TYPES[_DENSE.get(format, format)]

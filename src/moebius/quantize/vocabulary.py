@@ -15,7 +15,8 @@ from moebius.gguf.reader import Value
 from moebius.text import GenerationDefaults, Tokenizer, tokenizer_from_gguf
 from moebius.text.gguf_models import merges_of_scores
 from moebius.text.gguf_pre import SPLITTINGS
-from moebius.text.gguf_vocabulary import PREFIX, Kind, read_vocabulary
+from moebius.text.gguf_values import PREFIX
+from moebius.text.gguf_vocabulary import Kind, read_vocabulary
 
 _ADVICE = (
     "a GGUF file cannot describe it; load the model with --quantization instead, which keeps its "

@@ -224,7 +224,7 @@ async def run_batch(
     out: FileIO,
     *,
     concurrency: int,
-    on_result: Callable[[], None],
+    on_result: Callable[[], object],
 ) -> int:
     """Answer `calls`, at most `concurrency` at a time, `on_result` after each; how many were
     refused or failed."""

@@ -8,7 +8,8 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from moebius.errors import TokenizerError
-from moebius.text.gguf_vocabulary import ADVICE, PREFIX, Kind, Vocabulary, shown, strings
+from moebius.text.gguf_values import PREFIX, shown, strings
+from moebius.text.gguf_vocabulary import ADVICE, Kind, Vocabulary
 from moebius.text.special_tokens import Rename
 
 Merge = tuple[str, str]

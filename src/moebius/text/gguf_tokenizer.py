@@ -18,17 +18,8 @@ from moebius.text.chat import ChatTemplate
 from moebius.text.gguf_charsmap import charsmap_normalizer
 from moebius.text.gguf_models import Built, bpe, merges_of_file, merges_of_scores, unigram
 from moebius.text.gguf_pre import SPLITTINGS, Splitting
-from moebius.text.gguf_vocabulary import (
-    ADVICE,
-    PREFIX,
-    Kind,
-    Vocabulary,
-    flag,
-    octets,
-    read_vocabulary,
-    shown,
-    text,
-)
+from moebius.text.gguf_values import PREFIX, flag, octets, shown, string
+from moebius.text.gguf_vocabulary import ADVICE, Kind, Vocabulary, read_vocabulary
 from moebius.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -68,7 +59,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 
 
 def _family(metadata: Mapping[str, object], model: str) -> str:
-    plain_text = text(metadata, f"{PREFIX}pre") in _PLAIN_TEXT_PRE
+    plain_text = string(metadata, f"{PREFIX}pre") in _PLAIN_TEXT_PRE
     return "gemma4" if model == "gpt2" and plain_text else model
 
 
@@ -77,7 +68,7 @@ def _adds_bos(metadata: Mapping[str, object], vocabulary: Vocabulary) -> bool:
         return False  # the flag says true, but the published tokenizer adds none: templates do
     default = vocabulary.model == "llama"
     if vocabulary.model == "gpt2":
-        splitting = SPLITTINGS.get(text(metadata, f"{PREFIX}pre") or "")
+        splitting = SPLITTINGS.get(string(metadata, f"{PREFIX}pre") or "")
         default = splitting is not None and splitting.add_bos
     return _adds(metadata, vocabulary, "bos", default)
 
@@ -98,7 +89,7 @@ def gguf_templates(metadata: Mapping[str, object]) -> dict[str, ChatTemplate]:
     for key in metadata:
         if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
             name = key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
-            source = text(metadata, key)
+            source = string(metadata, key)
             if source:
                 found[name] = ChatTemplate(source, name)
     return found
@@ -116,7 +107,7 @@ def _byte_level(metadata: Mapping[str, object], vocabulary: Vocabulary) -> Built
 
 
 def _splitting(metadata: Mapping[str, object]) -> Splitting:
-    pre = text(metadata, f"{PREFIX}pre")
+    pre = string(metadata, f"{PREFIX}pre")
     if pre is None or pre == "default":
         log.warning(
             "the file does not say how its tokenizer cuts words (%spre); it is cut as llama.cpp "

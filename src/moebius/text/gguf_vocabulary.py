@@ -7,11 +7,10 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 from moebius.errors import TokenizerError
+from moebius.text.gguf_values import PREFIX, numbers, shown, string, strings
 
-PREFIX = "tokenizer.ggml."
 ADVICE = "give the model's own with --tokenizer DIR, or put its tokenizer.json beside the file"
 
 
@@ -116,7 +115,7 @@ class Vocabulary:
 
 def read_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
     """Raises TokenizerError naming the key that is missing or wrong."""
-    model = text(metadata, f"{PREFIX}model")
+    model = string(metadata, f"{PREFIX}model")
     if model is None:
         raise TokenizerError(f"the file has no {PREFIX}model, so no tokenizer; {ADVICE}")
     tokens = _tokens(metadata)
@@ -144,53 +143,6 @@ def end_ids_by_key(metadata: Mapping[str, object]) -> frozenset[int]:
     return frozenset(i for i in ids if i is not None)
 
 
-def text(metadata: Mapping[str, object], key: str) -> str | None:
-    """A string's value, or None where there is no such key. Raises TokenizerError."""
-    value = metadata.get(key)
-    if value is not None and not isinstance(value, str):
-        raise TokenizerError(f"{key} is {shown(value)}; it must be a string")
-    return value
-
-
-def flag(metadata: Mapping[str, object], name: str) -> bool | None:
-    """The truth value of a key, or None where there is no such key. Raises TokenizerError."""
-    value = metadata.get(f"{PREFIX}{name}")
-    if value is not None and not isinstance(value, bool):
-        raise TokenizerError(f"{PREFIX}{name} is {shown(value)}; it must be true or false")
-    return value
-
-
-def strings(metadata: Mapping[str, object], name: str) -> list[str] | None:
-    """The strings of a key, or None where there is no such key. Raises TokenizerError."""
-    values = metadata.get(f"{PREFIX}{name}")
-    if values is None:
-        return None
-    if not isinstance(values, list) or not set(map(type, values)) <= {str}:
-        raise TokenizerError(f"{PREFIX}{name} must be an array of strings")
-    return values
-
-
-def octets(metadata: Mapping[str, object], name: str) -> bytes:
-    """The bytes of a key, with a sign or without; none where there is no such key.
-
-    Raises TokenizerError.
-    """
-    values = metadata.get(f"{PREFIX}{name}")
-    if values is None:
-        return b""
-    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
-        raise TokenizerError(f"{PREFIX}{name} must be an array of bytes")
-    if values and not -128 <= min(values) <= max(values) <= 255:
-        raise TokenizerError(f"{PREFIX}{name} must be an array of bytes")
-    return bytes(value & 0xFF for value in values)
-
-
-def shown(value: object) -> str:
-    """A value as an error has it: never long."""
-    whole = repr(value)
-    return whole if len(whole) <= 40 else f"{whole[:40]}..."
-
-
 def _tokens(metadata: Mapping[str, object]) -> list[str]:
     found = strings(metadata, "tokens")
     if not found:
@@ -211,24 +163,8 @@ def _tokens(metadata: Mapping[str, object]) -> list[str]:
     return tokens
 
 
-def _numbers(
-    metadata: Mapping[str, object], name: str, kinds: set[type], tokens: list[str]
-) -> list[Any] | None:
-    """One number of these types for each token. Raises TokenizerError."""
-    values = metadata.get(f"{PREFIX}{name}")
-    if values is None:
-        return None
-    if not isinstance(values, list) or not set(map(type, values)) <= kinds:
-        raise TokenizerError(f"{PREFIX}{name} must be an array of numbers")
-    if len(values) != len(tokens):
-        raise TokenizerError(
-            f"{PREFIX}{name} has {len(values)} entries for the {len(tokens)} of {PREFIX}tokens"
-        )
-    return values
-
-
 def _kinds(metadata: Mapping[str, object], tokens: list[str]) -> list[int] | None:
-    values = _numbers(metadata, "token_type", {int}, tokens)
+    values = numbers(metadata, "token_type", {int}, len(tokens))
     if values is None:
         return None
     kinds: list[int] = values.copy()
@@ -239,7 +175,7 @@ def _kinds(metadata: Mapping[str, object], tokens: list[str]) -> list[int] | Non
 
 
 def _scores(metadata: Mapping[str, object], tokens: list[str]) -> list[float] | None:
-    scores: list[float] | None = _numbers(metadata, "scores", {int, float}, tokens)
+    scores: list[float] | None = numbers(metadata, "scores", {int, float}, len(tokens))
     if scores is not None and any(map(math.isnan, scores)):
         place = next(i for i, score in enumerate(scores) if math.isnan(score))
         raise TokenizerError(f"{PREFIX}scores[{place}] is no number")

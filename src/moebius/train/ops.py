@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.moe.share import WHOLE_BATCH
-from moebius.ops import Pair
+from moebius.ops import Pair, Rotation
 from moebius.ops.reference import ReferenceOps
 
 # Rows whose logits exist at a time.
@@ -54,12 +54,9 @@ class TrainingOps(ReferenceOps):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
 
-    def rotary(
-        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
-    ) -> Tensor:
+    def rotary(self, x_THN: Tensor, rotation: Rotation) -> Tensor:
         # Widened as a whole first: torch's products of mixed dtypes are not vectorised.
-        turned = super().rotary(x_THN.float(), cos_TR, sin_TR, interleaved=interleaved)
-        return turned.to(x_THN.dtype)
+        return super().rotary(x_THN.float(), rotation).to(x_THN.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -179,4 +179,4 @@ def test_what_is_saved_is_not_quantised(tmp_path: Path) -> None:
     stored = load_file(saved / "model.safetensors")
     assert stored.keys() == meant.keys()
     assert all(torch.equal(stored[name], meant[name]) for name in meant)
-    assert load_decoder(saved, F32, ops=ReferenceOps()) is not None
+    load_decoder(saved, F32, ops=ReferenceOps())

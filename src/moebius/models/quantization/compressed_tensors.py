@@ -6,7 +6,7 @@ Keys: its QuantizationConfig, QuantizationScheme and QuantizationArgs.
 from collections.abc import Mapping
 from typing import Any
 
-from moebius.models.quantization.fields import names, opened, word
+from moebius.models.quantization.fields import block_size, names, opened, word
 from moebius.models.quantization.fp8 import ACTIVATIONS
 from moebius.models.quantization.matching import Targets
 from moebius.models.quantization.record import Quantization, Rule, Scheme
@@ -156,17 +156,7 @@ def _of_kind(reader: ConfigReader, format: str, kind: tuple[str, int], strategy:
 def _block(reader: ConfigReader, strategy: str) -> tuple[int, int]:
     """Rows and columns that share a scale; 0 is all."""
     if strategy == "block":
-        block = reader.get("block_structure")
-        if isinstance(block, str):  # as it was written once: 128x128
-            block = [int(size) if size.isdigit() else 0 for size in block.split("x")]
-        good = (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(size) is int and size > 0 for size in block)
-        )
-        if not good:
-            raise reader.error(f"block_structure is {block!r}; it must be two positive integers")
-        return block[0], block[1]
+        return block_size(reader, "block_structure")
     if strategy in ("group", "tensor_group"):
         return 1, reader.integer("group_size")
     return (1, 0) if strategy == "channel" else (0, 0)

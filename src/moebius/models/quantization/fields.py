@@ -38,6 +38,22 @@ def word(reader: ConfigReader, key: str, known: Sequence[str]) -> str:
     return value.lower()
 
 
+def block_size(reader: ConfigReader, key: str) -> tuple[int, int]:
+    """Rows and columns that share a scale; as older files write them, "128x128", too."""
+    value = reader.get(key)
+    sizes = value
+    if isinstance(value, str):
+        sizes = [int(size) if size.isdecimal() else 0 for size in value.split("x")]
+    good = (
+        isinstance(sizes, list)
+        and len(sizes) == 2
+        and all(type(size) is int and size > 0 for size in sizes)
+    )
+    if not good:
+        raise reader.error(f"{key} is {value!r}; it must be two positive integers")
+    return sizes[0], sizes[1]
+
+
 def group_size(reader: ConfigReader, key: str = "group_size") -> int:
     """Columns that share a scale, a multiple of 8; -1 is the whole row, which is 0 here."""
     value = reader.get(key)

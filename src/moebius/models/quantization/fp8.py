@@ -6,7 +6,7 @@ Keys: transformers' FineGrainedFP8Config, FbgemmFp8Config and Mxfp4Config.
 from collections.abc import Mapping
 from typing import Any
 
-from moebius.models.quantization.fields import names, opened, word
+from moebius.models.quantization.fields import block_size, names, opened, word
 from moebius.models.quantization.matching import Skipped, everything
 from moebius.models.quantization.record import Quantization, Rule, Scheme
 from moebius.models.quantization.schemes import Fp8Scheme, MxFp4Scheme
@@ -38,19 +38,11 @@ def read(raw: Mapping[str, Any]) -> Quantization:
     if reader.get("scale_fmt") is not None:
         word(reader, "scale_fmt", ("ue8m0", "float"))
     skipped = names(reader, "modules_to_not_convert") + names(reader, "ignored_layers")
-    block = reader.get("weight_block_size")
-    good = block is None or (
-        isinstance(block, list)
-        and len(block) == 2
-        and all(type(size) is int and size > 0 for size in block)
-    )
-    if not good:
-        raise reader.error(
-            f"weight_block_size is {block!r}; it must be two positive integers, or null"
-        )
+    block = None
+    if reader.get("weight_block_size") is not None:
+        block = block_size(reader, "weight_block_size")
     reader.finish()
-    scheme = Fp8Scheme(None if block is None else (block[0], block[1]))
-    return all_but("fp8", skipped, scheme)
+    return all_but("fp8", skipped, Fp8Scheme(block))
 
 
 def read_fbgemm(raw: Mapping[str, Any]) -> Quantization:

@@ -4,18 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from moebius.models.quantization.fields import opened, word
+from moebius.models.quantization.matching import everything
 from moebius.models.quantization.record import Quantization, Rule
 from moebius.models.quantization.schemes import AffineScheme
 
 _WHERE = "config.json: quantization"
 _KEYS = {"bits": 4, "group_size": 64, "mode": "affine"}
-
-
-class _Any:
-    """Linear layers and embeddings."""
-
-    def __call__(self, module: str, kind: str) -> bool:
-        return True
 
 
 class _Named:
@@ -37,7 +31,7 @@ def read(raw: Mapping[str, Any]) -> Quantization:
             rules.append(Rule(_Named(name), _scheme({**usual, **value}, f"{_WHERE}: {name}")))
         elif value is False:
             rules.append(Rule(_Named(name), None))
-    rules.append(Rule(_Any(), _scheme(usual, _WHERE)))
+    rules.append(Rule(everything, _scheme(usual, _WHERE)))
     return Quantization("mlx", tuple(rules))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moebius.errors import ConfigError, WeightsError
+from moebius.files import short_name
 from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.description import Description
@@ -23,7 +24,7 @@ from moebius.models.quantization import BESIDE, Scheme
 from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
-from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor, short_name
+from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor
 from moebius.moe.ranks import ExpertRank
 
 log = logging.getLogger(__name__)

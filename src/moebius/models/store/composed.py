@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from moebius.errors import WeightsError
+from moebius.files import short_name
 from moebius.models.layout import Source
 from moebius.models.quantization import Parts, Plane, Quantization, Scheme
 from moebius.models.quantization.record import module_of
-from moebius.models.store.tensors import StoredTensor, short_name
+from moebius.models.store.tensors import StoredTensor
 
 _EMBEDDING = "embed_tokens"
 

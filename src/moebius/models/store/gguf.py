@@ -5,9 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 from moebius.gguf import GgufModel
+from moebius.gguf.types import TENSOR_TYPES, BlockType
 from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor
 
-# What types are called in moebius.ops.FORMATS; the others are read by nobody here.
+# What types are called in moebius.ops.FORMATS; nothing here reads the others.
 _FORMATS = {
     "F32": "float32",
     "F16": "float16",
@@ -26,6 +27,12 @@ _FORMATS = {
     "IQ4_XS": "iq4_xs",
     "MXFP4": "mxfp4",
 }
+_TYPES = {_FORMATS[each.name]: each for each in TENSOR_TYPES.values() if each.name in _FORMATS}
+
+
+def block_type(format: str) -> BlockType:
+    """What GGUF files call a format of moebius.ops.FORMATS."""
+    return _TYPES[format]
 
 
 class GgufStore(Store):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moebius.errors import WeightsError
-from moebius.models.store.tensors import StoredTensor, short_name
+from moebius.files import short_name
+from moebius.models.store.tensors import StoredTensor
 from moebius.pages import Span, populate, whole_pages
 
 # What the kernel reads a file in, where it has huge pages for files.

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from moebius.errors import WeightsError
-from moebius.models.store.tensors import StoredTensor, short_name
+from moebius.files import short_name
+from moebius.models.store.tensors import StoredTensor
 from moebius.pages import Span, reserve, whole_pages
 
 # Copies begin where in a cache line the bytes in the file do.

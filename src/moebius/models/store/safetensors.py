@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from moebius.errors import WeightsError
-from moebius.files import read_json
-from moebius.models.store.tensors import DirectoryStore, StoredTensor, short_name
+from moebius.files import read_json, short_name
+from moebius.models.store.tensors import DirectoryStore, StoredTensor
 
 # Bytes an element, of every dtype that the format knows and whose size is whole bytes.
 _ITEM_BYTES = {

@@ -7,7 +7,6 @@ A kind of file is a `Store`: one file in this package, which `kinds` knows. What
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -102,9 +101,3 @@ class DirectoryStore(Store):
     @abstractmethod
     def open(cls, directory: Path) -> Self:
         """Read and check all headers. Raises WeightsError naming file and tensor."""
-
-
-@cache
-def short_name(path: Path) -> str:
-    """`directory/file`, for messages."""
-    return f"{path.parent.name}/{path.name}"

@@ -11,7 +11,7 @@ from moebius.ops.cache_spec import CacheSpec, Plane, check_key_offset, key_value
 from moebius.ops.capability import Feature, Operation
 from moebius.ops.cpu.base import CACHES, CpuBase, check_shape, require_dtype
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
-from moebius.ops.steps import Step, StepInputs
+from moebius.ops.steps import Rotation, Step, StepInputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,19 +85,17 @@ class AttentionOps(CpuBase):
     def rotate_and_store(
         self,
         qkv_TI: Tensor,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
+        rotation: Rotation,
         cache: LayerCache,
         slot_mapping_T: Tensor,
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
-        *,
-        interleaved: bool = False,
     ) -> Tensor:
         held = own(cache, CpuCache)
         num_kv_heads, key_size = held.keys.shape
         rows, width = qkv_TI.shape
+        cos_TR, sin_TR, interleaved = rotation
         half = cos_TR.shape[1]
         q_size = width - num_kv_heads * (key_size + held.values.shape[1])
         num_heads = q_size // key_size

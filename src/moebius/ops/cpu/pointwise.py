@@ -6,7 +6,7 @@ from torch import Tensor
 from moebius import _cpu
 from moebius.ops.capability import Operation, Use
 from moebius.ops.cpu.base import CpuBase, check_shape, require_dtype
-from moebius.ops.steps import Pair
+from moebius.ops.steps import Pair, Rotation
 
 
 class PointwiseOps(CpuBase):
@@ -121,11 +121,9 @@ class PointwiseOps(CpuBase):
         self._run(Operation.ROTATION, call, positions_T, len(positions_T), dtype=torch.float32)
         return cos, sin
 
-    def rotary(
-        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
-    ) -> Tensor:
+    def rotary(self, x_THN: Tensor, rotation: Rotation) -> Tensor:
         self._lacks(Use(Operation.ROTARY, x_THN.dtype))
-        return self._fallback.rotary(x_THN, cos_TR, sin_TR, interleaved=interleaved)
+        return self._fallback.rotary(x_THN, rotation)
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
         rows, size = a_TD.shape

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebius.ops.formats.dense import dtype_name
 from moebius.ops.formats.format import Format, Planes, PlaneShape
 from moebius.ops.formats.groups import row_ids, times_groups
 
@@ -29,8 +30,8 @@ class Fp8(Format):
 
     @classmethod
     def of(cls, block_rows: int, block_columns: int, scale: torch.dtype) -> "Fp8":
-        dtype = str(scale).removeprefix("torch.")
-        return cls(f"fp8[{block_rows}x{block_columns},{dtype}]", block_rows, block_columns, scale)
+        name = f"fp8[{block_rows}x{block_columns},{dtype_name(scale)}]"
+        return cls(name, block_rows, block_columns, scale)
 
     def planes(self, rows: int, columns: int) -> tuple[PlaneShape, ...]:
         scales = (_blocks(rows, self.block_rows), _blocks(columns, self.block_columns))

@@ -12,7 +12,7 @@ from moebius.ops.cache_spec import CacheSpec, check_key_offset, key_value_planes
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.reference.codes import quantised, widened
-from moebius.ops.steps import Step, StepInputs
+from moebius.ops.steps import Rotation, Step, StepInputs
 
 # Sequences that bring one row share a call where their visible tokens fill the same number of tiles
 # of this size.
@@ -92,15 +92,12 @@ class AttentionOps(Ops):
     def rotate_and_store(
         self,
         qkv_TI: Tensor,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
+        rotation: Rotation,
         cache: LayerCache,
         slot_mapping_T: Tensor,
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
-        *,
-        interleaved: bool = False,
     ) -> Tensor:
         held = own(cache, ReferenceCache)
         rows = len(qkv_TI)
@@ -118,9 +115,9 @@ class AttentionOps(Ops):
             k_TGN = self.rms_norm(k_TGN, k_norm_N, eps)
         if held.scales is not None:
             k_TGN = k_TGN.float()
-        k_TGN = self.rotary(k_TGN, cos_TR, sin_TR, interleaved=interleaved)
+        k_TGN = self.rotary(k_TGN, rotation)
         held.write(k_TGN, v_TGN, slot_mapping_T)
-        return self.rotary(q_THN, cos_TR, sin_TR, interleaved=interleaved)
+        return self.rotary(q_THN, rotation)
 
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
         key_value_planes(spec)

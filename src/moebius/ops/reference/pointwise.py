@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moebius.ops.interface import Ops
-from moebius.ops.steps import Pair
+from moebius.ops.steps import Pair, Rotation
 
 
 class PointwiseOps(Ops):
@@ -38,15 +38,13 @@ class PointwiseOps(Ops):
         angles_TR = positions_T.float().unsqueeze(1) * inverse_R
         return angles_TR.cos() * factor, angles_TR.sin() * factor
 
-    def rotary(
-        self, x_THN: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False
-    ) -> Tensor:
-        half = cos_TR.shape[-1]
-        cos = cos_TR.unsqueeze(1)
-        sin = sin_TR.unsqueeze(1)
+    def rotary(self, x_THN: Tensor, rotation: Rotation) -> Tensor:
+        half = rotation.cos_TR.shape[-1]
+        cos = rotation.cos_TR.unsqueeze(1)
+        sin = rotation.sin_TR.unsqueeze(1)
         turned = x_THN[..., : 2 * half]
         rest = x_THN[..., 2 * half :]
-        if interleaved:
+        if rotation.interleaved:
             a = turned[..., 0::2]
             b = turned[..., 1::2]
             pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
