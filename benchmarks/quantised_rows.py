@@ -25,8 +25,8 @@ import torch
 
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.cpu import CpuOps
-from moebius.ops.formats import BLOCK_FORMATS
-from quantised_products import COLD_BYTES, DTYPE, Memory, in_turn
+from moebius.ops.formats import format_named
+from quantised_products import COLD_BYTES, DTYPE, NAMES, Memory, in_turn
 from records import save
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
@@ -112,11 +112,12 @@ def measured(case: Case, peak: ceilings.Asked, passes: int, threads: int) -> dic
 
 def weights_of(names: Sequence[str]) -> Iterator[tuple[str, Weights]]:
     memory = Memory(COLD_BYTES)
-    for format in BLOCK_FORMATS:
-        if format.name in names:
-            yield format.name, lambda rows, columns, f=format: memory.matrix(f, rows, columns)  # type: ignore[misc]
-    if "bfloat16" in names:
-        yield "bfloat16", lambda rows, columns: torch.randn(rows, columns).to(DTYPE) * 0.05
+    for name in names:
+        if name == "bfloat16":
+            yield name, lambda rows, columns: torch.randn(rows, columns).to(DTYPE) * 0.05
+        else:
+            format = format_named(name)
+            yield name, lambda rows, columns, f=format: memory.matrix(f, rows, columns)  # type: ignore[misc]
 
 
 def main() -> None:
@@ -127,8 +128,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
-    names = [*(each.name for each in BLOCK_FORMATS), "bfloat16"]
-    parser.add_argument("--formats", nargs="*", default=names)
+    parser.add_argument("--formats", nargs="*", default=NAMES)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def main() -> None:
                         row |= measured(make(ops, weights, rows), loop, args.passes, args.threads)
                         found.append(row)
                         print(
-                            f"{ops.name:10} {name:8} {rows:5} {row['operation']:32} "
+                            f"{ops.name:10} {name:28} {rows:5} {row['operation']:32} "
                             f"{row['gmacs']:>7} GMAC/s {row['of_floor']:>6.0%}",
                             flush=True,
                         )

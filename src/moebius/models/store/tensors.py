@@ -16,11 +16,6 @@ from moebius.models.quantization.record import Repacking
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def without_parameters(format: str) -> str:
-    """The name that stands before a format's parameters, by which backends list what they read."""
-    return format.partition("[")[0]
-
-
 def readings(format: str, columns: int) -> tuple[str, ...]:
     """The names by which a backend may say that it reads matrices of a format (Ops.formats).
 
