@@ -1,5 +1,5 @@
-"""Products of one row with weights in blocks of GGUF's types: GB/s of the weights that they read,
-and the share of what a plain read loop gives.
+"""Products of one row with weights in blocks of GGUF's types, and as Hugging Face's directories
+have them: GB/s of the weights that they read, and the share of what a plain read loop gives.
 
     python benchmarks/quantised_products.py --json benchmarks/quantised_products.json --isa all
 
@@ -13,22 +13,21 @@ turn comes again. They are random: whatever numbers they stand for, the work is 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.cpu import CpuOps
-from moebius.ops.formats import BLOCK_FORMATS, BlockFormat
+from moebius.ops.formats import BLOCK_FORMATS, Format, format_named
+from records import save
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
@@ -39,6 +38,18 @@ from sizes import SIZES
 COLD_BYTES = 160 * 2**20
 DTYPE = torch.bfloat16
 M2 = SIZES["m2"]
+# Beside those of GGUF.
+OTHERS = (
+    "bfloat16",
+    "fp8[128x128,float32]",
+    "fp8[1x0,bfloat16]",
+    "mxfp4_planes",
+    "int4[128,bfloat16]",
+    "int4[128,float16,int8 zeros]",
+    "int8[0,bfloat16]",
+    "affine4[64,bfloat16]",
+)
+NAMES = (*(each.name for each in BLOCK_FORMATS), *OTHERS)
 
 
 @dataclass(frozen=True)
@@ -83,19 +94,31 @@ class Memory:
         self._bytes = words.view(torch.uint8)
         self._at = 0
 
-    def matrix(self, format: BlockFormat, rows: int, columns: int) -> Matrix:
-        ((_, shape),) = format.planes(rows, columns)
-        nbytes = shape[0] * shape[1]
+    def matrix(self, format: Format, rows: int, columns: int) -> Matrix:
+        planes = [self._plane(*plane) for plane in format.planes(rows, columns)]
+        return Matrix(format, (rows, columns), tuple(planes))
+
+    def _plane(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
         if self._at + nbytes > len(self._bytes):
             self._at = 0
-        plane = self._bytes[self._at : self._at + nbytes].view(shape)
-        self._at += nbytes
-        return Matrix(format, (rows, columns), (plane,))
+        plane = self._bytes[self._at : self._at + nbytes].view(dtype).view(shape)
+        self._at += -(-nbytes // 64) * 64
+        return plane
 
 
-def layer_cases(ops: CpuOps, format: BlockFormat, memory: Memory) -> Iterator[Case]:
+def holds(format: Format, columns: int) -> bool:
+    """Whether rows of so many columns are whole blocks or groups."""
+    try:
+        format.planes(1, columns)
+    except ValueError:
+        return False
+    return True
+
+
+def layer_cases(ops: CpuOps, format: Format, memory: Memory) -> Iterator[Case]:
     for name, outputs, inputs in LAYERS:
-        if inputs % format.elements:
+        if not holds(format, inputs):
             continue
         nbytes = memory.matrix(format, outputs, inputs).nbytes
         count = max(1, COLD_BYTES // nbytes)
@@ -112,9 +135,9 @@ def layer_cases(ops: CpuOps, format: BlockFormat, memory: Memory) -> Iterator[Ca
         yield Case(f"{name} {inputs} -> {outputs}", call, nbytes * count)
 
 
-def expert_cases(ops: CpuOps, format: BlockFormat, memory: Memory) -> Iterator[Case]:
+def expert_cases(ops: CpuOps, format: Format, memory: Memory) -> Iterator[Case]:
     for e in EXPERTS:
-        if e.hidden % format.elements or e.width % format.elements:
+        if not (holds(format, e.hidden) and holds(format, e.width)):
             continue
         kinds = [
             [memory.matrix(format, rows, columns) for _ in range(e.count)]
@@ -137,15 +160,26 @@ def expert_cases(ops: CpuOps, format: BlockFormat, memory: Memory) -> Iterator[C
         yield Case(name, call, each * e.count * rounds)
 
 
-def measured(case: Case, read: Callable[[], dict[str, float]], passes: int) -> dict[str, object]:
-    ceiling = 0.0
-    best = float("inf")
-    case.call()
+def in_turn(
+    call: Callable[[], object],
+    ceiling: Callable[[], float],
+    passes: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Passes of a ceiling and of a call, in turn: the shortest call's seconds, the best ceiling."""
+    highest = 0.0
+    shortest = float("inf")
+    call()
     for _ in range(passes):
-        ceiling = max(ceiling, read()["anonymous_gbs"])
-        start = time.perf_counter()
-        case.call()
-        best = min(best, time.perf_counter() - start)
+        highest = max(highest, ceiling())
+        start = clock()
+        call()
+        shortest = min(shortest, clock() - start)
+    return shortest, highest
+
+
+def measured(case: Case, read: Callable[[], dict[str, float]], passes: int) -> dict[str, object]:
+    best, ceiling = in_turn(case.call, lambda: read()["anonymous_gbs"], passes)
     gbs = case.nbytes / best / 1e9
     return {
         "operation": case.name,
@@ -162,8 +196,8 @@ def main() -> None:
     parser.add_argument("--isa", default="", help="an instruction set, or all; default: the best")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=9)
-    parser.add_argument("--formats", nargs="*", default=[each.name for each in BLOCK_FORMATS])
-    parser.add_argument("--cases", type=int, help="so many first ones of each format; default: all")
+    parser.add_argument("--formats", nargs="*", default=NAMES)
+    parser.add_argument("--only", default="", help="operations whose names hold this; default: all")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -172,22 +206,20 @@ def main() -> None:
     with ceilings.reader(args.threads) as read:
         for isa in _cpu.available() if args.isa == "all" else [args.isa]:
             ops = CpuOps(args.threads, isa)
-            for format in BLOCK_FORMATS:
-                if format.name not in args.formats:
-                    continue
+            for format in map(format_named, args.formats):
                 cases = (*layer_cases(ops, format, memory), *expert_cases(ops, format, memory))
-                for case in islice(cases, args.cases):
+                for case in cases:
+                    if args.only not in case.name:
+                        continue
                     row = {"kernels": ops.name, "format": format.name}
                     row |= measured(case, read, args.passes)
                     rows.append(row)
                     print(
-                        f"{row['kernels']:16} {row['format']:7} {row['operation']:40} "
+                        f"{row['kernels']:16} {row['format']:28} {row['operation']:40} "
                         f"{row['gbs']:>7} GB/s {row['of_floor']:>6.0%} of {row['read_gbs']}",
                         flush=True,
                     )
-    if args.json:
-        found = {"threads": args.threads, "rows": rows}
-        write_file(args.json, json.dumps(found, indent=1) + "\n", ours=json_record)
+    save(args.json, {"threads": args.threads, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ does not. The same products with bfloat16 weights stand beside them.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from moebius.files import json_record, write_file
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.cpu import CpuOps
-from moebius.ops.formats import BLOCK_FORMATS
-from quantised_products import COLD_BYTES, DTYPE, Memory
+from moebius.ops.formats import format_named
+from quantised_products import COLD_BYTES, DTYPE, NAMES, Memory, in_turn
+from records import save
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
@@ -100,14 +99,7 @@ def expert_case(ops: CpuOps, weights: Weights, rows: int) -> Case:
 
 def measured(case: Case, peak: ceilings.Asked, passes: int, threads: int) -> dict[str, object]:
     clock = time.thread_time if threads == 1 else time.perf_counter
-    ceiling = 0.0
-    best = float("inf")
-    case.call()
-    for _ in range(passes):
-        ceiling = max(ceiling, peak()["gmacs"])
-        start = clock()
-        case.call()
-        best = min(best, clock() - start)
+    best, ceiling = in_turn(case.call, lambda: peak()["gmacs"], passes, clock)
     gmacs = case.products / best / 1e9
     return {
         "operation": case.name,
@@ -120,11 +112,12 @@ def measured(case: Case, peak: ceilings.Asked, passes: int, threads: int) -> dic
 
 def weights_of(names: Sequence[str]) -> Iterator[tuple[str, Weights]]:
     memory = Memory(COLD_BYTES)
-    for format in BLOCK_FORMATS:
-        if format.name in names:
-            yield format.name, lambda rows, columns, f=format: memory.matrix(f, rows, columns)  # type: ignore[misc]
-    if "bfloat16" in names:
-        yield "bfloat16", lambda rows, columns: torch.randn(rows, columns).to(DTYPE) * 0.05
+    for name in names:
+        if name == "bfloat16":
+            yield name, lambda rows, columns: torch.randn(rows, columns).to(DTYPE) * 0.05
+        else:
+            format = format_named(name)
+            yield name, lambda rows, columns, f=format: memory.matrix(f, rows, columns)  # type: ignore[misc]
 
 
 def main() -> None:
@@ -135,8 +128,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
-    names = [*(each.name for each in BLOCK_FORMATS), "bfloat16"]
-    parser.add_argument("--formats", nargs="*", default=names)
+    parser.add_argument("--formats", nargs="*", default=NAMES)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -151,13 +143,11 @@ def main() -> None:
                         row |= measured(make(ops, weights, rows), loop, args.passes, args.threads)
                         found.append(row)
                         print(
-                            f"{ops.name:10} {name:8} {rows:5} {row['operation']:32} "
+                            f"{ops.name:10} {name:28} {rows:5} {row['operation']:32} "
                             f"{row['gmacs']:>7} GMAC/s {row['of_floor']:>6.0%}",
                             flush=True,
                         )
-    if args.json:
-        record = {"threads": args.threads, "rows": found}
-        write_file(args.json, json.dumps(record, indent=1) + "\n", ours=json_record)
+    save(args.json, {"threads": args.threads, "rows": found})
 
 
 if __name__ == "__main__":

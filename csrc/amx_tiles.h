@@ -85,11 +85,7 @@ template <int t> INLINE void tile_store(void* to, size_t stride) {
 }
 
 INLINE float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
-INLINE float element(const uint8_t* line, int i) {
-    bf16 bits;
-    memcpy(&bits, line + 2 * i, 2);
-    return flushed(to_float(bits));
-}
+INLINE float element(const uint8_t* line, int i) { return flushed(to_float(read<bf16>(line + 2 * i))); }
 
 INLINE void require_factors(const TileShapes& s, int c, int a, int b) {
     require(tiles.configured && s.rows[c] == s.rows[a] && s.row_bytes[c] == s.row_bytes[b] && s.row_bytes[a] == 4 * s.rows[b]);

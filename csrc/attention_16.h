@@ -8,12 +8,6 @@ namespace MOEBIUS_ISA {
 
 constexpr int TILE_ROWS = ROWS;  // rows whose scores are held in registers
 
-template <class T> INLINE uint32_t group_at(const T* p) {
-    uint32_t g;
-    memcpy(&g, p, 4);
-    return g;
-}
-
 // scores[row][key] = q . k for M rows and a whole tile
 template <class T, int M> KERNEL void scores_of(const Row<T>* rows, const Tile& t, int head_dim, float* scores) {
     constexpr int g = per_group<T>();
@@ -39,7 +33,7 @@ template <class T, int M> KERNEL void scores_of(const Row<T>* rows, const Tile& 
             for (int j = 0; j < VECTORS; j++) sums[i][j] = mac(sums[i][j], one, keys[j], T());
         }
     };
-    for (int n = 0; n + g <= head_dim; n += g) step([](const T* p) { return group_at(p); });
+    for (int n = 0; n + g <= head_dim; n += g) step([](const T* p) { return read<uint32_t>(p); });
     if (head_dim % g) step([](const T* p) { return uint32_t(*p); });
 #pragma GCC unroll 4
     for (int i = 0; i < M; i++)
@@ -65,7 +59,7 @@ KERNEL void add_values(const float* const* weights, const float* shrink, const T
         for (int c = 0; c < C; c++) values[c] = last ? low_halves(groups(v + c * 16)) : groups(v + c * 16);
 #pragma GCC unroll 4
         for (int i = 0; i < M; i++) {
-            G p = group_all(group_at(w[i]));
+            G p = group_all(read<uint32_t>(w[i]));
             w[i] += g;
 #pragma GCC unroll 4
             for (int c = 0; c < C; c++) sums[i][c] = mac(sums[i][c], p, values[c], T());

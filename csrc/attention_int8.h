@@ -100,9 +100,7 @@ INLINE void add_pairs(const int16_t* const* a, const int8_t* const* b, size_t st
         for (int j = 0; j < J; j++) codes[j] = widened_pairs(at[j]), at[j] += stride;
 #pragma GCC unroll 4
         for (int i = 0; i < R; i++) {
-            uint32_t pair;
-            memcpy(&pair, from[i] + 2 * n, 4);
-            const P one = pair_all(pair);
+            const P one = pair_all(read<uint32_t>(from[i] + 2 * n));
 #pragma GCC unroll 4
             for (int j = 0; j < J; j++) s[i * J + j] = add_products(s[i * J + j], one, codes[j]);
         }

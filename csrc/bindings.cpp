@@ -28,9 +28,28 @@ std::vector<const void*> pointers(const Addresses& addresses) {
 
 using Matrices = std::vector<Matrix>;
 
-// scales: float32, of which a copy is kept.
-Matrix make_matrix(int format, int rows, int columns, Address data, Address scales, int block_rows, int block_columns) {
+// The scales of codes, and zero points of signed ones, int8, or biases, or neither; block_columns share one.
+void set_groups(Matrix& w, Address scales, int scale_type, int block_columns, Address zeros, bool copy_zeros, Address biases) {
+    const int elements = FORMAT_SIZES[w.format].elements;
+    const bool good = scales && block_columns > 0 && block_columns % elements == 0 && w.columns % block_columns == 0;
+    if (!good) throw std::invalid_argument("codes need scales of groups, each of whole blocks of a row");
+    if (scale_type < 0 || scale_type >= SCALE_TYPES || (scale_type == E8M0_SCALES) != (w.format == MXFP4_PLANES))
+        throw std::invalid_argument("scales of this type are read with other codes");
+    if ((biases != 0) != is_affine(w.format)) throw std::invalid_argument("affine codes alone need biases");
+    if (zeros && w.format != INT4) throw std::invalid_argument("zero points are read with codes of four bits alone");
+    w.groups = {ScaleType(scale_type), block_columns / elements, array<const void>(scales), array<const int8_t>(zeros),
+                array<const void>(biases)};
+    if (!zeros || !copy_zeros) return;
+    const int8_t* from = array<const int8_t>(zeros);
+    w.zeros = std::make_shared<const std::vector<int8_t>>(from, from + int64_t(w.rows) * (w.columns / block_columns));
+    w.groups.zeros = w.zeros->data();
+}
+
+// scales: of FP8 float32, of which a copy is kept.
+Matrix make_matrix(int format, int rows, int columns, Address data, Address scales, int block_rows, int block_columns, int scale_type,
+                   Address zeros, bool copy_zeros, Address biases) {
     Matrix w{Format(format), rows, columns, array<const void>(data)};
+    if (has_planes(w.format)) set_groups(w, scales, scale_type, block_columns, zeros, copy_zeros, biases);
     if (w.format != FP8) return w;
     if (!scales || block_rows < 1 || block_columns < 1) throw std::invalid_argument("codes of FP8 need scales, and the sizes of their blocks");
     w.block_rows = block_rows, w.block_columns = block_columns;
@@ -304,9 +323,10 @@ NB_MODULE(_cpu, m) {
     m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
           "Whether products of a dtype read matrices of a format where they lie.", "dtype"_a, "format"_a);
     nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data, Address scales,
-                                                      int block_rows, int block_columns) {
-        new (self) Matrix(make_matrix(format, rows, columns, data, scales, block_rows, block_columns));
-    }, nb::kw_only(), "format"_a, "rows"_a, "columns"_a, "data"_a, "scales"_a = 0, "block_rows"_a = 1, "block_columns"_a = 1);
+                                                      int block_rows, int block_columns, int scale_type, Address zeros, bool copy_zeros, Address biases) {
+        new (self) Matrix(make_matrix(format, rows, columns, data, scales, block_rows, block_columns, scale_type, zeros, copy_zeros, biases));
+    }, nb::kw_only(), "format"_a, "rows"_a, "columns"_a, "data"_a, "scales"_a = 0, "block_rows"_a = 1, "block_columns"_a = 1,
+       "scale_type"_a = 0, "zeros"_a = 0, "copy_zeros"_a = false, "biases"_a = 0);
     nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, const Matrices& weights, const Addresses& biases) {
         new (self) Linear(make_linear(dtype, weights, biases));
     }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);

@@ -37,6 +37,7 @@ struct HalvesOfFour {
     __m512i first, second;
 };
 template <int BYTES> INLINE __m512i sixteen_of_four(const uint8_t* p) {
+    if constexpr (BYTES == 16) return load_64_bytes(p);
     __m512i all = _mm512_maskz_broadcast_i32x4(0x000f, load_16_bytes(p));
     all = _mm512_mask_broadcast_i32x4(all, 0x00f0, load_16_bytes(p + BYTES));
     all = _mm512_mask_broadcast_i32x4(all, 0x0f00, load_16_bytes(p + 2 * BYTES));
@@ -47,20 +48,21 @@ template <int BYTES> INLINE __mmask64 bits_of_four(const uint8_t* p) {
            uint64_t(read<uint16_t>(p + 3 * BYTES)) << 48;
 }
 template <Format f, bool SIGNED> INLINE HalvesOfFour halves_of_four(const uint8_t* w) {
-    constexpr int BYTES = Block<f>::BYTES, at = f == MXFP4 ? 1 : f == Q4_0 || f == IQ4_NL ? 2 : f == Q4_1 ? 4 : f == Q5_0 ? 6 : 8;
+    constexpr int BYTES = Block<f>::BYTES, at = has_planes(f) ? 0 : f == MXFP4 ? 1 : f == Q4_0 || f == IQ4_NL ? 2 : f == Q4_1 ? 4 : f == Q5_0 ? 6 : 8;
     const __m512i both = sixteen_of_four<BYTES>(w + at);
     const HalvesOfFour four = {_mm512_and_si512(both, all_bytes(15)), _mm512_and_si512(_mm512_srli_epi16(both, 4), all_bytes(15))};
     if constexpr (f == IQ4_NL) return {turned<SIGNED>(looked_up_64(IQ4_CODES, four.first)), turned<SIGNED>(looked_up_64(IQ4_CODES, four.second))};
-    if constexpr (f == MXFP4) return {looked_up_64(E2M1_CODES, four.first), looked_up_64(E2M1_CODES, four.second)};
+    if constexpr (are_e2m1(f)) return {looked_up_64(E2M1_CODES, four.first), looked_up_64(E2M1_CODES, four.second)};
     if constexpr (f == Q5_0 || f == Q5_1)
         return {_mm512_mask_add_epi8(four.first, bits_of_four<BYTES>(w + at - 4), four.first, all_bytes(16)),
                 _mm512_mask_add_epi8(four.second, bits_of_four<BYTES>(w + at - 2), four.second, all_bytes(16))};
     return four;
 }
 
-// Two blocks of Q8_0.
-template <bool SIGNED> INLINE __m512i codes_of_two(const uint8_t* a, const uint8_t* b) {
-    return turned<!SIGNED>(_mm512_inserti64x4(_mm512_castsi256_si512(load_32_bytes(a + 2)), load_32_bytes(b + 2), 1));
+// Two blocks of codes of eight bits.
+template <Format f, bool SIGNED> INLINE __m512i codes_of_two(const uint8_t* p) {
+    if constexpr (has_planes(f)) return turned<are_signed_bytes(f) != SIGNED>(load_64_bytes(p));
+    return turned<!SIGNED>(_mm512_inserti64x4(_mm512_castsi256_si512(load_32_bytes(p + 2)), load_32_bytes(p + Block<f>::BYTES + 2), 1));
 }
 
 // Sub-blocks 2 p and 2 p + 1 of a block of 256.

@@ -38,11 +38,11 @@ template <int half> INLINE __m256i fifth_bits(__m256i words) {
     return bits_and(_mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(words, places), each), each), 16);
 }
 template <Format f, bool SIGNED> INLINE Halves halves_of_two(const uint8_t* a, const uint8_t* b) {
-    constexpr int at = f == MXFP4 ? 1 : f == Q4_0 || f == IQ4_NL ? 2 : f == Q4_1 ? 4 : f == Q5_0 ? 6 : 8;
+    constexpr int at = has_planes(f) ? 0 : f == MXFP4 ? 1 : f == Q4_0 || f == IQ4_NL ? 2 : f == Q4_1 ? 4 : f == Q5_0 ? 6 : 8;
     const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16_bytes(a + at)), load_16_bytes(b + at), 1);
     const Halves four = {bits_and(both, 15), bits_and(_mm256_srli_epi16(both, 4), 15)};
     if constexpr (f == IQ4_NL) return {iq4<SIGNED>(four.first), iq4<SIGNED>(four.second)};
-    if constexpr (f == MXFP4) return {looked_up(E2M1_CODES, four.first), looked_up(E2M1_CODES, four.second)};
+    if constexpr (are_e2m1(f)) return {looked_up(E2M1_CODES, four.first), looked_up(E2M1_CODES, four.second)};
     if constexpr (f == Q5_0 || f == Q5_1) {
         const __m256i words = _mm256_blend_epi32(_mm256_set1_epi32(read<int32_t>(a + at - 4)), _mm256_set1_epi32(read<int32_t>(b + at - 4)), 0xf0);
         return {_mm256_or_si256(four.first, fifth_bits<0>(words)), _mm256_or_si256(four.second, fifth_bits<1>(words))};
@@ -50,10 +50,13 @@ template <Format f, bool SIGNED> INLINE Halves halves_of_two(const uint8_t* a, c
     return four;
 }
 
-// Sub-block s of a block of 256, or the one of Q8_0.
+// Sub-block s of a block of 256, or the one of codes of eight bits.
 template <Format f, int s, bool SIGNED> INLINE __m256i codes_of_32(const uint8_t* b) {
     constexpr int half = s / 4, g = s % 4;
-    if constexpr (f == Q8_0) return SIGNED ? load_32_bytes(b + 2) : _mm256_xor_si256(load_32_bytes(b + 2), _mm256_set1_epi8(char(0x80)));
+    if constexpr (are_bytes(f)) {
+        const __m256i codes = load_32_bytes(f == Q8_0 ? b + 2 : b);
+        return SIGNED == are_signed_bytes(f) ? codes : _mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80)));
+    }
     if constexpr (f == IQ4_XS) return iq4<SIGNED>(nibbles_of(b + 8 + s * 16));
     if constexpr (f == Q2_K) return bits_and(moved<-2 * g>(load_32_bytes(b + 16 + half * 32)), 3);
     if constexpr (f == Q3_K) {

@@ -3,6 +3,7 @@
 #pragma once
 #include "block_codes_16.h"
 #include "block_kernels.h"
+#include "words.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {
@@ -14,7 +15,7 @@ constexpr bool FOURS = true;
 constexpr bool FOURS = false;
 #endif
 template <Format f> constexpr bool is_signed() { return Block<f>::OFFSET == 128 && !FOURS; }
-template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : Block<f>::OFFSET; }
+template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : f == INT4 ? 8 : Block<f>::OFFSET; }
 
 // Sums of two products each, sixteen bits.
 template <bool SIGNED> INLINE __m512i pairs_of(__m512i codes, const int8_t* x) {
@@ -43,13 +44,7 @@ INLINE __m512i add_scaled(__m512i sums, __m512i pairs, __m512i scales) {
 
 // Sixteen sums of eight lanes each, of two in each of eight vectors.
 INLINE __m512i reduce_pairs(const __m512i* v) {
-    __m512i twos[4], fours[2];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        twos[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(twos[2 * i], twos[2 * i + 1]), _mm512_unpackhi_epi64(twos[2 * i], twos[2 * i + 1]));
+    const __m512i fours[2] = {sums_of_four(v), sums_of_four(v + 4)};
     const __m512i sums = _mm512_add_epi32(_mm512_shuffle_i32x4(fours[0], fours[1], 0x88), _mm512_shuffle_i32x4(fours[0], fours[1], 0xdd));
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15), sums);
 }
@@ -114,21 +109,18 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
         for (at += 4; at >= blocks; at -= blocks) {}
     }
     for (int i = 0; i < M; i++) {
-        const __m512i *v = parts[i], places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-        const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-        const __m512i sums = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-        _mm512_storeu_si512(dots + i * STRIDE, _mm512_permutexvar_epi32(places, sums));
+        const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_storeu_si512(dots + i * STRIDE, _mm512_permutexvar_epi32(places, sums_of_four(parts[i])));
     }
 }
 
-// Sixteen blocks of Q8_0, two in a vector.
+// Sixteen blocks of codes of eight bits, two in a vector.
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_bytes(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots) {
     __m512i parts[M][8];
 #pragma GCC unroll 8
     for (int t = 0; t < 8; t++, w += 2 * Block<f>::BYTES) {
-        const __m512i codes = codes_of_two<is_signed<f>()>(w, w + Block<f>::BYTES);
+        const __m512i codes = codes_of_two<f, is_signed<f>()>(w);
         for (int i = 0; i < M; i++) parts[i][t] = add_fours<is_signed<f>()>(_mm512_setzero_si512(), codes, x[i].codes + at * 32);
         for (at += 2; at >= blocks; at -= blocks) {}
     }
@@ -161,7 +153,7 @@ INLINE void dots_of_256(const uint8_t* w, const QuantisedRow* x, int& at, int bl
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     if constexpr (Block<f>::ELEMENTS == 256) dots_of_256<f, M, STRIDE>(w, x, at, blocks, dots, minima);
-    else if constexpr (f == Q8_0) dots_of_bytes<f, M, STRIDE>(w, x, at, blocks, dots);
+    else if constexpr (are_bytes(f)) dots_of_bytes<f, M, STRIDE>(w, x, at, blocks, dots);
     else dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "block_codes_8.h"
 #include "block_kernels.h"
+#include "words.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {
@@ -10,7 +11,7 @@ namespace MOEBIUS_ISA {
 // of eight bits are read as signed ones, whose sizes (up to 128) take the place of codes without a sign, and the other
 // factors, which never are -128, their signs.
 template <Format f> constexpr bool is_signed() { return Block<f>::OFFSET == 128; }
-template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : Block<f>::OFFSET; }
+template <Format f> constexpr int offset_of() { return is_signed<f>() ? 0 : f == INT4 ? 8 : Block<f>::OFFSET; }
 
 // Sums of two products each, sixteen bits.
 template <bool SIGNED> INLINE __m256i pairs_of(__m256i codes, const int8_t* x) {
@@ -20,13 +21,7 @@ template <bool SIGNED> INLINE __m256i pairs_of(__m256i codes, const int8_t* x) {
 
 // The sums of eight vectors' lanes.
 INLINE __m256i reduce_8(const __m256i* v) {
-    __m256i fours[2];
-    for (int h = 0; h < 2; h++) {
-        const __m256i *a = v + h * 4;
-        const __m256i low = _mm256_add_epi32(_mm256_unpacklo_epi32(a[0], a[1]), _mm256_unpackhi_epi32(a[0], a[1]));
-        const __m256i high = _mm256_add_epi32(_mm256_unpacklo_epi32(a[2], a[3]), _mm256_unpackhi_epi32(a[2], a[3]));
-        fours[h] = _mm256_add_epi32(_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high));
-    }
+    const __m256i fours[2] = {sums_of_four(v), sums_of_four(v + 4)};
     return _mm256_add_epi32(_mm256_permute2x128_si256(fours[0], fours[1], 0x20), _mm256_permute2x128_si256(fours[0], fours[1], 0x31));
 }
 
@@ -82,11 +77,8 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
             for (at += 2; at >= blocks; at -= blocks) {}
         }
         for (int i = 0; i < M; i++) {
-            const __m256i *v = parts[i], places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-            const __m256i low = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
-            const __m256i high = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
-            const __m256i sums = _mm256_add_epi32(_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high));
-            store_8(dots + i * STRIDE + first, _mm256_permutevar8x32_epi32(sums, places));
+            const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            store_8(dots + i * STRIDE + first, _mm256_permutevar8x32_epi32(sums_of_four(parts[i]), places));
         }
     }
 }
@@ -94,7 +86,7 @@ INLINE void dots_of_halves(const uint8_t* w, const QuantisedRow* x, int& at, int
 template <Format f, int M, int STRIDE>
 INLINE void dots_of_16(const uint8_t* w, const QuantisedRow* x, int& at, int blocks, int32_t* dots, int32_t* minima) {
     using B = Block<f>;
-    if constexpr (B::ELEMENTS == 32 && f != Q8_0) return dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
+    if constexpr (B::ELEMENTS == 32 && !are_bytes(f)) return dots_of_halves<f, M, STRIDE>(w, x, at, blocks, dots);
     else for (int half = 0; half < 16; half += 8) {
         __m256i parts[M][8], least[M][8];
         for (int t = 0; t < 8; t++, w += B::BYTES) {

@@ -1,13 +1,16 @@
-// The blocks of GGUF's types, as ggml lays them out, read one number at a time. Included once by each instruction set, inside
+// The blocks of GGUF's types, as ggml lays them out, and of codes that have their scales elsewhere, read one number at a time.
+// Included once by each instruction set, inside
 // its own namespace, like simd.h.
 //
 // Block<f> says of a format
 //   ELEMENTS, BYTES       of a block
 //   OFFSET                what is to be taken off a code as `codes` gives it, so that codes have no sign (dot products of
 //                         bytes want one of both factors unsigned); those of 128 are signed bytes with their top bit turned
+//   MOST                  the largest code
+//   SUB                   elements that share an integer scale; in blocks of 32, which have none, all
 //   SCALE_AT              where its float16 scale d lies (MXFP4: its exponent)
 //   MINIMUM_AT            where that of its minima lies, -1 for none
-//   codes(b, s, to)       codes 32 s to 32 s + 31, in order
+//   codes(b, s, to)       codes 32 s to 32 s + 31, in order; where they lie in pairs, those of even columns before the others
 // and of those of 256 elements
 //   scales(b, to), minima(b, to)   an integer each sixteen codes, in order
 // An element is d * scale * (code - OFFSET), less dmin * minimum; in blocks of 32, d * (code - OFFSET), plus the minimum.
@@ -17,12 +20,6 @@
 
 namespace moebius {
 namespace MOEBIUS_ISA {
-
-template <class T> INLINE T read(const uint8_t* p) {
-    T value;
-    memcpy(&value, p, sizeof value);
-    return value;
-}
 
 // Sixteen bytes of four-bit codes: the low ones, then the high ones.
 INLINE void split_nibbles(const uint8_t* from, uint8_t* to) {
@@ -53,52 +50,92 @@ alignas(16) constexpr uint8_t E2M1_CODES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 
 
 template <Format f> struct BlockSizes {
     static constexpr int ELEMENTS = FORMAT_SIZES[f].elements, BYTES = FORMAT_SIZES[f].bytes;
-    static constexpr int OFFSET = 0, SCALE_AT = 0, MINIMUM_AT = -1;
+    static constexpr int OFFSET = 0, SUB = 32, SCALE_AT = 0, MINIMUM_AT = -1;
 };
 template <Format f> struct Block;
 
 template <> struct Block<Q4_0> : BlockSizes<Q4_0> {
-    static constexpr int OFFSET = 8;
+    static constexpr int OFFSET = 8, MOST = 15;
     static void codes(const uint8_t* b, int, uint8_t* to) { split_nibbles(b + 2, to); }
 };
 template <> struct Block<Q4_1> : BlockSizes<Q4_1> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 15, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int, uint8_t* to) { split_nibbles(b + 4, to); }
 };
 template <> struct Block<Q5_0> : BlockSizes<Q5_0> {
-    static constexpr int OFFSET = 16;
+    static constexpr int OFFSET = 16, MOST = 31;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 6, to);
         add_fifth_bits(read<uint32_t>(b + 2), to);
     }
 };
 template <> struct Block<Q5_1> : BlockSizes<Q5_1> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 31, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 8, to);
         add_fifth_bits(read<uint32_t>(b + 4), to);
     }
 };
 template <> struct Block<Q8_0> : BlockSizes<Q8_0> {
-    static constexpr int OFFSET = 128;
+    static constexpr int OFFSET = 128, MOST = 255;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         for (int i = 0; i < 32; i++) to[i] = b[2 + i] ^ 0x80;
     }
 };
 template <> struct Block<IQ4_NL> : BlockSizes<IQ4_NL> {
-    static constexpr int OFFSET = 128;
+    static constexpr int OFFSET = 128, MOST = 241;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 2, to);
         look_up(IQ4_CODES, to);
     }
 };
 template <> struct Block<MXFP4> : BlockSizes<MXFP4> {
-    static constexpr int OFFSET = 12;
+    static constexpr int OFFSET = 12, MOST = 24;
     static void codes(const uint8_t* b, int, uint8_t* to) {
         split_nibbles(b + 1, to);
         look_up(E2M1_CODES, to);
     }
 };
+
+// Codes with their scales elsewhere.
+template <> struct Block<MXFP4_PLANES> : BlockSizes<MXFP4_PLANES> {
+    static constexpr int OFFSET = 12, MOST = 24;
+    static void codes(const uint8_t* b, int, uint8_t* to) {
+        split_nibbles(b, to);
+        look_up(E2M1_CODES, to);
+    }
+};
+// Four bits, and five where a zero point has been taken off.
+template <> struct Block<INT4> : BlockSizes<INT4> {
+    static constexpr int OFFSET = 16, MOST = 31;
+    static void codes(const uint8_t* b, int, uint8_t* to) {
+        split_nibbles(b, to);
+        for (int i = 0; i < 32; i++) to[i] += 8;
+    }
+};
+template <> struct Block<INT8> : BlockSizes<INT8> {
+    static constexpr int OFFSET = 128, MOST = 255;
+    static void codes(const uint8_t* b, int, uint8_t* to) {
+        for (int i = 0; i < 32; i++) to[i] = b[i] ^ 0x80;
+    }
+};
+// The same, stored 128 larger.
+template <> struct Block<INT8_WORDS> : BlockSizes<INT8_WORDS> {
+    static constexpr int OFFSET = 128, MOST = 255;
+    static void codes(const uint8_t* b, int, uint8_t* to) { memcpy(to, b, 32); }
+};
+// The minimum lies elsewhere too. Codes of eight bits are read as signed ones, and their minimum is 128 scales larger.
+template <> struct Block<AFFINE4> : BlockSizes<AFFINE4> {
+    static constexpr int MOST = 15, MINIMUM_AT = 0;
+    static void codes(const uint8_t* b, int, uint8_t* to) { split_nibbles(b, to); }
+};
+template <> struct Block<AFFINE8> : BlockSizes<AFFINE8> {
+    static constexpr int OFFSET = 128, MOST = 255, MINIMUM_AT = 0;
+    static void codes(const uint8_t* b, int, uint8_t* to) { memcpy(to, b, 32); }
+};
+constexpr bool are_signed_bytes(Format f) { return f == Q8_0 || f == INT8; }
+constexpr bool are_bytes(Format f) { return are_signed_bytes(f) || f == INT8_WORDS || f == AFFINE8; }
+constexpr bool are_e2m1(Format f) { return f == MXFP4 || f == MXFP4_PLANES; }
 
 // Two bits of each code, of 32 bytes for each half of the block, lowest first.
 INLINE void two_bits(const uint8_t* from, int s, uint8_t* to) {
@@ -106,7 +143,7 @@ INLINE void two_bits(const uint8_t* from, int s, uint8_t* to) {
 }
 
 template <> struct Block<Q2_K> : BlockSizes<Q2_K> {
-    static constexpr int SCALE_AT = 80, MINIMUM_AT = 82;
+    static constexpr int MOST = 3, SUB = 16, SCALE_AT = 80, MINIMUM_AT = 82;
     static void codes(const uint8_t* b, int s, uint8_t* to) { two_bits(b + 16, s, to); }
     static void scales(const uint8_t* b, int16_t* to) {
         for (int i = 0; i < 16; i++) to[i] = b[i] & 15;
@@ -130,7 +167,7 @@ struct SixBits {
 };
 
 template <> struct Block<Q3_K> : BlockSizes<Q3_K> {
-    static constexpr int OFFSET = 4, SCALE_AT = 108;
+    static constexpr int OFFSET = 4, MOST = 7, SUB = 16, SCALE_AT = 108;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         two_bits(b + 32, s, to);
         for (int i = 0; i < 32; i++) to[i] |= (b[i] >> s & 1) << 2;
@@ -156,7 +193,7 @@ struct ScalesAndMinima {
 };
 
 template <> struct Block<Q4_K> : BlockSizes<Q4_K> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 15, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         for (int i = 0; i < 32; i++) to[i] = b[16 + s / 2 * 32 + i] >> s % 2 * 4 & 15;
     }
@@ -164,7 +201,7 @@ template <> struct Block<Q4_K> : BlockSizes<Q4_K> {
     static void minima(const uint8_t* b, int16_t* to) { ScalesAndMinima::each_twice(ScalesAndMinima(b + 4).minima, to); }
 };
 template <> struct Block<Q5_K> : BlockSizes<Q5_K> {
-    static constexpr int MINIMUM_AT = 2;
+    static constexpr int MOST = 31, MINIMUM_AT = 2;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         for (int i = 0; i < 32; i++) to[i] = (b[48 + s / 2 * 32 + i] >> s % 2 * 4 & 15) | (b[16 + i] >> s & 1) << 4;
     }
@@ -172,7 +209,7 @@ template <> struct Block<Q5_K> : BlockSizes<Q5_K> {
     static void minima(const uint8_t* b, int16_t* to) { Block<Q4_K>::minima(b, to); }
 };
 template <> struct Block<Q6_K> : BlockSizes<Q6_K> {
-    static constexpr int OFFSET = 32, SCALE_AT = 208;
+    static constexpr int OFFSET = 32, MOST = 63, SUB = 16, SCALE_AT = 208;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         const int half = s / 4, g = s % 4;
         const uint8_t *low = b + half * 64 + g % 2 * 32, *high = b + 128 + half * 32;
@@ -183,7 +220,7 @@ template <> struct Block<Q6_K> : BlockSizes<Q6_K> {
     }
 };
 template <> struct Block<IQ4_XS> : BlockSizes<IQ4_XS> {
-    static constexpr int OFFSET = 128;
+    static constexpr int OFFSET = 128, MOST = 241;
     static void codes(const uint8_t* b, int s, uint8_t* to) {
         split_nibbles(b + 8 + s * 16, to);
         look_up(IQ4_CODES, to);
@@ -197,9 +234,7 @@ template <> struct Block<IQ4_XS> : BlockSizes<IQ4_XS> {
 // 2^(e - 128): half of what an E8M0 scale stands for, as MXFP4's codes are twice theirs.
 INLINE float half_power(uint8_t e) {
     const uint32_t bits = e < 2 ? 0x00200000u << e : uint32_t(e - 1) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return power;
+    return read<float>(&bits);
 }
 
 template <Format f> INLINE float scale_of(const uint8_t* b) {

@@ -20,12 +20,15 @@ namespace moebius {
 constexpr int BLOCK_FORMATS = FORMATS - DENSE_FORMATS;
 constexpr int BLOCK_LANES = 16;
 
-// The elements of a block of x: as many as of the weights that it meets.
-enum BlockSize { BY_32 = 0, BY_256 = 1, BLOCK_SIZES = 2 };
-constexpr BlockSize block_size(Format format) { return FORMAT_SIZES[format].elements == 32 ? BY_32 : BY_256; }
+// The elements of a block of x: as many as of the weights that it meets. PAIRS_BY_32: with the codes at even places of each
+// block before those at odd ones, as weights that lie in pairs are unpacked; a sum of whole numbers does not depend on it.
+enum BlockSize { BY_32 = 0, BY_256 = 1, PAIRS_BY_32 = 2, BLOCK_SIZES = 3 };
+constexpr BlockSize block_size(Format format) {
+    return FORMAT_SIZES[format].elements == 256 ? BY_256 : in_pairs(format) ? PAIRS_BY_32 : BY_32;
+}
 
 // Where the parts of a quantised row lie, counted in bytes from its beginning; each begins at a cache line, as rows do.
-//   codes   int8, in the order of x; behind blocks of 32 the first one once more, as whoever reads blocks in pairs goes on with
+//   codes   int8, in the order of x (or as PAIRS_BY_32 says); behind blocks of 32 the first one once more, as whoever reads blocks in pairs goes on with
 //           the next row of weights
 //   halves  by 32 alone: the codes once more, the first sixteen of all blocks and then the second ones, as four-bit weights lie;
 //           each with as many first blocks once more as lets four be read at once
@@ -37,14 +40,15 @@ struct QuantisedShape {
     int blocks;  // of a row
 
     constexpr QuantisedShape(BlockSize size, int k) : size(size), blocks(k / elements_of(size)) {}
-    static constexpr int elements_of(BlockSize size) { return size == BY_32 ? 32 : 256; }
+    static constexpr int elements_of(BlockSize size) { return size == BY_256 ? 256 : 32; }
+    constexpr bool by_32() const { return size != BY_256; }
     constexpr int padded() const { return (blocks + BLOCK_LANES - 1) / BLOCK_LANES * BLOCK_LANES; }
-    constexpr size_t halves_at() const { return in_lines(size_t(blocks + (size == BY_32)) * elements_of(size)); }
-    constexpr size_t half_bytes() const { return size == BY_32 ? in_lines(size_t(blocks + 3) * 16) : 0; }
+    constexpr size_t halves_at() const { return in_lines(size_t(blocks + by_32()) * elements_of(size)); }
+    constexpr size_t half_bytes() const { return by_32() ? in_lines(size_t(blocks + 3) * 16) : 0; }
     constexpr size_t scales_at() const { return halves_at() + 2 * half_bytes(); }
     constexpr size_t sums_at() const { return scales_at() + size_t(padded()) * sizeof(float); }
     constexpr size_t row_bytes() const {
-        return sums_at() + (size == BY_32 ? size_t(padded()) * sizeof(int32_t) : in_lines(size_t(blocks) * 16 * sizeof(int16_t)));
+        return sums_at() + (by_32() ? size_t(padded()) * sizeof(int32_t) : in_lines(size_t(blocks) * 16 * sizeof(int16_t)));
     }
     static constexpr size_t in_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 };
@@ -66,29 +70,32 @@ struct QuantisedRow {
     }
 };
 
+// The scales of rows of blocks, where they lie in a plane of their own: one for each so many blocks of a row, row after row,
+// which both begin at the same row.
+enum ScaleType { BF16_SCALES = BF16_MATRIX, F32_SCALES = F32_MATRIX, F16_SCALES = F16_MATRIX, E8M0_SCALES, SCALE_TYPES };
+constexpr int SCALE_BYTES[SCALE_TYPES] = {2, 4, 2, 1};
+struct GroupScales {
+    ScaleType type = BF16_SCALES;
+    int blocks = 1;                 // that share one
+    const void* data = nullptr;
+    const int8_t* zeros = nullptr;  // what signed codes are to be made less, likewise, or null
+    const void* biases = nullptr;   // of affine formats, as scales
+};
+
 struct PanelKernels;  // panels.h
 
 struct BlockKernels {
     // Quantises m rows of k elements; `to` is aligned to a cache line and takes m * row_bytes() bytes.
     void (*quantise[2][BLOCK_SIZES])(const void* const* x, int m, int k, void* to);
     // c[i][j] = the product of row i of m quantised ones with row j of n consecutive rows of weights, of so many blocks each.
+    // `groups` are those rows' where they have_planes.
     // `next` is where the weights lie that will be read after these, or null.
-    void (*product[BLOCK_FORMATS])(const void* quantised, int m, const void* w, int n, int blocks, const void* next, float* c, int ldc);
+    void (*product[BLOCK_FORMATS])(const void* quantised, int m, const void* w, int n, int blocks, const GroupScales& groups, const void* next,
+                                    float* c, int ldc);
     // One row of so many blocks as float32 numbers.
-    void (*widened[BLOCK_FORMATS])(const void* row, int blocks, float* to);
-    // n FP8 codes as float16 numbers, each a 256th of the code's.
-    void (*halved_fp8)(const uint8_t* codes, int n, uint16_t* to);
+    void (*widened[BLOCK_FORMATS])(const void* row, int blocks, const GroupScales& groups, float* to);
     // Products of many rows.
     const PanelKernels* panels;
 };
-
-const BlockKernels* block_kernels_portable();
-const BlockKernels* block_kernels_avx2();
-const BlockKernels* block_kernels_avx512();
-const BlockKernels* block_kernels_avx512vnni();
-const BlockKernels* block_kernels_avx512bf16();
-const BlockKernels* block_kernels_amx();
-const BlockKernels* block_kernels_amx_emulated();
-const BlockKernels* block_kernels_neon();
 
 }  // namespace moebius

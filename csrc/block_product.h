@@ -1,9 +1,9 @@
 // Products of one or a few quantised rows with weights in blocks, read where they lie, once.
 //
 // The rows of weights are one stretch of blocks. First the integers of a piece of it are found, sixteen blocks at a time,
-// whichever rows they belong to; then each row's blocks are scaled and added, sixteen lanes at a time (block_kernels.h).
+// whichever rows they belong to, and their scales are copied out of the blocks; then each row's blocks are scaled and added, sixteen lanes at a time (block_kernels.h).
 #pragma once
-#include "block_lanes.h"
+#include "group_scales.h"
 #if defined(__AVX512F__)
 #include "block_dots_16.h"
 #elif defined(__AVX2__)
@@ -38,6 +38,7 @@ INLINE void find_integers(const uint8_t* w, int count, const QuantisedRow* x, in
             w = last;
         }
         dots_of_16<f, M, ROOM>(w, x, at, blocks, piece.dots[0] + t, piece.minima[0] + t);
+        if constexpr (has_planes(f)) continue;
         for (int i = 0; i < BLOCK_LANES; i++) {
             const uint8_t* b = w + i * B::BYTES;
             if constexpr (f == MXFP4) piece.scales[t + i] = b[0];
@@ -52,10 +53,33 @@ template <Format f> INLINE V scales_from(const uint16_t* stored) {
     else return load(reinterpret_cast<const f16*>(stored));
 }
 
+// The same with the scales, zero points or biases of groups; those from block `block` on are the first here.
+template <Format f, int M>
+INLINE V add_blocks_of_groups(const Piece<M>& piece, int i, int at, const QuantisedRow& x, int first, int count, const GroupScales& groups,
+                              int block, V lanes) {
+    for (int b = 0; b < count; b += BLOCK_LANES, at += BLOCK_LANES) {
+        const int some = min_of(BLOCK_LANES, count - b);
+        const V d_x = load(x.scales + first + b), d_w = of_groups(groups, groups.data, block + b, some);
+        const V scales = first_lanes(mul(d_w, d_x), some);
+        const int32_t *sums = static_cast<const int32_t*>(x.sums) + first + b, *dots = piece.dots[i] + at;
+        const V whole = groups.zeros ? floats_less_zeros(dots, sums, offset_of<f>(), groups, block + b, some)
+                                     : floats_less(dots, sums, offset_of<f>());
+        lanes = fma(whole, scales, lanes);
+        if constexpr (is_affine(f)) {
+            V least = of_groups(groups, groups.biases, block + b, some);
+            if (Block<f>::OFFSET) least = add(least, mul(d_w, all(float(Block<f>::OFFSET))));
+            lanes = fma(floats(sums), first_lanes(mul(least, d_x), some), lanes);
+        }
+    }
+    return lanes;
+}
+
 // lanes + the products of `count` blocks of one row, those from `first` on, with row i of x; they lie at `at` in the piece.
 template <Format f, int M>
-INLINE V add_blocks(const Piece<M>& piece, int i, int at, const QuantisedRow& x, int first, int count, V lanes) {
+INLINE V add_blocks(const Piece<M>& piece, int i, int at, const QuantisedRow& x, int first, int count, const GroupScales& groups, int block,
+                    V lanes) {
     using B = Block<f>;
+    if constexpr (has_planes(f)) return add_blocks_of_groups<f>(piece, i, at, x, first, count, groups, block, lanes);
     for (int b = 0; b < count; b += BLOCK_LANES, at += BLOCK_LANES) {
         const int some = min_of(BLOCK_LANES, count - b);
         const V d_x = load(x.scales + first + b);
@@ -76,7 +100,7 @@ INLINE V add_blocks(const Piece<M>& piece, int i, int at, const QuantisedRow& x,
 
 // M rows of x by n of w.
 template <Format f, int M>
-INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int blocks, float* c, int ldc) {
+INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int blocks, const GroupScales& groups, float* c, int ldc) {
     const size_t row_bytes = size_t(blocks) * Block<f>::BYTES;
     Piece<M> piece;
     if (blocks > PIECE) {  // a row is several pieces
@@ -86,7 +110,7 @@ INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int b
             for (int first = 0; first < blocks; first += PIECE) {
                 const int count = min_of(PIECE, blocks - first);
                 find_integers<f>(w + size_t(first) * Block<f>::BYTES, count, x, first, blocks, piece);
-                for (int i = 0; i < M; i++) lanes[i] = add_blocks<f>(piece, i, 0, x[i], first, count, lanes[i]);
+                for (int i = 0; i < M; i++) lanes[i] = add_blocks<f>(piece, i, 0, x[i], first, count, groups, j * blocks + first, lanes[i]);
             }
             for (int i = 0; i < M; i++) c[size_t(i) * ldc + j] = reduce_add(lanes[i]);
         }
@@ -98,21 +122,21 @@ INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int b
         find_integers<f>(w, some * blocks, x, 0, blocks, piece);
         for (int r = 0; r < some; r++)
             for (int i = 0; i < M; i++)
-                c[size_t(i) * ldc + j + r] = reduce_add(add_blocks<f>(piece, i, r * blocks, x[i], 0, blocks, zero()));
+                c[size_t(i) * ldc + j + r] = reduce_add(add_blocks<f>(piece, i, r * blocks, x[i], 0, blocks, groups, (j + r) * blocks, zero()));
     }
 }
 
 template <Format f>
-void block_product(const void* quantised, int m, const void* w, int n, int blocks, const void*, float* c, int ldc) {
+void block_product(const void* quantised, int m, const void* w, int n, int blocks, const GroupScales& groups, const void*, float* c, int ldc) {
     const QuantisedShape shape(block_size(f), blocks * Block<f>::ELEMENTS);
     const uint8_t* weights = static_cast<const uint8_t*>(w);
     QuantisedRow x[4];
     for (int i = 0, some; i < m; i += some, c += some * size_t(ldc)) {
         some = m - i >= 4 ? 4 : m - i >= 2 ? 2 : 1;
         for (int r = 0; r < some; r++) x[r] = QuantisedRow(quantised, i + r, shape);
-        if (some == 1) rows_by_blocks<f, 1>(x, weights, n, blocks, c, ldc);
-        else if (some == 2) rows_by_blocks<f, 2>(x, weights, n, blocks, c, ldc);
-        else rows_by_blocks<f, 4>(x, weights, n, blocks, c, ldc);
+        if (some == 1) rows_by_blocks<f, 1>(x, weights, n, blocks, groups, c, ldc);
+        else if (some == 2) rows_by_blocks<f, 2>(x, weights, n, blocks, groups, c, ldc);
+        else rows_by_blocks<f, 4>(x, weights, n, blocks, groups, c, ldc);
     }
 }
 

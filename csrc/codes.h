@@ -122,8 +122,7 @@ template <class Code> INLINE void store_codes(Code* p, V a) {
 // float16 of a number that is not negative, to the nearest, ties to even; infinity beyond what it holds. By integers: no state
 // of the thread has a part in it.
 INLINE uint16_t to_half(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
+    const uint32_t bits = read<uint32_t>(&x);
     if (bits >= 0x477ff000) return 0x7c00;
     if (bits < 0x38800000) return uint16_t((x * 0x1p24f + 0x1p23f) - 0x1p23f);  // subnormal: a whole number of 2^-24
     return uint16_t((bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13);

@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with -DMOEBIUS_ISA=name and its flags. Includes no standard templates: the
 // linker would merge their instances across units, and run one unit's instructions on another's processor.
 #include "attention_int8.h"
+#include "fp8_product.h"
 #include "ordered_product.h"
 #include "pointwise.h"
 #if defined(__AVX512F__)
@@ -22,23 +23,33 @@
 #define MOEBIUS_BF16(plain, amx) plain
 #endif
 
-#define MOEBIUS_JOIN2(a, b) a##b
-#define MOEBIUS_JOIN(a, b) MOEBIUS_JOIN2(a, b)
 #define MOEBIUS_TEXT2(a) #a
 #define MOEBIUS_TEXT(a) MOEBIUS_TEXT2(a)
 
 namespace moebius {
+namespace MOEBIUS_ISA {
 
-const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
-    using namespace MOEBIUS_ISA;
-    static const Kernels kernels = {
+const BlockKernels* block_kernels();  // blocks_isa.cpp
+
+const Fp8Kernels FP8_BESIDE_FLOATS = {F32, F16_MATRIX, 256.0f, halve_fp8, fp8_product<float>};
+
+const Kernels* kernels() {
+    static const Kernels table = {
         MOEBIUS_TEXT(MOEBIUS_ISA),
         {MOEBIUS_BF16(MOEBIUS_PACK(bf16), amx_pack), MOEBIUS_PACK(float)},
         {{MOEBIUS_BF16((MOEBIUS_16_OR_8(product, bf16, bf16)), amx_product), nullptr, nullptr},
          {MOEBIUS_16_OR_8(product, float, bf16), MOEBIUS_16_OR_8(product, float, float), MOEBIUS_16_OR_8(product, float, f16)}},
         {{ordered_product<bf16, bf16>, nullptr, nullptr},
          {ordered_product<float, bf16>, ordered_product<float, float>, ordered_product<float, f16>}},
-        MOEBIUS_JOIN(block_kernels_, MOEBIUS_ISA)(),
+        {
+#if defined(__AVX512BF16__)
+            {BF16, BF16_MATRIX, 1.0f, widen_fp8, MOEBIUS_BF16(fp8_product<bf16>, nullptr)},
+#else
+            FP8_BESIDE_FLOATS,
+#endif
+            FP8_BESIDE_FLOATS,
+        },
+        block_kernels(),
         {{scaled_row<bf16, bf16>, scaled_row<bf16, float>, nullptr}, {scaled_row<float, bf16>, scaled_row<float, float>, scaled_row<float, f16>}},
         {store_row<bf16>, store_row<float>},
         {add_bias<bf16>, add_bias<float>},
@@ -54,7 +65,8 @@ const Kernels* MOEBIUS_JOIN(kernels_, MOEBIUS_ISA)() {
         softmax_stats,
         exp_row,
     };
-    return &kernels;
+    return &table;
 }
 
+}  // namespace MOEBIUS_ISA
 }  // namespace moebius

@@ -68,6 +68,27 @@ struct AttentionBlock {
     const float* key_offset = nullptr;  // (key_dim,): what codes of keys were made less, where it is to be added back
 };
 
+// The scales of n rows of codes, of so many columns each: those of row j begin at rows[j].
+struct Fp8Scales {
+    const float* const* rows;
+    int columns;
+    float smaller;  // how many times smaller widened codes are
+
+    float of(int row, int block) const { return rows[row][block] * smaller; }
+};
+
+// How layers of a dtype meet codes of FP8 (fp8.h): as rows of x of `x`, and codes widened to `widened`, each so many times
+// smaller.
+struct Fp8Kernels {
+    Dtype x;
+    Format widened;
+    float smaller;
+    void (*widen)(const uint8_t* codes, int n, uint16_t* to);
+    // The products of m rows of x, packed block by block where `pack` is, with n rows of k codes where they lie, to the bit those
+    // with widened ones. Null where there is none.
+    void (*product)(const void* const* x, int m, const void* w, int n, int k, const Fp8Scales& scales, const void* next, float* c, int ldc);
+};
+
 struct Kernels {
     const char* name;
 
@@ -78,6 +99,7 @@ struct Kernels {
     void (*product[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, size_t ldw, int n, int k, const void* next, float* c, int ldc);
     // The same, from rows of x as they lie, summed in the order of every instruction set (ordered_product.h).
     void (*ordered[2][DENSE_FORMATS])(const void* const* x, int m, const void* w, int n, int k, float* c, int ldc);
+    Fp8Kernels fp8[2];  // for layers of each dtype
     // Products with weights in blocks.
     const BlockKernels* blocks;
     // out = round(multiplier * row) of n values of a matrix of plain numbers, or of a row of blocks that was widened to float32
@@ -138,13 +160,14 @@ struct Codes {
 };
 void write_codes(const CacheShape& shape, void* cache, const Codes& k, const Codes& v, int64_t slot, int head);
 
-const Kernels* kernels_portable();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-const Kernels* kernels_avx512vnni();
-const Kernels* kernels_avx512bf16();
-const Kernels* kernels_amx();
-const Kernels* kernels_amx_emulated();  // for tests
-const Kernels* kernels_neon();
+// Each instruction set's, in its namespace, as all that is compiled for it. Not every build has all (CMakeLists.txt).
+namespace portable { const Kernels* kernels(); }
+namespace avx2 { const Kernels* kernels(); }
+namespace avx512 { const Kernels* kernels(); }
+namespace avx512vnni { const Kernels* kernels(); }
+namespace avx512bf16 { const Kernels* kernels(); }
+namespace amx { const Kernels* kernels(); }
+namespace amx_emulated { const Kernels* kernels(); }  // for tests
+namespace neon { const Kernels* kernels(); }
 
 }  // namespace moebius

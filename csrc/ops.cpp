@@ -31,7 +31,7 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
 #endif
 #if defined(MOEBIUS_HAS_AMX)
 bool has_amx() { return has_avx512bf16() && amx_present(); }
@@ -39,21 +39,21 @@ bool has_amx() { return has_avx512bf16() && amx_present(); }
 bool always() { return true; }
 
 const Level LEVELS[] = {  // worst first
-    {"portable", kernels_portable, always},
+    {"portable", portable::kernels, always},
 #if defined(MOEBIUS_HAS_AMX_EMULATED)
-    {"amx_emulated", kernels_amx_emulated, has_avx512bf16},
+    {"amx_emulated", amx_emulated::kernels, has_avx512bf16},
 #endif
 #if defined(__x86_64__)
-    {"avx2", kernels_avx2, has_avx2},
-    {"avx512", kernels_avx512, has_avx512},
-    {"avx512vnni", kernels_avx512vnni, has_avx512vnni},
-    {"avx512bf16", kernels_avx512bf16, has_avx512bf16},
+    {"avx2", avx2::kernels, has_avx2},
+    {"avx512", avx512::kernels, has_avx512},
+    {"avx512vnni", avx512vnni::kernels, has_avx512vnni},
+    {"avx512bf16", avx512bf16::kernels, has_avx512bf16},
 #endif
 #if defined(MOEBIUS_HAS_AMX)
-    {"amx", kernels_amx, has_amx},
+    {"amx", amx::kernels, has_amx},
 #endif
 #if defined(__aarch64__)
-    {"neon", kernels_neon, always},
+    {"neon", neon::kernels, always},
 #endif
 };
 
@@ -88,8 +88,8 @@ size_t Ops::scratch_bytes() const {
 size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
     const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
     size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
-    if (float_activations_) of_a_thread += size_t(ROW_BLOCK) * widest * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + widened_bytes(widest) + 3 * 64;
-    else for (BlockSize size : {BY_32, BY_256}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
+    of_a_thread += most_widened_bytes(widest);
+    if (!float_activations_) for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
     of_a_thread += most_panel_bytes(widest);
     return threads() * of_a_thread + most_tile_bytes(widest) + (splits * attention + Scratch::SPARE) * sizeof(float);
@@ -143,13 +143,14 @@ void Ops::store_columns(const Linear& l, const Linear::Layer& layer, const Produ
 void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                   int columns, Scratch& s) {
     const int k = w.columns;
+    if (by_codes(w)) return fp8_product(dtype, x, first, m, w, column, next, c, columns, s);
     if (w.format == FP8 || (is_blocks(w.format) && float_activations_)) return widened_product(dtype, x, first, m, w, column, c, columns, s);
     if (is_blocks(w.format)) {
         const BlockSize size = block_size(w.format);
         const BlockKernels& kernels = *kernels_->blocks;
         const void* rows = packed(s.packed[1 + size], first, m * QuantisedShape(size, k).row_bytes(),
                                   [&](void* to) { kernels.quantise[dtype][size](x, m, k, to); });
-        return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), next, c, columns);
+        return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), w.groups_from(column), next, c, columns);
     }
     if (ordered_) return kernels_->ordered[dtype][w.format](x, m, w.row(column), columns, k, c, columns);
     const auto kernel = kernels_->product[dtype][w.format];
@@ -196,7 +197,10 @@ void Ops::fetch(const Experts& e) const {
     if (!e.on_disk) return;
     for (size_t i = 0; i < e.gate.size(); i++)
         if (starts_[i + 1] > starts_[i])
-            for (const Matrix& w : {e.gate[i], e.up[i], e.down[i]}) will_need(w.data, w.bytes());
+            for (const Matrix& w : {e.gate[i], e.up[i], e.down[i]}) {
+                will_need(w.data, w.bytes());
+                if (w.groups.data) will_need(w.groups.data, w.rows * w.groups_of_a_row() * SCALE_BYTES[w.groups.type]);
+            }
 }
 
 void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out) {
@@ -210,8 +214,8 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) x_rows[i] = at(x, pairs_[p.first + i] / top_k * hidden_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const Matrix &gate_w = e.gate[p.expert], &up_w = e.up[p.expert];
-        const void* next = then ? e.gate[then->expert].row(then->column) : e.down[p.expert].data;
+        const Matrix &gate_w = e.gate[p.weights], &up_w = e.up[p.weights];
+        const void* next = then ? e.gate[then->weights].row(then->column) : e.down[p.weights].data;
         // A row alone is the same one for all experts that it chose: packed once.
         const int rows = p.count == 1 ? -1 - pairs_[p.first] / top_k : p.first;
         product(e.dtype, x_rows, rows, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
@@ -228,8 +232,8 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const void* h_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) h_rows[i] = at(inner, (p.first + i) * width_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const void* next = then ? e.down[then->expert].row(then->column) : nullptr;
-        product(e.dtype, h_rows, p.first, p.count, e.down[p.expert], p.column, next, c, p.columns, scratch_[thread]);
+        const void* next = then ? e.down[then->weights].row(then->column) : nullptr;
+        product(e.dtype, h_rows, p.first, p.count, e.down[p.weights], p.column, next, c, p.columns, scratch_[thread]);
         store_down(e, p, c, out);
     });
     down_by_panels(e, inner, out);
@@ -239,15 +243,15 @@ void Ops::store_gated(const Experts& e, const Product& p, float* gate, float* up
     const size_t size = size_of(e.dtype), width_bytes = e.width * size;
     for (int i = 0; i < p.count; i++) {
         float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
-        if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.expert], p.column * size));
-        if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.expert], p.column * size));
+        if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.weights], p.column * size));
+        if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.weights], p.column * size));
         kernels_->gated[e.dtype](g, u, p.columns, e.activation, at(inner, (p.first + i) * width_bytes + p.column * size));
     }
 }
 
 void Ops::store_down(const Experts& e, const Product& p, const float* c, void* out) {
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size;
-    const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.expert], p.column * size);
+    const void* bias = e.down_bias.empty() ? nullptr : at(e.down_bias[p.weights], p.column * size);
     for (int i = 0; i < p.count; i++)
         kernels_->store[e.dtype](c + size_t(i) * p.columns, p.columns, bias,
                                  at(out, pairs_[p.first + i] * hidden_bytes + p.column * size));

@@ -27,11 +27,23 @@ struct Matrix {
     // Of FP8: block after block, and how many rows and columns share one.
     std::shared_ptr<const std::vector<float>> scales = nullptr;
     int block_rows = 1, block_columns = 1;
+    // Of blocks of codes alone. Zero points that had to be unpacked are held here.
+    GroupScales groups = {};
+    std::shared_ptr<const std::vector<int8_t>> zeros = nullptr;
 
     size_t row_bytes() const { return size_t(blocks()) * FORMAT_SIZES[format].bytes; }
     size_t bytes() const { return rows * row_bytes(); }
     int blocks() const { return columns / FORMAT_SIZES[format].elements; }  // of a row
     const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
+    int64_t groups_of_a_row() const { return blocks() / groups.blocks; }
+    GroupScales groups_from(int64_t row) const {
+        GroupScales from = groups;
+        const int64_t skipped = row * groups_of_a_row();
+        if (from.data) from.data = static_cast<const char*>(from.data) + skipped * SCALE_BYTES[from.type];
+        if (from.zeros) from.zeros += skipped;
+        if (from.biases) from.biases = static_cast<const char*>(from.biases) + skipped * SCALE_BYTES[from.type];
+        return from;
+    }
     // Of the blocks that row i is in.
     const float* row_scales(int64_t i) const { return scales->data() + i / block_rows * scales_of_a_row(); }
     int64_t scales_of_a_row() const { return (columns + block_columns - 1) / block_columns; }
@@ -214,13 +226,14 @@ private:
         std::vector<float> floats;
         std::vector<const void*> rows;
         // Rows of x as products want them, each kind once for a thread's items: packed for plain numbers, quantised for blocks
-        // of either size; and, where they are not quantised, widened, and packed as float32.
+        // of each kind; and, where they are not quantised, widened, and packed as float32.
         struct Packed {
             std::vector<char> bytes;
             uint64_t call = 0;
-            int first = 0;
+            int first = 0, columns = 0;
         };
-        Packed packed[1 + BLOCK_SIZES], unquantised[2];
+        // And beside FP8, packed block by block.
+        Packed packed[1 + BLOCK_SIZES], unquantised[2], in_blocks;
         std::vector<char> panels;  // of one item
         std::vector<char> widened;  // rows of weights
 
@@ -238,12 +251,12 @@ private:
             size_t sum = floats.capacity() * sizeof(float);
             for (const Packed& each : packed) sum += each.bytes.capacity();
             for (const Packed& each : unquantised) sum += each.bytes.capacity();
-            return sum + panels.capacity() + widened.capacity();
+            return sum + in_blocks.bytes.capacity() + panels.capacity() + widened.capacity();
         }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
-    struct Product {  // rows of x times some columns of one expert
-        int expert, first, count, column, columns;
+    struct Product {  // rows of x times some columns of an expert, or of a layer
+        int weights, first, count, column, columns;
     };
     struct PanelRows {  // of an expert, or of all layers; in tiles they begin at row `tiled`
         int weights, first, count, tiled;
@@ -290,11 +303,12 @@ private:
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
     // What `pack` makes of the rows from `first` of this call's, in so many bytes; made anew where `packed` has others.
-    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack) {
+    // columns: of a block, of what is packed block by block.
+    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack, int columns = 0) {
         if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
         void* to = Scratch::aligned(packed.bytes.data());
-        if (packed.call != calls_ || packed.first != first) pack(to);
-        packed.call = calls_, packed.first = first;
+        if (packed.call != calls_ || packed.first != first || packed.columns != columns) pack(to);
+        packed.call = calls_, packed.first = first, packed.columns = columns;
         return to;
     }
 
@@ -308,25 +322,40 @@ private:
     char* tiles_of(const Tiled& tiled, int row);
     template <class RowAt> void lay_in_tiles(Dtype dtype, const std::vector<Format>& formats, int k, const RowAt& row_at);
     void lay_tile(Dtype dtype, BlockSize size, const void* const* x, const PanelRows& tile, int k, Scratch::Packed& room);
-    void plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes);
+    template <class Matrices> void plan_panels(const PanelRows& rows, const Matrices& matrices);
     void cut_panel_products();
     char* unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const;
     void panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
                        float* c);
-    template <class MatrixOf> Stretch next_panels(int item, const MatrixOf& matrix_of) const;
+    template <class MatricesOf> Stretch next_panels(int item, int n, const MatricesOf& matrices_of) const;
+    template <class MatricesOf, class Store> void run_panel_products(const MatricesOf& matrices_of, const Store& store);
     template <class Takes, class Run> void each_panel_batch(size_t formats, const Takes& takes, const Run& run);
     bool by_panels(int rows, std::initializer_list<Format> formats) const;
     bool gate_by_panels(const Experts& e, int expert) const;
     bool down_by_panels(const Experts& e, int expert) const;
     void linear_by_panels(const Linear& l, const void* x, int rows, void* out, bool wide);
+    template <class Takes, class MatricesOf, class RowAt, class Store>
+    void experts_by_panels(Dtype dtype, const Takes& takes, const MatricesOf& matrices_of, const RowAt& row_at, const Store& store);
     void gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner);
     void down_by_panels(const Experts& e, const void* inner, void* out);
 
-    // The same where activations are not quantised, or weights have no whole numbers (widened_ops.cpp).
+    // FP8 (fp8_ops.cpp).
+    static bool by_codes(const Matrix& w);
+    void fp8_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
+                     int columns, Scratch& scratch);
+
+    // Blocks where activations are not quantised, and what has no other kernels (widened_ops.cpp).
     void widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
                          Scratch& scratch);
     void widen_row(const Matrix& w, int64_t row, float* to) const;
-    static size_t widened_bytes(int k);
+    // m rows of x as float32: rows of k, one behind the other, and where each lies.
+    void as_floats(Dtype dtype, const void* const* x, int first, int m, int k, Scratch& scratch, const void** rows);
+    // For WIDENED_ROWS of k float32 numbers.
+    static void* widened_room(int k, Scratch& scratch);
+    static size_t widened_bytes(int k) { return size_t(WIDENED_ROWS) * k * sizeof(float); }
+    static size_t most_widened_bytes(int widest) {
+        return size_t(ROW_BLOCK) * widest * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + widened_bytes(widest) + 3 * 64;
+    }
 
     const Kernels* kernels_;
     const bool float_activations_, ordered_;

@@ -67,9 +67,9 @@ template <class K, int M> struct TileProduct {
     }
     INLINE_MEMBER Ints integers(int block, int row) const {
         const int at = block * K::PLANES;
-        const Ints low = vector_at<Ints>(found[at][row]);
+        const Ints low = read<Ints>(found[at][row]);
         if constexpr (K::PLANES == 1) return low;
-        else return low + vector_at<Ints>(found[at + 1][row]) * (1 << PLANE_BITS);
+        else return low + read<Ints>(found[at + 1][row]) * (1 << PLANE_BITS);
     }
 
     void run(const char* panel, const char* tile, int blocks, Fetch& fetch, float* c, int ldc, int rows, int width) {

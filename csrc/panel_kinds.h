@@ -3,52 +3,32 @@
 // A panel is LANES weight rows, unpacked: block after block, in the order in which they are summed. A tile is some rows of x
 // beside each other in the same order. Both in quads, so that a product walks through two streams.
 #pragma once
-#include "panels.h"
+#include "block_formats.h"
 #include "panel_lanes.h"
+#include "panels.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {
 
+// Whether sums of sub-blocks are multiplied by integers.
+constexpr bool is_scaled(Format type) { return FORMAT_SIZES[type].elements == 256; }
+
 // How a block's numbers are shifted: not at all, all by one number, or each sub-block by one in units of dmin.
 enum Minima { NO_MINIMA, ONE_MINIMUM, SUB_MINIMA };
-
-struct Facts {
-    int sub;  // elements that share an integer scale; all of a block, without such scales
-    bool scaled;
-    Minima minima;
-    int offset;  // of the unsigned codes
-    int most;    // the largest of them
-};
-
-constexpr Facts facts(Format type) {
-    switch (type) {
-        case Q4_0: return {32, false, NO_MINIMA, 8, 15};
-        case Q4_1: return {32, false, ONE_MINIMUM, 0, 15};
-        case Q5_0: return {32, false, NO_MINIMA, 16, 31};
-        case Q5_1: return {32, false, ONE_MINIMUM, 0, 31};
-        case Q8_0: return {32, false, NO_MINIMA, 128, 255};
-        case IQ4_NL: return {32, false, NO_MINIMA, 128, 241};
-        case MXFP4: return {32, false, NO_MINIMA, 12, 24};
-        case Q2_K: return {16, true, SUB_MINIMA, 0, 3};
-        case Q3_K: return {16, true, NO_MINIMA, 4, 7};
-        case Q4_K: return {32, true, SUB_MINIMA, 0, 15};
-        case Q5_K: return {32, true, SUB_MINIMA, 0, 31};
-        case Q6_K: return {16, true, NO_MINIMA, 32, 63};
-        case IQ4_XS: return {32, true, NO_MINIMA, 128, 241};
-        default: return {};
-    }
+template <Format TYPE> constexpr Minima minima() {
+    return Block<TYPE>::MINIMUM_AT < 0 ? NO_MINIMA : is_scaled(TYPE) ? SUB_MINIMA : ONE_MINIMUM;
 }
 
 // Where scales are multiplied into the codes, a whole block is one sum. Those of these two fit eight bits: (q - 4) * -32..31 is
 // between -124 and 128, and is stored 124 larger, or negated. Tiles' sums are as long as a block anyway; other codes are in two
 // planes there, of seven bits and of what is left.
 constexpr bool fits_bytes(Format type) { return type == Q2_K || type == Q3_K; }
-constexpr bool folds(Format type) { return SCHEME == TILES ? facts(type).scaled : SCHEME == QUADS && fits_bytes(type); }
+constexpr bool folds(Format type) { return SCHEME == TILES ? is_scaled(type) : SCHEME == QUADS && fits_bytes(type); }
 constexpr int planes_of(Format type) { return folds(type) && !fits_bytes(type) ? 2 : 1; }
 constexpr int PLANE_BITS = 7;
 constexpr int FOLDED_Q3_OFFSET = 124;
 
-constexpr int unsigned_offset(Format type) { return folds(type) && type == Q3_K ? FOLDED_Q3_OFFSET : facts(type).offset; }
+template <Format TYPE> constexpr int unsigned_offset() { return folds(TYPE) && TYPE == Q3_K ? FOLDED_Q3_OFFSET : Block<TYPE>::OFFSET; }
 
 // A product's kernel depends on a format by these alone.
 //   SUB: elements of one integer sum; SCALED: that is multiplied by an integer then
@@ -84,20 +64,18 @@ struct Kind {
 };
 
 // Quads whose products sum up to less than 2^15 in each half of a lane, in the end: on the way there the halves may wrap.
-constexpr int chain_of(const Facts& f) {
-    const int centred = f.offset ? f.offset : f.most, quads = 32767 / (2 * 127 * centred), all = f.sub / 4;
-    return f.most > 64 ? 0 : quads >= all ? all : quads >= 4 ? 4 : 1;
+template <class B> constexpr int chain_of() {
+    constexpr int centred = B::OFFSET ? B::OFFSET : B::MOST, quads = 32767 / (2 * 127 * centred), all = B::SUB / 4;
+    return B::MOST > 64 ? 0 : quads >= all ? all : quads >= 4 ? 4 : 1;
 }
 
 template <Format TYPE> struct KindOf {
-    static constexpr Facts FACTS = facts(TYPE);
+    using B = Block<TYPE>;
     static constexpr bool FOLDS = folds(TYPE);
-    static constexpr int CHAIN = SCHEME == PAIRS ? chain_of(FACTS) : FACTS.sub / 4;
-    static constexpr int ELEMENTS = FORMAT_SIZES[TYPE].elements;
-    static constexpr bool STARTS = (SCHEME == QUADS || SCHEME == PAIRS) && CHAIN && unsigned_offset(TYPE);
-    using type = Kind<ELEMENTS, FOLDS ? ELEMENTS : FACTS.sub, FACTS.scaled && !FOLDS, FACTS.minima,
-                      FACTS.minima == SUB_MINIMA ? FACTS.sub : 0,
-                      STARTS, SCHEME == PAIRS ? CHAIN : 1, planes_of(TYPE)>;
+    static constexpr int CHAIN = SCHEME == PAIRS ? chain_of<B>() : B::SUB / 4;
+    static constexpr bool STARTS = (SCHEME == QUADS || SCHEME == PAIRS) && CHAIN && unsigned_offset<TYPE>();
+    using type = Kind<B::ELEMENTS, FOLDS ? B::ELEMENTS : B::SUB, is_scaled(TYPE) && !FOLDS, minima<TYPE>(),
+                      minima<TYPE>() == SUB_MINIMA ? B::SUB : 0, STARTS, SCHEME == PAIRS ? CHAIN : 1, planes_of(TYPE)>;
 };
 
 // Fetches a stretch of memory into the second cache, some of it at each of so many steps: unpacking would wait for it else, with

@@ -9,7 +9,7 @@
 //   PLAIN   multiplication of signed codes (NEON, portable)
 // Where codes are unsigned, they are `offset` larger than what they stand for, and sums start at -offset times the sum of x's.
 #pragma once
-#include "simd.h"
+#include "words.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {
@@ -48,21 +48,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
 constexpr int VECTOR = 4 * LANES;  // bytes
 
-INLINE int32_t word_at(const void* p) {
-    int32_t word;
-    memcpy(&word, p, 4);
-    return word;
-}
-INLINE float number_at(const void* p) {
-    float number;
-    memcpy(&number, p, 4);
-    return number;
-}
-template <class Vector> INLINE Vector vector_at(const void* p) {
-    Vector v;
-    memcpy(&v, p, VECTOR);
-    return v;
-}
 template <class Vector> INLINE void put(void* p, Vector v) { memcpy(p, &v, VECTOR); }
 
 INLINE Words bytes_less(Words a, int less) { return (Words)((Bytes)a - uint8_t(less)); }
@@ -72,19 +57,11 @@ INLINE Ints doubled(Ints a) { return (a & 0xffff) | (a << 16); }
 // --- fetching: lanes are rows of bytes ---
 
 #if defined(__AVX512F__)
-// out[j] = the j-th of four words, from byte `at` on, of sixteen rows
-INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
-    __m512i v[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        auto four = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
-        v[r] = _mm512_inserti32x4(_mm512_castsi128_si512(four(r)), four(r + 4), 1);
-        v[r] = _mm512_inserti32x4(_mm512_inserti32x4(v[r], four(r + 8), 2), four(r + 12), 3);
-    }
-    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-    out[0] = (Words)_mm512_unpacklo_epi64(a, c), out[1] = (Words)_mm512_unpackhi_epi64(a, c);
-    out[2] = (Words)_mm512_unpacklo_epi64(b, d), out[3] = (Words)_mm512_unpackhi_epi64(b, d);
+// Sixteen bytes of every fourth row.
+INLINE __m512i every_fourth(const uint8_t* const* rows, size_t at) {
+    auto sixteen = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    const __m512i two = _mm512_inserti32x4(_mm512_castsi128_si512(sixteen(0)), sixteen(4), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(two, sixteen(8), 2), sixteen(12), 3);
 }
 INLINE Words looked_up(Words codes, const uint8_t* table) {
     const __m512i tables = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
@@ -103,17 +80,9 @@ INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)_mm512_f
 INLINE Floats to_floats(Ints a) { return (Floats)_mm512_cvtepi32_ps((__m512i)a); }
 INLINE void put_some(float* p, Floats a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)a); }
 #elif defined(__AVX2__)
-INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
-    __m256i v[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-        auto four = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
-        v[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(four(r)), four(r + 4), 1);
-    }
-    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
-    const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-    out[0] = (Words)_mm256_unpacklo_epi64(a, c), out[1] = (Words)_mm256_unpackhi_epi64(a, c);
-    out[2] = (Words)_mm256_unpacklo_epi64(b, d), out[3] = (Words)_mm256_unpackhi_epi64(b, d);
+INLINE __m256i every_fourth(const uint8_t* const* rows, size_t at) {
+    auto sixteen = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(0)), sixteen(4), 1);
 }
 INLINE Words looked_up(Words codes, const uint8_t* table) {
     const __m256i tables = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
@@ -128,10 +97,6 @@ INLINE Floats fused_less(Floats a, Floats b, Floats c) { return (Floats)_mm256_f
 INLINE Floats to_floats(Ints a) { return (Floats)_mm256_cvtepi32_ps((__m256i)a); }
 INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float)); }
 #else
-INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
-    for (int j = 0; j < 4; j++)
-        for (int r = 0; r < LANES; r++) out[j][r] = uint32_t(word_at(rows[r] + at + 4 * j));
-}
 INLINE Words looked_up(Words codes, const uint8_t* table) {
     Bytes bytes = (Bytes)codes;
     for (int i = 0; i < VECTOR; i++) bytes[i] = table[bytes[i]];
@@ -156,6 +121,20 @@ INLINE Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
 INLINE void put_some(float* p, Floats a, int n) { memcpy(p, &a, n * sizeof(float)); }
 #endif
 
+// out[j] = the j-th of four words, from byte `at` on, of all rows
+#if defined(__AVX2__)
+INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
+    const decltype(every_fourth(rows, at)) v[4] = {every_fourth(rows, at), every_fourth(rows + 1, at), every_fourth(rows + 2, at),
+                                                   every_fourth(rows + 3, at)};
+    transpose_words(v, out);
+}
+#else
+INLINE void turn(const uint8_t* const* rows, size_t at, Words* out) {
+    for (int j = 0; j < 4; j++)
+        for (int r = 0; r < LANES; r++) out[j][r] = read<uint32_t>(rows[r] + at + 4 * j);
+}
+#endif
+
 #if !defined(__AVX512F__)
 // The same: of four copies, 7 bits apart, each byte keeps one.
 INLINE Words spread_bits(Words bits) { return ((bits & 15) * 0x00204081u) & 0x01010101u; }
@@ -166,12 +145,8 @@ INLINE Words spread_bits(Words bits) { return ((bits & 15) * 0x00204081u) & 0x01
 INLINE Words halves_of(const uint8_t* const* rows, size_t at) {
     alignas(VECTOR) uint32_t halves[LANES];
 #pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) {
-        uint16_t half;
-        memcpy(&half, rows[r] + at, 2);
-        halves[r] = half;
-    }
-    return vector_at<Words>(halves);
+    for (int r = 0; r < LANES; r++) halves[r] = read<uint16_t>(rows[r] + at);
+    return read<Words>(halves);
 }
 
 // --- sums of products ---
@@ -194,7 +169,7 @@ INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {  // of signed halves
 }
 #if defined(__AVX512VNNI__)
 INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(word_at(x)));
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(read<int32_t>(x)));
 }
 #endif
 INLINE Ints plus_halves(Ints sum, Words w, int32_t x) {
@@ -220,7 +195,7 @@ INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) {
     return (Ints)vaddq_s32((int32x4_t)sum, vpaddq_s32(low, high));
 }
 INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
-    const int8x16_t codes = (int8x16_t)w, turned = vreinterpretq_s8_s32(vdupq_n_s32(word_at(x)));
+    const int8x16_t codes = (int8x16_t)w, turned = vreinterpretq_s8_s32(vdupq_n_s32(read<int32_t>(x)));
     const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(turned));
     const int16x8_t high = vmull_s8(vget_high_s8(codes), vget_high_s8(turned));
     return (Ints)vaddq_s32((int32x4_t)sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
@@ -229,7 +204,7 @@ INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
 INLINE Ints plus_pairs(Ints sum, Ints a, Ints b) { return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
 INLINE Ints plus_quads(Ints sum, Words w, const void* x) {
     const Ints codes = (Ints)w;
-    const uint32_t turned = uint32_t(word_at(x));
+    const uint32_t turned = read<uint32_t>(x);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) sum += ((codes << (24 - 8 * i)) >> 24) * int32_t(int8_t(turned >> (8 * i)));
     return sum;

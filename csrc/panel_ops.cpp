@@ -4,6 +4,7 @@
 // then an item unpacks a few panels, and a stretch of the batch's rows passes over them. Which way a row is computed, by panels
 // or as one of few, and beside which others, changes none of its bits: both compute what block_kernels.h says.
 #include <algorithm>
+#include <array>
 
 #include "bytes.h"
 #include "ops.h"
@@ -64,7 +65,7 @@ template <class RowAt> void Ops::lay_in_tiles(Dtype dtype, const std::vector<For
         const PanelRows& tile = panel_tiles_[item];
         const void* x[STRETCH];
         for (int i = 0; i < tile.count; i++) x[i] = row_at(tile.first + i);
-        for (BlockSize size : {BY_32, BY_256}) lay_tile(dtype, size, x, tile, k, scratch_[thread].packed[1 + size]);
+        for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) lay_tile(dtype, size, x, tile, k, scratch_[thread].packed[1 + size]);
     });
 }
 
@@ -91,11 +92,16 @@ void Ops::lay_tile(Dtype dtype, BlockSize size, const void* const* x, const Pane
 
 char* Ops::tiles_of(const Tiled& tiled, int row) { return Scratch::aligned(tiles_.data()) + tiled.at + row * tiled.row_bytes; }
 
-// Items for so many columns, a panel of which takes so many bytes.
-void Ops::plan_panels(const PanelRows& rows, int columns_in_all, size_t panel_bytes) {
-    const int panel = panels().panel, most = int(std::clamp<size_t>(CHUNK / panel_bytes, 1, MOST_COLUMNS / panel)) * panel;
-    for (int column = 0; column < columns_in_all; column += most)
-        panel_products_.push_back({rows, column, std::min(most, columns_in_all - column)});
+size_t Ops::panel_bytes(const Matrix& w) const { return w.blocks() * panels().of(w.format).panel_bytes; }
+
+// Items of some columns of each of the matrices.
+template <class Matrices> void Ops::plan_panels(const PanelRows& rows, const Matrices& matrices) {
+    size_t bytes = 0;
+    for (const Matrix* w : matrices) bytes += panel_bytes(*w);
+    const int panel = panels().panel, most = int(std::clamp<size_t>(CHUNK / bytes, 1, MOST_COLUMNS / panel)) * panel;
+    const int columns = matrices[0]->rows;
+    for (int column = 0; column < columns; column += most)
+        panel_products_.push_back({rows, column, std::min(most, columns - column)});
 }
 
 // Where items are few, each is cut into stretches of rows, though these unpack the same panels.
@@ -115,13 +121,11 @@ void Ops::cut_panel_products() {
     }
 }
 
-size_t Ops::panel_bytes(const Matrix& w) const { return w.blocks() * panels().of(w.format).panel_bytes; }
-
 // The columns of an item, unpacked to `to`; returns what comes behind.
 char* Ops::unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const {
     const int panel = panels().panel;
     for (int i = 0; i < p.columns; i += panel, to += panel_bytes(w))
-        panels().of(w.format).unpack(w.row(p.column + i), std::min(panel, p.columns - i), w.blocks(), to);
+        panels().of(w.format).unpack(w.row(p.column + i), std::min(panel, p.columns - i), w.blocks(), w.groups_from(p.column + i), to);
     return to;
 }
 
@@ -132,15 +136,39 @@ void Ops::panel_product(const PanelProduct& p, const Matrix& w, const char* unpa
     panels().of(w.format).product(tiles_of(tiled, row), m, unpacked, p.columns, w.blocks(), next, c, p.columns);
 }
 
-// What the item after this one will unpack of its matrix, which matrix_of(weights) says.
-template <class MatrixOf> Stretch Ops::next_panels(int item, const MatrixOf& matrix_of) const {
+// What the item after this one will unpack of its n-th matrix.
+template <class MatricesOf> Stretch Ops::next_panels(int item, int n, const MatricesOf& matrices_of) const {
     if (item + 1 >= int(panel_products_.size())) return {};
     const PanelProduct& next = panel_products_[item + 1];
-    const Matrix& w = matrix_of(next.rows.weights);
+    const Matrix& w = *matrices_of(next.rows.weights)[n];
     return {w.row(next.column), next.columns * w.row_bytes()};
 }
 
-// Room for the panels of an item, of two matrices at most.
+// The planned products. matrices_of(weights) says of which matrices, one or two that the same rows meet; store(p, c) is given
+// the products with the first one at c[0], with the second at c[1].
+template <class MatricesOf, class Store> void Ops::run_panel_products(const MatricesOf& matrices_of, const Store& store) {
+    pool_.run(int(panel_products_.size()), [&](int item, int thread) {
+        const PanelProduct& p = panel_products_[item];
+        const auto matrices = matrices_of(p.rows.weights);
+        const int count = int(matrices.size());
+        size_t bytes = 0;
+        for (const Matrix* w : matrices) bytes += panel_bytes(*w) * ((p.columns - 1) / panels().panel + 1);
+        char *to = panel_room(bytes, thread), *unpacked[2];
+        float* c[2] = {scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2)};
+        c[1] = c[0] + size_t(ROW_BLOCK) * MOST_COLUMNS;
+        for (int n = 0; n < count; n++) unpacked[n] = to, to = unpack_panels(p, *matrices[n], to);
+        for (int i = 0; i < p.rows.count; i += ROW_BLOCK) {
+            const int m = std::min(ROW_BLOCK, p.rows.count - i);
+            for (int n = 0; n < count; n++) {
+                const Stretch next = i ? Stretch() : next_panels(item, n, matrices_of);
+                panel_product(p, *matrices[n], unpacked[n], p.rows.tiled + i, m, next, c[n]);
+            }
+            store({p.rows.weights, p.rows.first + i, m, p.column, p.columns}, c);
+        }
+    });
+}
+
+// Room for the panels of an item.
 char* Ops::panel_room(size_t bytes, int thread) {
     std::vector<char>& room = scratch_[thread].panels;
     if (room.size() < bytes + 64) Scratch::renew(room, bytes + 64);
@@ -153,29 +181,18 @@ void Ops::linear_by_panels(const Linear& l, const void* x, int rows, void* out, 
     for (const Linear::Layer& layer : l.layers)
         if (by_panels(rows, {layer.weight.format})) add_format(layer.weight.format, formats);
     if (formats.empty()) return;
+    const auto matrices_of = [&](int layer) { return std::array{&l.layers[layer].weight}; };
     const int most = batch_rows(formats.size());
     for (int first = 0; first < rows; first += most) {
         panel_rows_.assign(1, {0, first, std::min(most, rows - first), 0});
         lay_in_tiles(l.dtype, formats, l.in, [&](int i) { return at(x, i * row_bytes); });
         panel_products_.clear();
         PanelRows batch = panel_rows_[0];
-        for (; batch.weights < int(l.layers.size()); batch.weights++) {
-            const Matrix& w = l.layers[batch.weights].weight;
-            if (is_blocks(w.format)) plan_panels(batch, w.rows, panel_bytes(w));
-        }
+        for (; batch.weights < int(l.layers.size()); batch.weights++)
+            if (is_blocks(l.layers[batch.weights].weight.format)) plan_panels(batch, matrices_of(batch.weights));
         cut_panel_products();
-        pool_.run(int(panel_products_.size()), [&](int item, int thread) {
-            const PanelProduct& p = panel_products_[item];
-            const Linear::Layer& layer = l.layers[p.rows.weights];
-            char* unpacked = panel_room(panel_bytes(layer.weight) * ((p.columns - 1) / panels().panel + 1), thread);
-            unpack_panels(p, layer.weight, unpacked);
-            float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
-            Stretch next = next_panels(item, [&](int i) -> const Matrix& { return l.layers[i].weight; });
-            for (int i = 0; i < p.rows.count; i += ROW_BLOCK, next = {}) {
-                const int m = std::min(ROW_BLOCK, p.rows.count - i);
-                panel_product(p, layer.weight, unpacked, p.rows.tiled + i, m, next, c);
-                store_columns(l, layer, {0, p.rows.first + i, m, p.column, p.columns}, c, out, wide);
-            }
+        run_panel_products(matrices_of, [&](const Product& p, float* const* c) {
+            store_columns(l, l.layers[p.weights], p, c[0], out, wide);
         });
     }
 }
@@ -209,63 +226,39 @@ template <class Takes, class Run> void Ops::each_panel_batch(size_t formats, con
     if (!panel_rows_.empty()) run();
 }
 
+// Products of the experts that `takes`, with the matrices that matrices_of(expert) says; row_at(i) is the i-th sorted pair's row.
+template <class Takes, class MatricesOf, class RowAt, class Store>
+void Ops::experts_by_panels(Dtype dtype, const Takes& takes, const MatricesOf& matrices_of, const RowAt& row_at, const Store& store) {
+    std::vector<Format> formats;
+    for (int e = 0; e + 1 < int(starts_.size()); e++)
+        if (takes(e))
+            for (const Matrix* w : matrices_of(e)) add_format(w->format, formats);
+    if (formats.empty()) return;
+    each_panel_batch(formats.size(), takes, [&] {
+        lay_in_tiles(dtype, formats, matrices_of(panel_rows_[0].weights)[0]->columns, row_at);
+        panel_products_.clear();
+        for (const PanelRows& r : panel_rows_) plan_panels(r, matrices_of(r.weights));
+        cut_panel_products();
+        run_panel_products(matrices_of, store);
+    });
+}
+
 void Ops::gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner) {
     const size_t row_bytes = e.hidden * size_of(e.dtype);
-    std::vector<Format> formats;
-    for (int i = 0; i < int(e.gate.size()); i++)
-        if (gate_by_panels(e, i)) add_format(e.gate[i].format, formats), add_format(e.up[i].format, formats);
-    if (formats.empty()) return;
-    each_panel_batch(formats.size(), [&](int i) { return gate_by_panels(e, i); }, [&] {
-        lay_in_tiles(e.dtype, formats, e.hidden, [&](int i) { return at(x, pairs_[i] / top_k * row_bytes); });
-        panel_products_.clear();
-        for (const PanelRows& r : panel_rows_)
-            plan_panels(r, e.width, panel_bytes(e.gate[r.weights]) + panel_bytes(e.up[r.weights]));
-        cut_panel_products();
-        pool_.run(int(panel_products_.size()), [&](int item, int thread) {
-            const PanelProduct& p = panel_products_[item];
-            const Matrix &gate_w = e.gate[p.rows.weights], &up_w = e.up[p.rows.weights];
-            const size_t bytes = (panel_bytes(gate_w) + panel_bytes(up_w)) * ((p.columns - 1) / panels().panel + 1);
-            char *gate_panels = panel_room(bytes, thread), *up_panels = unpack_panels(p, gate_w, gate_panels);
-            unpack_panels(p, up_w, up_panels);
-            float* gate = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
-            float* up = gate + size_t(ROW_BLOCK) * MOST_COLUMNS;
-            Stretch next_gate = next_panels(item, [&](int i) -> const Matrix& { return e.gate[i]; });
-            Stretch next_up = next_panels(item, [&](int i) -> const Matrix& { return e.up[i]; });
-            for (int i = 0; i < p.rows.count; i += ROW_BLOCK, next_gate = next_up = {}) {
-                const int m = std::min(ROW_BLOCK, p.rows.count - i);
-                panel_product(p, gate_w, gate_panels, p.rows.tiled + i, m, next_gate, gate);
-                panel_product(p, up_w, up_panels, p.rows.tiled + i, m, next_up, up);
-                store_gated(e, {p.rows.weights, p.rows.first + i, m, p.column, p.columns}, gate, up, inner);
-            }
-        });
-    });
+    experts_by_panels(
+        e.dtype, [&](int expert) { return gate_by_panels(e, expert); },
+        [&](int expert) { return std::array{&e.gate[expert], &e.up[expert]}; },
+        [&](int i) { return at(x, pairs_[i] / top_k * row_bytes); },
+        [&](const Product& p, float* const* c) { store_gated(e, p, c[0], c[1], inner); });
 }
 
 void Ops::down_by_panels(const Experts& e, const void* inner, void* out) {
     const size_t row_bytes = e.width * size_of(e.dtype);
-    std::vector<Format> formats;
-    for (int i = 0; i < int(e.down.size()); i++)
-        if (down_by_panels(e, i)) add_format(e.down[i].format, formats);
-    if (formats.empty()) return;
-    each_panel_batch(formats.size(), [&](int i) { return down_by_panels(e, i); }, [&] {
-        lay_in_tiles(e.dtype, formats, e.width, [&](int i) { return at(inner, i * row_bytes); });
-        panel_products_.clear();
-        for (const PanelRows& r : panel_rows_) plan_panels(r, e.hidden, panel_bytes(e.down[r.weights]));
-        cut_panel_products();
-        pool_.run(int(panel_products_.size()), [&](int item, int thread) {
-            const PanelProduct& p = panel_products_[item];
-            const Matrix& w = e.down[p.rows.weights];
-            char* unpacked = panel_room(panel_bytes(w) * ((p.columns - 1) / panels().panel + 1), thread);
-            unpack_panels(p, w, unpacked);
-            float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
-            Stretch next = next_panels(item, [&](int i) -> const Matrix& { return e.down[i]; });
-            for (int i = 0; i < p.rows.count; i += ROW_BLOCK, next = {}) {
-                const int m = std::min(ROW_BLOCK, p.rows.count - i);
-                panel_product(p, w, unpacked, p.rows.tiled + i, m, next, c);
-                store_down(e, {p.rows.weights, p.rows.first + i, m, p.column, p.columns}, c, out);
-            }
-        });
-    });
+    experts_by_panels(
+        e.dtype, [&](int expert) { return down_by_panels(e, expert); },
+        [&](int expert) { return std::array{&e.down[expert]}; },
+        [&](int i) { return at(inner, i * row_bytes); },
+        [&](const Product& p, float* const* c) { store_down(e, p, c[0], out); });
 }
 
 }  // namespace moebius

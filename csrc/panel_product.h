@@ -16,9 +16,9 @@ namespace MOEBIUS_ISA {
 template <class K, int M> struct BlockProduct {
     const char *panel, *tile;
 
-    template <class Vector> INLINE_MEMBER Vector weights(int vector) const { return vector_at<Vector>(panel + vector * VECTOR); }
+    template <class Vector> INLINE_MEMBER Vector weights(int vector) const { return read<Vector>(panel + vector * VECTOR); }
     INLINE_MEMBER const char* word(int word, int row) const { return tile + (word * M + row) * 4; }
-    INLINE_MEMBER int32_t quad(int word, int row) const { return word_at(this->word(word, row)); }
+    INLINE_MEMBER int32_t quad(int word, int row) const { return read<int32_t>(this->word(word, row)); }
 
     // totals[row] = I
     INLINE_MEMBER void integers(Ints* totals) const {
@@ -37,10 +37,10 @@ template <class K, int M> struct BlockProduct {
             const char *w_codes = panel + s * K::SUB / 4 * VECTOR, *x_codes = tile + s * K::SUB * M;
             const char* starts = word(K::STARTS_AT + s, 0);
 #pragma GCC unroll 16
-            for (int i = 0; i < M; i++) sums[i] = K::STARTS ? all_ints(word_at(starts + i * 4)) : Ints{};
+            for (int i = 0; i < M; i++) sums[i] = K::STARTS ? all_ints(read<int32_t>(starts + i * 4)) : Ints{};
 #pragma GCC unroll 8
             for (int j = 0; j < K::SUB / 4; j++) {
-                const Words w = vector_at<Words>(w_codes + j * VECTOR);
+                const Words w = read<Words>(w_codes + j * VECTOR);
 #pragma GCC unroll 16
                 for (int i = 0; i < M; i++) sums[i] = plus_quads(sums[i], w, x_codes + (j * M + i) * 4);
             }
@@ -68,12 +68,12 @@ template <class K, int M> struct BlockProduct {
             const char* starts = word(K::STARTS_AT + c, 0);
             static_assert(!K::STARTS || CHAINS == 1);
 #pragma GCC unroll 16
-            for (int i = 0; i < M; i++) sums[i] = K::STARTS ? all_ints(word_at(starts + i * 4)) : Ints{};
+            for (int i = 0; i < M; i++) sums[i] = K::STARTS ? all_ints(read<int32_t>(starts + i * 4)) : Ints{};
 #pragma GCC unroll 8
             for (int j = 0; j < K::CHAIN; j++) {
-                const Words w = vector_at<Words>(w_codes + j * VECTOR);
+                const Words w = read<Words>(w_codes + j * VECTOR);
 #pragma GCC unroll 16
-                for (int i = 0; i < M; i++) sums[i] = plus_halves(sums[i], w, word_at(x_codes + (j * M + i) * 4));
+                for (int i = 0; i < M; i++) sums[i] = plus_halves(sums[i], w, read<int32_t>(x_codes + (j * M + i) * 4));
             }
             const Ints scale = factors(c / CHAINS);
 #pragma GCC unroll 16
@@ -91,10 +91,10 @@ template <class K, int M> struct BlockProduct {
             const char *w_codes = panel + s * K::SUB / 4 * VECTOR, *x_codes = tile + s * K::SUB * M;
 #pragma GCC unroll 8
             for (int j = 0; j < K::SUB / 4; j++) {
-                const Words w = vector_at<Words>(w_codes + j * VECTOR), sizes = byte_sizes(w), turned = negative_bytes(w);
+                const Words w = read<Words>(w_codes + j * VECTOR), sizes = byte_sizes(w), turned = negative_bytes(w);
 #pragma GCC unroll 16
                 for (int i = 0; i < M; i++) {
-                    const Words x = (Words)all_ints(word_at(x_codes + (j * M + i) * 4));
+                    const Words x = (Words)all_ints(read<int32_t>(x_codes + (j * M + i) * 4));
                     totals[i] = plus_pairs(totals[i], halves_of_products(sizes, x ^ turned), scale);
                 }
             }
@@ -110,12 +110,12 @@ template <class K, int M> struct BlockProduct {
         for (int i = 0; i < M; i++) sums[i] = fused(to_floats(totals[i]), d * scale(i), sums[i]);
         if constexpr (K::MINIMA != NO_MINIMA) add_minima(sums);
     }
-    INLINE_MEMBER Floats scale(int row) const { return all_floats(number_at(word(K::DX_AT, row))); }
+    INLINE_MEMBER Floats scale(int row) const { return all_floats(read<float>(word(K::DX_AT, row))); }
     INLINE_MEMBER void add_minima(Floats* sums) const {
         const Floats minimum = weights<Floats>(K::D_AT + 1);
         if constexpr (K::MINIMA == ONE_MINIMUM) {
 #pragma GCC unroll 16
-            for (int i = 0; i < M; i++) sums[i] = fused(all_floats(number_at(word(K::SUMS_AT, i))), minimum * scale(i), sums[i]);
+            for (int i = 0; i < M; i++) sums[i] = fused(all_floats(read<float>(word(K::SUMS_AT, i))), minimum * scale(i), sums[i]);
         } else {
             Ints totals[M];
 #pragma GCC unroll 16

@@ -14,33 +14,23 @@ template <int M> struct RowWords {
 template <int M> using Row = typename RowWords<M>::type;
 template <int M> using RowHalves = typename RowWords<M>::halves;
 
-template <int M> INLINE Row<M> row_words(const void* p) {
-    Row<M> v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
 // out[quad][row] = the quads of M rows, sixteen bytes of each at once
 template <int M> INLINE void side_by_side(const int8_t* const* rows, size_t at, char* out) {
 #if defined(__AVX2__)
     auto sixteen = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
     if constexpr (M == 8) {
-        __m256i v[4];
+        __m256i v[4], turned[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) v[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(r)), sixteen(r + 4), 1);
-        const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
-        const __m256i c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-        auto put_quads = [&](int j, __m256i quads) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + j, quads); };
-        put_quads(0, _mm256_unpacklo_epi64(a, c)), put_quads(1, _mm256_unpackhi_epi64(a, c));
-        put_quads(2, _mm256_unpacklo_epi64(b, d)), put_quads(3, _mm256_unpackhi_epi64(b, d));
+        transpose_words(v, turned);
+        memcpy(out, turned, sizeof turned);
         return;
     }
     if constexpr (M == 4) {
-        const __m128i a = _mm_unpacklo_epi32(sixteen(0), sixteen(1)), b = _mm_unpackhi_epi32(sixteen(0), sixteen(1));
-        const __m128i c = _mm_unpacklo_epi32(sixteen(2), sixteen(3)), d = _mm_unpackhi_epi32(sixteen(2), sixteen(3));
-        auto put_quads = [&](int j, __m128i quads) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + j, quads); };
-        put_quads(0, _mm_unpacklo_epi64(a, c)), put_quads(1, _mm_unpackhi_epi64(a, c));
-        put_quads(2, _mm_unpacklo_epi64(b, d)), put_quads(3, _mm_unpackhi_epi64(b, d));
+        const __m128i v[4] = {sixteen(0), sixteen(1), sixteen(2), sixteen(3)};
+        __m128i turned[4];
+        transpose_words(v, turned);
+        memcpy(out, turned, sizeof turned);
         return;
     }
 #endif
@@ -67,9 +57,9 @@ template <class K, int M> INLINE void pack_sums(int offset, char* to) {
     RowHalves<M> pairs[PARTS];
 #pragma GCC unroll 16
     for (int p = 0; p < PARTS; p++) {
-        pairs[p] = pair_sums<M>(row_words<M>(word(p * PART / 4)));
+        pairs[p] = pair_sums<M>(read<Row<M>>(word(p * PART / 4)));
 #pragma GCC unroll 8
-        for (int quad = 1; quad < PART / 4; quad++) pairs[p] += pair_sums<M>(row_words<M>(word(p * PART / 4 + quad)));
+        for (int quad = 1; quad < PART / 4; quad++) pairs[p] += pair_sums<M>(read<Row<M>>(word(p * PART / 4 + quad)));
     }
     if constexpr (K::STARTS && SCHEME == PAIRS)
         for (int p = 0; p < PARTS; p++) set(K::STARTS_AT + p, pairs[p] * uint16_t(-offset));
@@ -111,7 +101,7 @@ template <Format TYPE> constexpr size_t tile_block_bytes() { return KindOf<TYPE>
 
 template <Format TYPE> void pack_tiles(const QuantisedRow* x, int m, int blocks, void* to) {
     using K = typename KindOf<TYPE>::type;
-    constexpr int offset = unsigned_offset(TYPE);
+    constexpr int offset = unsigned_offset<TYPE>();
     char* at = static_cast<char*>(to);
     for (int i = 0; i < m;) {
         const int rows = rows_of_tile(m - i, TILE), here = min_of(rows, m - i);

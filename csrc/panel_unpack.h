@@ -7,6 +7,12 @@ namespace MOEBIUS_ISA {
 
 constexpr uint32_t NIBBLES = 0x0f0f0f0f, TWO_BITS = 0x03030303, LOW_BITS = 0x01010101;
 
+// 2^(e - 128), of which the first two are subnormal
+INLINE Words half_power_bits(Words e) {
+    const Words small = (Words)(e < 2);
+    return (small & (0x00200000u << (e & 1))) | (~small & ((e - 1) << 23));
+}
+
 template <int N> struct HalfWords {
     typedef int16_t type __attribute__((vector_size(4 * N)));
 };
@@ -18,6 +24,41 @@ INLINE Ints byte_sums(Words bytes) {
     return (Ints)((halves & 0xffff) + (halves >> 16));
 }
 
+// The scales and zero points of LANES rows that have them in a plane of their own.
+struct PanelGroups {
+    const GroupScales& all;
+    size_t first[LANES];  // of each row
+
+    PanelGroups(const GroupScales& all, int n, int blocks) : all(all) {
+        for (int r = 0; r < LANES; r++) first[r] = size_t(min_of(r, n - 1)) * (blocks / all.blocks);
+    }
+    template <class T> INLINE_MEMBER Words words(const void* plane, int block) const {
+        alignas(VECTOR) uint32_t found[LANES];
+        const T* from = static_cast<const T*>(plane) + block / all.blocks;
+        for (int r = 0; r < LANES; r++) found[r] = from[first[r]];
+        return read<Words>(found);
+    }
+    INLINE_MEMBER Floats scales(int block) const { return numbers(all.data, block); }
+    INLINE_MEMBER Floats biases(int block) const { return numbers(all.biases, block); }
+    INLINE_MEMBER Floats numbers(const void* plane, int block) const {
+        switch (all.type) {
+            case BF16_SCALES: return (Floats)(words<uint16_t>(plane, block) << 16);
+            case F16_SCALES: return widened_halves(words<uint16_t>(plane, block));
+            case F32_SCALES: return (Floats)words<uint32_t>(plane, block);
+            default: {
+                const Words e = words<uint8_t>(plane, block), nan = (Words)(e == 255);
+                return (Floats)((nan & 0x7fc00000) | (~nan & half_power_bits(e)));
+            }
+        }
+    }
+    INLINE_MEMBER Words zeros(int block) const {
+        alignas(VECTOR) uint32_t found[LANES] = {};
+        if (all.zeros)
+            for (int r = 0; r < LANES; r++) found[r] = uint32_t(int32_t(all.zeros[block / all.blocks + first[r]]));
+        return read<Words>(found);
+    }
+};
+
 // A block of LANES rows, from byte `from` of each on, and where it goes.
 template <Format TYPE> struct PanelBlock {
     using K = typename KindOf<TYPE>::type;
@@ -26,7 +67,9 @@ template <Format TYPE> struct PanelBlock {
     const uint8_t* const* rows;
     size_t from;
     char* to;
-    Ints scales[FORMAT_SIZES[TYPE].elements / facts(TYPE).sub];
+    const PanelGroups* groups;
+    int number;  // of the block in its row
+    Ints scales[Block<TYPE>::ELEMENTS / Block<TYPE>::SUB];
     Ints lift = {};
 
     INLINE_MEMBER void fetch(size_t at, Words* four) const { turn(rows, from + at, four); }
@@ -38,10 +81,10 @@ template <Format TYPE> struct PanelBlock {
         scales[sub] = scale;
         if constexpr (K::SCALED) vector(K::SCALES_AT + sub, (Words)(SCHEME == PAIRS ? doubled(scale) : scale));
     }
-    INLINE_MEMBER Ints scale_of(int quad) const { return scales[quad * 4 / facts(TYPE).sub]; }
+    INLINE_MEMBER Ints scale_of(int quad) const { return scales[quad * 4 / Block<TYPE>::SUB]; }
     // Four unsigned codes of each row.
     INLINE_MEMBER void set_quad(int quad, Words codes) {
-        if constexpr (SIGNED) codes = bytes_less(codes, facts(TYPE).offset);
+        if constexpr (SIGNED) codes = bytes_less(codes, Block<TYPE>::OFFSET);
         if constexpr (K::LIFTED) {
             const Ints sizes = byte_sums(byte_sizes(codes) & negative_bytes(codes));
             lift += K::SCALED ? sizes * scale_of(quad) : sizes;
@@ -88,7 +131,7 @@ INLINE Ints byte_of(Words words, int i) { return (Ints)((words >> (8 * i)) & 0xf
 INLINE Ints signed_byte_of(Words words, int i) { return (Ints)(words << (24 - 8 * i)) >> 24; }
 
 // Four bits of each of sixteen bytes from `at` on are quads `low` to low + 3, the others `high` to high + 3.
-template <class Block, class Finish> INLINE void nibble_quads(Block& block, size_t at, int low, int high, const Finish& finish) {
+template <Format TYPE, class Finish> INLINE void nibble_quads(PanelBlock<TYPE>& block, size_t at, int low, int high, const Finish& finish) {
     Words four[4];
     block.fetch(at, four);
 #pragma GCC unroll 4
@@ -98,11 +141,6 @@ template <class Block, class Finish> INLINE void nibble_quads(Block& block, size
     }
 }
 INLINE Words as_they_are(Words codes, int) { return codes; }
-
-// -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113, and 128 more
-alignas(16) constexpr uint8_t IQ4_TABLE[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
-// 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, and 12 more
-alignas(16) constexpr uint8_t E2M1_TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // --- blocks of 32 ---
 
@@ -148,15 +186,49 @@ INLINE void unpack(PanelBlock<Q8_0>& block) {
 }
 
 INLINE void unpack(PanelBlock<IQ4_NL>& block) {
-    nibble_quads(block, 2, 0, 4, [](Words codes, int) { return looked_up(codes, IQ4_TABLE); });
+    nibble_quads(block, 2, 0, 4, [](Words codes, int) { return looked_up(codes, IQ4_CODES); });
     block.set_d(widened_halves(block.halves(0)));
 }
 
 INLINE void unpack(PanelBlock<MXFP4>& block) {
-    nibble_quads(block, 1, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_TABLE); });
-    // 2^(e - 128), of which the first two are subnormal
-    const Words e = block.halves(0) & 0xff, small = (Words)(e < 2);
-    block.set_d((Floats)((small & (0x00200000u << (e & 1))) | (~small & ((e - 1) << 23))));
+    nibble_quads(block, 1, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_CODES); });
+    block.set_d((Floats)half_power_bits(block.halves(0) & 0xff));
+}
+
+// --- codes with their scales elsewhere ---
+
+INLINE void unpack(PanelBlock<MXFP4_PLANES>& block) {
+    nibble_quads(block, 0, 0, 4, [](Words codes, int) { return looked_up(codes, E2M1_CODES); });
+    block.set_d(block.groups->scales(block.number));
+}
+
+INLINE void unpack(PanelBlock<INT4>& block) {
+    const Words added = (8 - block.groups->zeros(block.number)) * LOW_BITS;  // from 0 to 16: nothing is carried
+    nibble_quads(block, 0, 0, 4, [&](Words codes, int) { return codes + added; });
+    block.set_d(block.groups->scales(block.number));
+}
+
+template <Format TYPE> INLINE void unpack_bytes(PanelBlock<TYPE>& block, Words turned) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        Words four[4];
+        block.fetch(16 * half, four);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) block.set_quad(4 * half + j, four[j] ^ turned);
+    }
+    block.set_d(block.groups->scales(block.number));
+}
+INLINE void unpack(PanelBlock<INT8>& block) { unpack_bytes(block, Words{} + 128 * LOW_BITS); }
+INLINE void unpack(PanelBlock<INT8_WORDS>& block) { unpack_bytes(block, Words{}); }
+
+INLINE void unpack(PanelBlock<AFFINE4>& block) {
+    nibble_quads(block, 0, 0, 4, as_they_are);
+    block.set_d(block.groups->scales(block.number));
+    block.set_minimum(block.groups->biases(block.number));
+}
+INLINE void unpack(PanelBlock<AFFINE8>& block) {
+    unpack_bytes(block, Words{});
+    block.set_minimum(block.groups->biases(block.number) + block.groups->scales(block.number) * all_floats(128));
 }
 
 // --- blocks of 256 ---
@@ -289,7 +361,7 @@ INLINE void unpack(PanelBlock<IQ4_XS>& block) {
     for (int s = 0; s < 8; s++)
         block.set_scale(s, (Ints)(((head[1] >> (4 * s)) & 15) | (((head[0] >> (16 + 2 * s)) & 3) << 4)) - 32);
     for (int s = 0; s < 8; s++)
-        nibble_quads(block, 8 + 16 * s, 8 * s, 8 * s + 4, [](Words codes, int) { return looked_up(codes, IQ4_TABLE); });
+        nibble_quads(block, 8 + 16 * s, 8 * s, 8 * s + 4, [](Words codes, int) { return looked_up(codes, IQ4_CODES); });
 }
 
 // --- whole panels ---
@@ -297,14 +369,15 @@ INLINE void unpack(PanelBlock<IQ4_XS>& block) {
 template <Format TYPE> constexpr size_t panel_block_bytes() { return size_t(KindOf<TYPE>::type::PANEL_VECTORS) * VECTOR; }
 
 // Lanes beyond the n rows repeat the last one.
-template <Format TYPE> void unpack_panel(const void* w, int n, int blocks, void* to) {
-    const size_t row_bytes = size_t(blocks) * FORMAT_SIZES[TYPE].bytes;
+template <Format TYPE> void unpack_panel(const void* w, int n, int blocks, const GroupScales& scales, void* to) {
+    const size_t row_bytes = size_t(blocks) * Block<TYPE>::BYTES;
     const uint8_t* rows[LANES];
     for (int r = 0; r < LANES; r++) rows[r] = static_cast<const uint8_t*>(w) + min_of(r, n - 1) * row_bytes;
+    const PanelGroups groups(scales, n, blocks);
     char* at = static_cast<char*>(to);
     each_block(blocks, [&](int b) {
         PanelBlock<TYPE> block;
-        block.rows = rows, block.from = size_t(b) * FORMAT_SIZES[TYPE].bytes, block.to = at;
+        block.rows = rows, block.from = size_t(b) * Block<TYPE>::BYTES, block.to = at, block.groups = &groups, block.number = b;
         unpack(block);
         block.finish();
         at += panel_block_bytes<TYPE>();

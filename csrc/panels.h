@@ -28,7 +28,7 @@ struct Stretch {
 struct PanelFormat {
     size_t panel_bytes, row_bytes;  // of a panel, and of a row of x in a tile, for each block
     // The n rows of weights from w on, at most a panel's, of so many blocks each.
-    void (*unpack)(const void* w, int n, int blocks, void* to);
+    void (*unpack)(const void* w, int n, int blocks, const GroupScales& groups, void* to);
     // m rows of x as tiles.
     void (*pack)(const QuantisedRow* x, int m, int blocks, void* to);
     // c[i][j] = the product of row i of m in tiles with row j of n in panels. Meanwhile fetches what will be unpacked next.
@@ -41,14 +41,5 @@ struct PanelKernels {
 
     const PanelFormat& of(Format format) const { return formats[format - DENSE_FORMATS]; }
 };
-
-const PanelKernels* panel_kernels_portable();
-const PanelKernels* panel_kernels_avx2();
-const PanelKernels* panel_kernels_avx512();
-const PanelKernels* panel_kernels_avx512vnni();
-const PanelKernels* panel_kernels_avx512bf16();
-const PanelKernels* panel_kernels_amx();
-const PanelKernels* panel_kernels_amx_emulated();
-const PanelKernels* panel_kernels_neon();
 
 }  // namespace moebius

@@ -8,30 +8,21 @@
 #define MOEBIUS_PANELS(kernel) kernel
 #endif
 
-#define MOEBIUS_JOIN2(a, b) a##b
-#define MOEBIUS_JOIN(a, b) MOEBIUS_JOIN2(a, b)
-
 namespace moebius {
 namespace MOEBIUS_ISA {
 
-template <Format f> constexpr PanelFormat panel_format() {
-    return {panel_block_bytes<f>(), tile_block_bytes<f>(), unpack_panel<f>, MOEBIUS_PANELS(pack_tiles)<f>,
-            MOEBIUS_PANELS(panels_product)<f>};
+template <Format f>
+constexpr PanelFormat panel_format = {panel_block_bytes<f>(), tile_block_bytes<f>(), unpack_panel<f>,
+                                      MOEBIUS_PANELS(pack_tiles)<f>, MOEBIUS_PANELS(panels_product)<f>};
+
+const PanelKernels* panel_kernels() {
+    static const PanelKernels table = {
+        LANES,
+        TILE,
+        MOEBIUS_EACH_BLOCK_FORMAT(panel_format),
+    };
+    return &table;
 }
 
 }  // namespace MOEBIUS_ISA
-
-const PanelKernels* MOEBIUS_JOIN(panel_kernels_, MOEBIUS_ISA)() {
-    using namespace MOEBIUS_ISA;
-    static const PanelKernels kernels = {
-        LANES,
-        TILE,
-        // In the order of the formats.
-        {panel_format<Q4_0>(), panel_format<Q4_1>(), panel_format<Q5_0>(), panel_format<Q5_1>(), panel_format<Q8_0>(),
-         panel_format<IQ4_NL>(), panel_format<MXFP4>(), panel_format<Q2_K>(), panel_format<Q3_K>(), panel_format<Q4_K>(),
-         panel_format<Q5_K>(), panel_format<Q6_K>(), panel_format<IQ4_XS>()},
-    };
-    return &kernels;
-}
-
 }  // namespace moebius

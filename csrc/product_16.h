@@ -1,6 +1,6 @@
 // Matrix products of row-major weights (out, in), as checkpoints store them, on registers of sixteen float32 lanes:
-// nothing is packed or copied. x has elements T, and w elements W: the same, or narrower ones that are widened to float32
-// in registers, and then summed as float32 weights are.
+// nothing is packed or copied. x has elements T, and w elements W: the same, or narrower ones that are widened to T in
+// registers, and then summed as such weights are.
 //
 // A tile of M rows of x and N rows of w keeps M * N vectors of partial sums; lane i sums the inner dimension's groups
 // i, i + 16, i + 32, ...; at the end the lanes are added by one tree. So an output's bits depend on its two rows alone.

@@ -6,6 +6,7 @@
 // both are bfloat16, the even elements of 16 and then the odd ones; else as they lie. Lane i of an output's sum takes the i-th element of each
 // such eight, in order, and at the end the lanes are added by one tree. So an output's bits depend on its two rows alone.
 #pragma once
+#include "fp8.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -30,6 +31,7 @@ INLINE F8 odd_8(const bf16* p) {
 }
 INLINE F8 widened_8(const bf16* p) { return widened(p); }
 INLINE F8 widened_8(const f16* p) { return widened(p); }
+INLINE F8 widened_8(const e4m3* p) { return widened(p); }
 // The sums of four vectors' lanes.
 INLINE void reduce_4(const F8* a, float* out) {
     F8 s = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
@@ -97,11 +99,24 @@ INLINE F8 load_8(const float* p) {
 }
 
 INLINE F8 widened_8(const float* p) { return load_8(p); }
+#if !defined(__AVX2__)
+INLINE F8 widened_8(const e4m3* p) {
+    f16 halves[8];
+    halve_fp8(&p->bits, 8, &halves[0].bits);
+    return widened_8(halves);
+}
+#endif
 
 // The four vectors of a step, widened, in the order that x's type T asks for.
 template <class T, class W> INLINE F8 part_8(const W* p, int part) {
     if constexpr (sizeof(T) == 2) return part % 2 ? odd_8(p + part * 8 - 8) : even_8(p + part * 8);
     else return widened_8(p + part * 8);
+}
+template <class T, class W> INLINE void parts_8(const W* p, F8* parts) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(W) == 1) return widened_32(p, parts);
+#endif
+    for (int part = 0; part < 4; part++) parts[part] = part_8<T>(p, part);
 }
 
 INLINE int steps_8(int k) { return (k + STEP_8 - 1) / STEP_8; }
@@ -149,16 +164,28 @@ INLINE void tile_8(const float* x, size_t ldx, const W* const* w, int steps, con
             for (int l = 0; l < LINES; l++) __builtin_prefetch(ahead + l * 64, 0, NEARNESS);
             ahead += LINES * 64;
         }
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) {
-            F8 b[N];
+        if constexpr (sizeof(W) == 1) {  // a step of one row at once, which is widened in fewer instructions
 #pragma GCC unroll 12
-            for (int j = 0; j < N; j++) b[j] = part_8<T>(at[j], part);
+            for (int j = 0; j < N; j++) {
+                F8 b[4];
+                parts_8<T>(at[j], b);
 #pragma GCC unroll 4
-            for (int i = 0; i < M; i++) {
-                const F8 a = load_8(from[i] + part * 8);
+                for (int part = 0; part < 4; part++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < M; i++) s[i * N + j] = fma_8(load_8(from[i] + part * 8), b[part], s[i * N + j]);
+            }
+        } else {
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++) {
+                F8 b[N];
 #pragma GCC unroll 12
-                for (int j = 0; j < N; j++) s[i * N + j] = fma_8(a, b[j], s[i * N + j]);
+                for (int j = 0; j < N; j++) b[j] = part_8<T>(at[j], part);
+#pragma GCC unroll 4
+                for (int i = 0; i < M; i++) {
+                    const F8 a = load_8(from[i] + part * 8);
+#pragma GCC unroll 12
+                    for (int j = 0; j < N; j++) s[i * N + j] = fma_8(a, b[j], s[i * N + j]);
+                }
             }
         }
 #pragma GCC unroll 12

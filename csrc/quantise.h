@@ -11,11 +11,7 @@
 namespace moebius {
 namespace MOEBIUS_ISA {
 
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
+INLINE uint32_t bits_of(float x) { return read<uint32_t>(&x); }
 
 // Writes the codes of B values, and the sums of each SUMMED of them; returns their scale.
 template <int B, int SUMMED> INLINE float quantise_block(const float* x, int8_t* codes, int32_t* sums) {
@@ -24,8 +20,7 @@ template <int B, int SUMMED> INLINE float quantise_block(const float* x, int8_t*
         const int32_t size = int32_t(bits_of(x[i]) & 0x7fffffffu);
         largest = largest > size ? largest : size;
     }
-    float a;
-    memcpy(&a, &largest, 4);
+    const float a = read<float>(&largest);
     const bool finite = largest < 0x7f800000, none = largest < int32_t(27u << 23);  // 2^-100
     if (!finite || none) {
         memset(codes, 0, B);
@@ -52,44 +47,44 @@ template <class T, int B> INLINE const float* as_floats(const T* x, float* room)
     }
 }
 
-template <class T> void quantise_by_32(const void* const* rows, int m, int k, void* to) {
-    const QuantisedShape shape(BY_32, k);
-    float room[32];
-    for (int r = 0; r < m; r++) {
-        const T* x = static_cast<const T*>(rows[r]);
-        char* row = static_cast<char*>(to) + r * shape.row_bytes();
-        int8_t* codes = reinterpret_cast<int8_t*>(row);
-        float* scales = reinterpret_cast<float*>(row + shape.scales_at());
-        int32_t* sums = reinterpret_cast<int32_t*>(row + shape.sums_at());
-        for (int b = 0; b < shape.blocks; b++)
-            scales[b] = quantise_block<32, 32>(as_floats<T, 32>(x + size_t(b) * 32, room), codes + size_t(b) * 32, sums + b);
-        for (int b = shape.blocks; b < shape.padded(); b++) scales[b] = 0.0f, sums[b] = 0;
-        memcpy(codes + size_t(shape.blocks) * 32, codes, 32);
-        for (int half = 0; half < 2; half++) {
-            int8_t* to_half = codes + shape.halves_at() + half * shape.half_bytes();
-            for (int b = 0; b < shape.blocks + 3; b++) {
-                const int from = b < shape.blocks ? b : b % shape.blocks;
-                memcpy(to_half + b * 16, codes + size_t(from) * 32 + half * 16, 16);
-            }
-        }
+// A row's codes once more, halves of blocks together, and what is read behind its end (block_kernels.h).
+INLINE void repeat_codes(int8_t* codes, const QuantisedShape& shape) {
+    memcpy(codes + size_t(shape.blocks) * 32, codes, 32);
+    for (int half = 0; half < 2; half++) {
+        int8_t* to = codes + shape.halves_at() + half * shape.half_bytes();
+        for (int b = 0; b < shape.blocks + 3; b++)
+            memcpy(to + b * 16, codes + size_t(b < shape.blocks ? b : b % shape.blocks) * 32 + half * 16, 16);
     }
 }
 
-template <class T> void quantise_by_256(const void* const* rows, int m, int k, void* to) {
-    const QuantisedShape shape(BY_256, k);
-    float room[256];
-    int32_t wide[16];
+INLINE void evens_before_odds(int8_t* codes) {
+    int8_t in_order[32];
+    memcpy(in_order, codes, 32);
+    for (int i = 0; i < 16; i++) codes[i] = in_order[2 * i], codes[16 + i] = in_order[2 * i + 1];
+}
+
+template <class T, BlockSize SIZE> void quantise_rows(const void* const* rows, int m, int k, void* to) {
+    constexpr int B = QuantisedShape::elements_of(SIZE), SUMMED = SIZE == BY_256 ? 16 : 32;
+    const QuantisedShape shape(SIZE, k);
+    float room[B];
     for (int r = 0; r < m; r++) {
         const T* x = static_cast<const T*>(rows[r]);
         char* row = static_cast<char*>(to) + r * shape.row_bytes();
         int8_t* codes = reinterpret_cast<int8_t*>(row);
         float* scales = reinterpret_cast<float*>(row + shape.scales_at());
-        int16_t* sums = reinterpret_cast<int16_t*>(row + shape.sums_at());
-        for (int b = 0; b < shape.blocks; b++, sums += 16) {
-            scales[b] = quantise_block<256, 16>(as_floats<T, 256>(x + size_t(b) * 256, room), codes + size_t(b) * 256, wide);
-            for (int i = 0; i < 16; i++) sums[i % 2 * 8 + i / 2] = int16_t(wide[i]);
+        void* row_sums = row + shape.sums_at();
+        for (int b = 0; b < shape.blocks; b++) {
+            int32_t sums[B / SUMMED];
+            scales[b] = quantise_block<B, SUMMED>(as_floats<T, B>(x + size_t(b) * B, room), codes + size_t(b) * B, sums);
+            if constexpr (SIZE == PAIRS_BY_32) evens_before_odds(codes + size_t(b) * B);
+            if constexpr (SIZE != BY_256) static_cast<int32_t*>(row_sums)[b] = sums[0];
+            else for (int i = 0; i < 16; i++) static_cast<int16_t*>(row_sums)[b * 16 + i % 2 * 8 + i / 2] = int16_t(sums[i]);
         }
-        for (int b = shape.blocks; b < shape.padded(); b++) scales[b] = 0.0f;
+        for (int b = shape.blocks; b < shape.padded(); b++) {
+            scales[b] = 0.0f;
+            if constexpr (SIZE != BY_256) static_cast<int32_t*>(row_sums)[b] = 0;
+        }
+        if constexpr (SIZE != BY_256) repeat_codes(codes, shape);
     }
 }
 

@@ -24,24 +24,26 @@ struct f16 {
 INLINE int min_of(int a, int b) { return a < b ? a : b; }
 INLINE int max_of(int a, int b) { return a > b ? a : b; }
 
+// What lies at p, aligned to nothing; or a number's bits as another type's.
+template <class T> INLINE T read(const void* p) {
+    T value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
 INLINE float to_float(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+    const uint32_t bits = uint32_t(x) << 16;
+    return read<float>(&bits);
 }
 INLINE float to_float(float x) { return x; }
 // By integers: float32's subnormal numbers, which a thread may have set to be read as zero, have no part in it.
 INLINE float to_float(f16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 0x3ff;
     const float subnormal = float(int32_t(mantissa)) * 0x1p-24f;
-    uint32_t bits;
-    memcpy(&bits, &subnormal, 4);
+    uint32_t bits = read<uint32_t>(&subnormal);
     if (exponent) bits = (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
     bits |= sign;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+    return read<float>(&bits);
 }
 
 #if defined(__AVX512F__)
@@ -111,13 +113,15 @@ INLINE __m256i narrowed(V a) {
 INLINE void store(bf16* p, V a) { _mm256_storeu_si256((__m256i*)p, narrowed(a)); }
 INLINE void store_some(bf16* p, V a, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), narrowed(a)); }
 
-// Weights W as the groups of an x of type T: as they lie, or sixteen of them widened to float32.
+// Weights W as the groups of an x of type T: as they lie, or widened to that, sixteen float32 or thirty-two bfloat16.
 template <class T, class W> INLINE G groups_as(const W* p) {
     if constexpr (sizeof(T) == sizeof(W)) return groups(p);
+    else if constexpr (sizeof(T) == 2) return bfloat16_groups(p);
     else return {_mm512_castps_si512(load(p).v)};
 }
 template <class T, class W> INLINE G groups_some_as(const W* p, int n) {
     if constexpr (sizeof(T) == sizeof(W)) return groups_some(p, n);
+    else if constexpr (sizeof(T) == 2) return bfloat16_groups_some(p, n);
     else return {_mm512_castps_si512(load_some(p, n).v)};
 }
 
@@ -254,10 +258,8 @@ INLINE V where_less(V x, V y, V a, V b) { LANES b.v[i] = x.v[i] < y.v[i] ? a.v[i
 INLINE V rounded(V a) { LANES a.v[i] = __builtin_rintf(a.v[i]); return a; }
 INLINE V scaled(V a, V n) {
     LANES {
-        uint32_t bits = uint32_t(int(n.v[i]) + 127) << 23;
-        float f;
-        memcpy(&f, &bits, 4);
-        a.v[i] *= f;
+        const uint32_t bits = uint32_t(int(n.v[i]) + 127) << 23;
+        a.v[i] *= read<float>(&bits);
     }
     return a;
 }
@@ -265,9 +267,8 @@ INLINE V load(const bf16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
 INLINE V load(const f16* p) { V r; LANES r.v[i] = to_float(p[i]); return r; }
 INLINE void store(bf16* p, V a) {
     LANES {
-        uint32_t bits;
-        memcpy(&bits, &a.v[i], 4);
-        uint32_t up = bits + ((bits >> 16) & 1) + 0x7fff;
+        const uint32_t bits = read<uint32_t>(&a.v[i]);
+        const uint32_t up = bits + ((bits >> 16) & 1) + 0x7fff;
         p[i] = bf16((a.v[i] != a.v[i] ? bits | 0x400000 : up) >> 16);
     }
 }

@@ -1,6 +1,6 @@
-// Products whose activations stay as they are, with weights in blocks or FP8: the weights are widened to float32, a few rows at a
-// time, and meet float32 activations as weights of plain float32 do. Slower than products of whole numbers; each result
-// depends on its two rows alone all the same (P1), but its bits on the instruction set.
+// Products whose activations stay as they are, with weights that are widened to float32, a few rows at a time, and meet float32
+// activations as weights of plain float32 do: blocks, where that is asked for, and FP8 in odd blocks. Slower than products of
+// whole numbers; each result depends on its two rows alone all the same (P1), but its bits on the instruction set.
 #include "bytes.h"
 #include "ops.h"
 
@@ -8,11 +8,10 @@
 
 namespace moebius {
 
-size_t Ops::widened_bytes(int k) { return size_t(WIDENED_ROWS) * k * sizeof(float); }
-
 void Ops::widen_row(const Matrix& w, int64_t row, float* to) const {
-    if (w.format != FP8) return kernels_->blocks->widened[w.format - DENSE_FORMATS](w.row(row), w.blocks(), to);
+    if (w.format != FP8) return kernels_->blocks->widened[w.format - DENSE_FORMATS](w.row(row), w.blocks(), w.groups_from(row), to);
     constexpr int PIECE = 512;
+    const Fp8Kernels& fp8 = kernels_->fp8[F32];
     uint16_t halves[PIECE];
     const uint8_t* codes = static_cast<const uint8_t*>(w.row(row));
     const float* scales = w.row_scales(row);
@@ -21,25 +20,32 @@ void Ops::widen_row(const Matrix& w, int64_t row, float* to) const {
         const int stop = std::min(first + w.block_columns, w.columns);
         for (int i = first; i < stop; i += PIECE) {
             const int n = std::min(PIECE, stop - i);
-            kernels_->blocks->halved_fp8(codes + i, n, halves);
-            kernels_->scaled_row[F32][F16_MATRIX](halves, *scales * 256.0f, n, to + i);
+            fp8.widen(codes + i, n, halves);
+            kernels_->scaled_row[F32][fp8.widened](halves, *scales * fp8.smaller, n, to + i);
         }
     }
+}
+
+void Ops::as_floats(Dtype dtype, const void* const* x, int first, int m, int k, Scratch& s, const void** rows) {
+    const auto widen = kernels_->scaled_row[F32][dtype == BF16 ? BF16_MATRIX : F32_MATRIX];
+    const float* wide = static_cast<const float*>(packed(s.unquantised[0], first, m * size_t(k) * sizeof(float), [&](void* to) {
+        for (int i = 0; i < m; i++) widen(x[i], 1.0f, k, static_cast<float*>(to) + size_t(i) * k);
+    }));
+    for (int i = 0; i < m; i++) rows[i] = wide + size_t(i) * k;
+}
+
+void* Ops::widened_room(int k, Scratch& s) {
+    if (s.widened.size() < widened_bytes(k) + 64) Scratch::renew(s.widened, widened_bytes(k) + 64);
+    return Scratch::aligned(s.widened.data());
 }
 
 void Ops::widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
                           Scratch& s) {
     const int k = w.columns;
-    const auto widen_x = kernels_->scaled_row[F32][dtype == BF16 ? BF16_MATRIX : F32_MATRIX];
-    const float* wide = static_cast<const float*>(packed(s.unquantised[0], first, m * size_t(k) * sizeof(float), [&](void* to) {
-        for (int i = 0; i < m; i++) widen_x(x[i], 1.0f, k, static_cast<float*>(to) + size_t(i) * k);
-    }));
     const void* rows[ROW_BLOCK];
-    for (int i = 0; i < m; i++) rows[i] = wide + size_t(i) * k;
+    as_floats(dtype, x, first, m, k, s, rows);
     if (kernels_->pack[F32]) rows[0] = packed(s.unquantised[1], first, packed_bytes(m, k), [&](void* to) { kernels_->pack[F32](rows, m, k, to); });
-
-    if (s.widened.size() < widened_bytes(k) + 64) Scratch::renew(s.widened, widened_bytes(k) + 64);
-    float* panel = reinterpret_cast<float*>(Scratch::aligned(s.widened.data()));
+    float* panel = static_cast<float*>(widened_room(k, s));
     for (int j = 0; j < columns; j += WIDENED_ROWS) {
         const int some = std::min(WIDENED_ROWS, columns - j);
         for (int i = 0; i < some; i++) widen_row(w, column + j + i, panel + size_t(i) * k);

@@ -10,6 +10,7 @@ std::vector<uint8_t> draw_blocks(Format format, size_t count) {
     const FormatSize size = FORMAT_SIZES[format];
     std::vector<uint8_t> bytes(count * size.bytes);
     for (uint8_t& byte : bytes) byte = uint8_t(uniform(0, 255));
+    if (has_planes(format)) return bytes;
     for (size_t b = 0; b < count; b++) {
         uint8_t* block = bytes.data() + b * size.bytes;
         if (format == MXFP4) {
@@ -31,6 +32,35 @@ std::vector<uint8_t> draw_blocks(Format format, size_t count) {
     return bytes;
 }
 
+// A matrix of random blocks, and where their scales lie elsewhere, groups of one or all blocks of a row.
+struct Blocks {
+    std::vector<uint8_t> bytes, scales;
+    std::vector<int8_t> zeros;
+    Matrix matrix;
+
+    Blocks(Format format, int rows, int blocks) : bytes(draw_blocks(format, size_t(rows) * blocks)) {
+        matrix = {format, rows, blocks * FORMAT_SIZES[format].elements, bytes.data()};
+        if (!has_planes(format)) return;
+        const ScaleType type = format == MXFP4_PLANES ? E8M0_SCALES : ScaleType(uniform(0, 2));
+        const int each = one_of({1, blocks}), count = rows * (blocks / each);
+        for (int i = 0; i < count; i++) {
+            const float scale = 0.01f * float(normal());
+            if (type == E8M0_SCALES) scales.push_back(uint8_t(uniform(110, 130)));
+            else if (type == F32_SCALES) append(scale);
+            else if (type == F16_SCALES) append(Number<f16>::make(scale));
+            else append(Number<uint16_t>::make(scale));
+            zeros.push_back(int8_t(uniform(-8, 8)));
+        }
+        zeros.shrink_to_fit(), scales.shrink_to_fit();
+        matrix.groups = {type, each, scales.data(), format == INT4 && one_of({0, 1}) ? zeros.data() : nullptr,
+                         is_affine(format) ? scales.data() : nullptr};
+    }
+    template <class Scale> void append(Scale scale) {
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(&scale);
+        scales.insert(scales.end(), from, from + sizeof scale);
+    }
+};
+
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
@@ -39,8 +69,8 @@ template <class T> void test_block_products(Ops& ops, Ops& portable, Format form
     const int elements = FORMAT_SIZES[format].elements;
     for (int blocks : {1, 2, 3, 17, 260}) {
         const int outputs = one_of({1, 5, 16, 33}), rows = blocks > 200 ? one_of({2, 9}) : one_of({1, 2, 3, 5, 9, 17, 26, 70});
-        const std::vector<uint8_t> weights = draw_blocks(format, size_t(outputs) * blocks);
-        const Linear l{Number<T>::dtype, blocks * elements, outputs, {{{format, outputs, blocks * elements, weights.data()}, nullptr, 0}}};
+        const Blocks weights(format, outputs, blocks);
+        const Linear l{Number<T>::dtype, blocks * elements, outputs, {{weights.matrix, nullptr, 0}}};
         std::vector<T> x = draw<T>(size_t(rows) * l.in);
         std::vector<float> out(size_t(rows) * outputs), expected(out.size());
         ops.linear(l, x.data(), rows, out.data(), true);
@@ -52,12 +82,12 @@ template <class T> void test_block_products(Ops& ops, Ops& portable, Format form
 }
 
 template <class T> void test_block_rows(Ops& ops, Ops& portable, Format format) {
-    const int columns = FORMAT_SIZES[format].elements * uniform(1, 3);
-    const std::vector<uint8_t> table = draw_blocks(format, size_t(7) * columns / FORMAT_SIZES[format].elements);
+    const Blocks table(format, 7, uniform(1, 3));
+    const int columns = table.matrix.columns;
     const std::vector<int64_t> ids = {6, 0, 3};
     std::vector<T> out(ids.size() * columns), expected(out.size());
-    ops.embed(Number<T>::dtype, {format, 7, columns, table.data()}, ids.data(), int(ids.size()), 1.5f, out.data());
-    portable.embed(Number<T>::dtype, {format, 7, columns, table.data()}, ids.data(), int(ids.size()), 1.5f, expected.data());
+    ops.embed(Number<T>::dtype, table.matrix, ids.data(), int(ids.size()), 1.5f, out.data());
+    portable.embed(Number<T>::dtype, table.matrix, ids.data(), int(ids.size()), 1.5f, expected.data());
     check(out == expected, "%s: another embedding than the portable kernels'", FORMAT_SIZES[format].name);
 }
 
@@ -84,7 +114,33 @@ template <class T> void test_block_experts(Ops& ops) {
     }
 }
 
+// FP8 in blocks of all sizes, whose codes and scales end where they do: rows of a batch as when each is alone.
+template <class T> void test_fp8(Ops& ops) {
+    for (int k : {1, 31, 32, 64, 100, 257})
+        for (int block : {k, 32, 64, 40}) {
+            const int outputs = one_of({1, 5, 16, 33}), rows = one_of({2, 3, 5, 70}), blocks = (k + block - 1) / block;
+            std::vector<uint8_t> codes(size_t(outputs) * k);
+            for (uint8_t& code : codes) code = uint8_t(uniform(0, 126) | uniform(0, 1) << 7);
+            std::vector<float> scales;
+            for (int i = 0; i < outputs * blocks; i++) scales.push_back(0.01f * float(normal()));
+            scales.shrink_to_fit();
+            Matrix w{FP8, outputs, k, codes.data()};
+            w.scales = std::make_shared<const std::vector<float>>(scales), w.block_columns = block;
+            const Linear l{Number<T>::dtype, k, outputs, {{w, nullptr, 0}}};
+            std::vector<T> x = draw<T>(size_t(rows) * k);
+            std::vector<float> out(size_t(rows) * outputs), alone(outputs);
+            ops.linear(l, x.data(), rows, out.data(), true);
+            for (int i = 0; i < rows; i += 1 + rows / 4) {
+                const std::vector<T> row(x.begin() + size_t(i) * k, x.begin() + size_t(i + 1) * k);
+                ops.linear(l, row.data(), 1, alone.data(), true);
+                check(std::memcmp(alone.data(), out.data() + size_t(i) * outputs, outputs * sizeof(float)) == 0,
+                      "fp8: row %d of %d x %d -> %d depends on others", i, rows, k, outputs);
+            }
+        }
+}
+
 template <class T> void test_blocks(Ops& ops, Ops& portable) {
+    test_fp8<T>(ops);
     for (int format = DENSE_FORMATS; format < FORMATS; format++) {
         test_block_products<T>(ops, portable, Format(format));
         test_block_rows<T>(ops, portable, Format(format));

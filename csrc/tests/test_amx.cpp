@@ -325,7 +325,7 @@ void test_operations() {
 int main() {
     test_tiles(), test_tiles_of_bytes();
     if (!__builtin_cpu_supports("avx512bf16")) return printf("no AVX-512 BF16 here: the kernels around the tiles cannot run\n"), failures != 0;
-    const Kernels& kernels = *kernels_amx_emulated();
+    const Kernels& kernels = *amx_emulated::kernels();
     test_products(kernels);
     test_attentions(kernels);
     test_operations();

@@ -18,6 +18,10 @@ class Matrix:
         scales: int = 0,
         block_rows: int = 1,
         block_columns: int = 1,
+        scale_type: int = 0,
+        zeros: int = 0,
+        copy_zeros: bool = False,
+        biases: int = 0,
     ) -> None: ...
 
 class _Call:

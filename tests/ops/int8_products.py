@@ -77,9 +77,50 @@ def quantised(x_TI: Tensor, elements: int) -> Quantised:
     return Quantised(codes, np.where(finite, scales, np.float32(np.nan)))
 
 
+def elements_of(matrix: Matrix) -> int:
+    """Of a block."""
+    return BLOCKS[matrix.format.name].elements if matrix.format.name in BLOCKS else 32
+
+
+def of_groups(matrix: Matrix) -> Weights:
+    """Codes whose scales lie in a plane of their own: whole numbers are those with scales of one,
+    E2M1's with two; each block of 32 has its group's scale, MXFP4's half of it."""
+    codes, scales, *rest = matrix.planes
+    rows, columns = matrix.shape
+    powers = matrix.format.name == "mxfp4_planes"
+    affine = matrix.format.name.startswith("affine")
+    ones = torch.full_like(scales, 128 if powers else 1)
+    # Codes of eight bits are signed in products: 128 less, with as many scales more in the bias.
+    shift = 128 if matrix.format.name.startswith("affine8") else 0
+    others = [torch.full_like(scales, -shift)] if affine else rest
+    whole = Matrix(matrix.format, matrix.shape, (codes, ones, *others)).widened(torch.float64)
+    if powers:
+        e = scales.numpy().astype(np.int64)
+        wide = np.where(e == 255, np.float32(np.nan), np.ldexp(np.float32(1), e - 128))
+    else:
+        wide = scales.float().numpy()
+    count = columns // 32
+    shape = (rows, count, 1)
+    ones_NS = np.ones(shape, dtype=np.int64)
+    least = rest[0].float().numpy() + wide * np.float32(shift) if affine else np.zeros_like(wide)
+
+    def of_blocks(of_groups: Floats) -> Floats:
+        return np.repeat(of_groups, count // of_groups.shape[1], axis=1).astype(np.float32)
+
+    return Weights(
+        whole.numpy().astype(np.int64).reshape(*shape, 32),
+        ones_NS,
+        ones_NS if affine else None,
+        of_blocks(wide),
+        of_blocks(least),
+    )
+
+
 def unpacked(matrix: Matrix) -> Weights:
     """Whole numbers and scales of each block, from the numbers of blocks whose scales are one."""
     name = matrix.format.name
+    if name not in BLOCKS:
+        return of_groups(matrix)
     format = BLOCKS[name]
     (bytes_RY,) = matrix.planes
     rows = len(bytes_RY)
@@ -114,8 +155,7 @@ def _half(blocks: Tensor, at: int) -> Floats:
 
 def product(x_TI: Tensor, matrix: Matrix) -> Product:
     """x w^T as the kernels compute it, in float32."""
-    elements = BLOCKS[matrix.format.name].elements
-    x, w = quantised(x_TI, elements), unpacked(matrix)
+    x, w = quantised(x_TI, elements_of(matrix)), unpacked(matrix)
     rows, count = x.scales.shape
     codes = x.codes.reshape(rows, count, *w.codes.shape[2:])
     dots = whole_sums(codes, w.codes * w.factors[..., None])

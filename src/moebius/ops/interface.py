@@ -87,7 +87,9 @@ class Ops(SamplerOps):
     def formats(self, dtype: torch.dtype) -> frozenset[str]:
         """Formats of matrices that this backend is meant to read in place, computing in `dtype`.
 
-        A loader widens what is stored in another.
+        By their names without parameters; of those whose groups of columns have any size, with
+        ` of 32` behind it, where only groups of whole blocks of 32 are meant, and ` with zeros`
+        where these have zero points. A loader widens what is stored in another.
         """
 
     @abstractmethod

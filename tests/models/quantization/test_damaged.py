@@ -148,6 +148,18 @@ def test_every_plane_counts_in_the_fingerprint(tmp_path: Path) -> None:
     assert len(seen) == 4
 
 
+def test_what_a_file_beside_says_counts_in_the_fingerprint(tmp_path: Path) -> None:
+    """modelopt's, which says how bytes are to be read."""
+    made(tmp_path, KINDS["fp8-tensor"], "llama")
+    seen = {fingerprint(open_checkpoint(tmp_path))}
+    file = tmp_path / "hf_quant_config.json"
+    for skipped in ([], ["lm_head"]):
+        inner = {"quant_algo": "FP8", "exclude_modules": skipped}
+        file.write_text(json.dumps({"quantization": inner}))
+        seen.add(fingerprint(open_checkpoint(tmp_path)))
+    assert len(seen) == 3
+
+
 def test_scales_of_activations_are_not_read(tmp_path: Path) -> None:
     meant = made(tmp_path, KINDS["fp8-tensor"], "llama")
     more = {f"{UP}.input_scale": torch.ones(()), "model.layers.0.self_attn.k_scale": torch.ones(())}

@@ -33,7 +33,6 @@ from quantised import (
     gptq_config,
     held,
     made,
-    tampered,
 )
 
 UP = "model.layers.1.mlp.up_proj"
@@ -89,7 +88,7 @@ def test_every_kind_is_held_as_it_is_stored(tmp_path: Path, kind: Kind) -> None:
     assert_close(logits(decoder), theirs)
 
 
-@pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros", "gptq-ordered", "mlx-4"])
+@pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros", "gptq-ordered", "int-zeros"])
 def test_kernels_compute_with_the_same_numbers(tmp_path: Path, kind: str) -> None:
     """What they do not read in place is widened when it is loaded."""
     meant = made(tmp_path, KINDS[kind], "llama")
@@ -244,29 +243,32 @@ def test_stacked_experts_are_parts_of_planes(tmp_path: Path, kind: Kind, near: b
         assert torch.equal(weight.widened(F32), meant[name]), name
 
 
-# --- as blocks, for kernels that read these ---
+# --- as kernels read them ---
 
-BLOCKS = {
-    "mxfp4": (KINDS["mxfp4"], "mxfp4"),
-    "pack-4": (KINDS["pack-4"], "q4_0"),
+READ = {
+    "mxfp4": (KINDS["mxfp4"], "mxfp4_planes"),
+    "pack-4": (KINDS["pack-4"], "int4"),
     "pack-4-zeros": (
         Kind(
             compressed("pack-quantized", args(4, 32, symmetric=False)),
             packed_integers(4, 32, BF16, zeros=True),
         ),
-        "q5_0",
+        "int4",
     ),
-    "pack-8-channel": (KINDS["pack-8-channel"], "q8_0"),
-    "int-quantized": (KINDS["int-quantized"], "q8_0"),
-    "gptq": (Kind(gptq_config(4, 32), gptq(4, 32, stored_zero=7)), "q4_0"),
-    "gptq-8": (KINDS["gptq-8"], "q8_0"),
-    "gptq-zeros": (KINDS["gptq-zeros"], "q5_0"),
-    "awq": (Kind({**KINDS["awq"].config, "group_size": 32}, awq(32)), "q5_0"),
+    "pack-8-channel": (KINDS["pack-8-channel"], "int8_words"),
+    "int-quantized": (KINDS["int-quantized"], "int8"),
+    "gptq": (Kind(gptq_config(4, 32), gptq(4, 32, stored_zero=7), repacked=True), "int4"),
+    "gptq-8": (KINDS["gptq-8"], "int8_words"),
+    "gptq-zeros": (KINDS["gptq-zeros"], "int4"),
+    "mlx-4": (KINDS["mlx-4"], "affine4"),
+    "mlx-8": (KINDS["mlx-8"], "affine8"),
+    "awq": (Kind({**KINDS["awq"].config, "group_size": 32}, awq(32), repacked=True), "int4"),
 }
 
 
-@pytest.mark.parametrize(("kind", "format"), BLOCKS.values(), ids=BLOCKS)
-def test_kernels_get_blocks_with_the_same_numbers(tmp_path: Path, kind: Kind, format: str) -> None:
+@pytest.mark.parametrize(("kind", "format"), READ.values(), ids=READ)
+def test_kernels_read_what_the_file_holds(tmp_path: Path, kind: Kind, format: str) -> None:
+    """Where it lies, but for what is stored column by column."""
     meant = made(tmp_path, kind)
     checkpoint = open_checkpoint(tmp_path)
     kernels = CpuOps(1)
@@ -274,7 +276,7 @@ def test_kernels_get_blocks_with_the_same_numbers(tmp_path: Path, kind: Kind, fo
     formats = kernels.formats(F32)
     plan = {row.name: row for row in checkpoint.plan_weights("float32", formats=formats)}
     weights = held(decoder)
-    blocks = 0
+    read = 0
     for source in checkpoint.sources:
         if len(source.shape) != 2:
             continue
@@ -282,15 +284,16 @@ def test_kernels_get_blocks_with_the_same_numbers(tmp_path: Path, kind: Kind, fo
         assert torch.equal(weight.widened(F32), meant[source.name]), source.parameter
         assert (row.format, row.nbytes) == (weight.format.name, weight.nbytes)
         if row.format != "float32":
-            assert row.format == format and not row.mapped
-            blocks += 1
-    assert blocks == 2 * (4 + 5 * 3)
+            assert row.format.partition("[")[0] == format
+            assert row.mapped == (not kind.repacked) and row.repacked == kind.repacked
+            read += 1
+    assert read == 2 * (4 + 5 * 3) + kind.embedding
     plain = logits(load_decoder(plain_copy(tmp_path, meant), F32, ops=ReferenceOps()))
     # Kernels quantise activations too.
     assert_close(logits(decoder), plain, tolerance=0.15)
 
 
-def test_stacked_experts_become_blocks(tmp_path: Path) -> None:
+def test_stacked_experts_are_read_where_they_lie(tmp_path: Path) -> None:
     meant = write_stacked(tmp_path, KINDS["mxfp4"])
     checkpoint = open_checkpoint(tmp_path)
     decoder = load_decoder(checkpoint, F32, ops=CpuOps(1))
@@ -299,32 +302,28 @@ def test_stacked_experts_become_blocks(tmp_path: Path) -> None:
     weights = held(decoder)
     for name, numbers in meant.items():
         weight = weights[name]
-        assert isinstance(weight, Matrix) and weight.format.name == "mxfp4"
+        assert isinstance(weight, Matrix) and weight.format.name == "mxfp4_planes"
         assert torch.equal(weight.widened(F32), numbers), name
         assert weight.nbytes == planned[name]
 
 
-def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
-    """A matrix with such a scale is widened; where its codes are all 0 there is nothing to hold."""
-    kind = KINDS["pack-4"]
-    meant = made(tmp_path, kind, "llama")
-    tensors = load_file(tmp_path / "model.safetensors")
-    down, up = "model.layers.0.mlp.down_proj.weight", f"{UP}.weight"
-    scales, others = tensors[f"{down}_scale"].clone(), tensors[f"{up}_scale"].clone()
-    scales[3, 1] = 1.0078125e-9
-    meant[down][3, 32:64] *= scales[3, 1].float() / tensors[f"{down}_scale"][3, 1].float()
-    others[5, 0] = 1.0078125e-9
-    words = tensors[f"{up}_packed"].clone()
-    words[5, :4] = -0x77777778
-    meant[up][5, :32] = 0.0
-    tampered(tmp_path, {f"{down}_scale": scales, f"{up}_scale": others, f"{up}_packed": words})
-    weights = held(load_decoder(tmp_path, F32, ops=CpuOps(1)))
-    widened = weights["layers.0.mlp.experts.down_proj.0"]
-    assert isinstance(widened, Tensor)
-    torch.testing.assert_close(widened, meant[down], rtol=1e-6, atol=0)
-    blocks = weights["layers.1.mlp.experts.up_proj.0"]
-    assert isinstance(blocks, Matrix) and blocks.format.name == "q4_0"
-    assert torch.equal(blocks.widened(F32), meant[up])
+def test_groups_that_are_no_whole_blocks_are_widened(tmp_path: Path) -> None:
+    """Of 16 columns; and so is what is left of eight bits when zero points are taken off."""
+    for name, kind in (
+        ("groups", Kind(compressed("pack-quantized", args(4, 16)), packed_integers(4, 16, BF16))),
+        ("zeros", KINDS["int-zeros"]),
+    ):
+        directory = tmp_path / name
+        directory.mkdir()
+        meant = made(directory, kind, "llama")
+        checkpoint = open_checkpoint(directory)
+        weights = held(load_decoder(checkpoint, F32, ops=CpuOps(1)))
+        plan = checkpoint.plan_weights("float32", formats=CpuOps(1).formats(F32))
+        assert {row.format for row in plan} == {"float32"}
+        for source in checkpoint.sources:
+            assert torch.equal(
+                Matrix.of(weights[source.parameter]).widened(F32), meant[source.name]
+            )
 
 
 @pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from fnmatch import translate
 
-from moebius.errors import ConfigError
+from moebius.models.quantization.patterns import Patterns
 
 # Where a name is no pattern, a dot in it is a dot.
 _SPECIAL = frozenset("\\^$*+?{}[]|()")
@@ -26,7 +26,7 @@ class Skipped:
         self._whole = frozenset(name.removesuffix(".") for name in plain)
         self._ends = tuple(names)
         patterns = [name for name in names if _SPECIAL.intersection(name)]
-        self._patterns = [_compiled(f"(?:{pattern}){_BOUNDARY}") for pattern in patterns]
+        self._patterns = Patterns(f"(?:{pattern}){_BOUNDARY}" for pattern in patterns)
 
     def __call__(self, module: str, kind: str) -> bool:
         if module.endswith(self._ends) if self._ends else False:
@@ -36,7 +36,7 @@ class Skipped:
             if module[:at] in self._whole:
                 return True
             at = module.rfind(".", 0, at)
-        return any(pattern.match(module) for pattern in self._patterns)
+        return self._patterns.match(module)
 
 
 class Targets:
@@ -46,13 +46,13 @@ class Targets:
     def __init__(self, targets: Iterable[str]) -> None:
         targets = tuple(targets)
         self._names = frozenset(targets)
-        self._patterns = [_compiled(each[3:]) for each in targets if each.startswith("re:")]
+        self._patterns = Patterns(each[3:] for each in targets if each.startswith("re:"))
 
     def named(self, module: str, kind: str) -> bool:
         return module in self._names
 
     def like(self, module: str, kind: str) -> bool:
-        return any(pattern.match(module) for pattern in self._patterns)
+        return self._patterns.match(module)
 
     def classed(self, module: str, kind: str) -> bool:
         return kind in self._names
@@ -65,28 +65,20 @@ class Like:
     """A regular expression that matches the beginning of a module's name."""
 
     def __init__(self, pattern: str) -> None:
-        self._pattern = _compiled(pattern)
+        self._patterns = Patterns([pattern])
 
     def __call__(self, module: str, kind: str) -> bool:
-        return self._pattern.match(module) is not None
+        return self._patterns.match(module)
 
 
 class Wildcards:
     """Names with * in them, which stand for all modules below too."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        each = [_compiled(translate(name)) for name in names]
-        below = [_compiled(translate(f"{name}.*")) for name in names]
-        self._patterns = each + below
+        # Expressions of translate's own, which go back over nothing.
+        self._patterns = [
+            re.compile(translate(each)) for name in names for each in (name, f"{name}.*")
+        ]
 
     def __call__(self, module: str, kind: str) -> bool:
         return any(pattern.match(module) for pattern in self._patterns)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as cause:
-        raise ConfigError(
-            f"config.json: quantization_config: {pattern!r} is no regular expression: {cause}"
-        ) from None

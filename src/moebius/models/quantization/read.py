@@ -22,7 +22,8 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
 }
 KEYS = frozenset({"quantization_config", "compression_config", "quantization"})
 """Keys of config.json that say how a checkpoint is quantised."""
-_MODELOPT = "hf_quant_config.json"
+BESIDE = "hf_quant_config.json"
+"""A file that may say it instead, as modelopt writes it."""
 
 
 def read_quantization(config_json: Mapping[str, Any]) -> Quantization | None:
@@ -47,8 +48,8 @@ def _unsupported(method: object) -> ConfigError:
 
 
 def quantization_beside(directory: Path) -> Quantization | None:
-    """What a file beside config.json says instead, as modelopt writes it. Raises ConfigError."""
-    file = directory / _MODELOPT
+    """What a file beside config.json says instead. Raises ConfigError."""
+    file = directory / BESIDE
     return modelopt.read(read_json(file)) if file.exists() else None
 
 

@@ -36,7 +36,7 @@ Tensors = Mapping[str, Described]
 
 
 class Repacking(NamedTuple):
-    """What may become of a matrix when it is loaded: a format, and its bytes."""
+    """A format with the very same numbers, and its bytes."""
 
     format: str
     nbytes: int
@@ -46,12 +46,12 @@ class Repacking(NamedTuple):
 class Parts:
     """What a matrix is made of: a format (moebius.ops.formats), and a tensor for each plane.
 
-    repackings   formats with the very same numbers that may be made of it, the best first
+    repacking   what is made of it when it is loaded, of what no product reads as it is stored
     """
 
     format: str
     planes: tuple[Plane, ...]
-    repackings: tuple[Repacking, ...] = ()
+    repacking: Repacking | None = None
 
 
 class Scheme(ABC):

@@ -29,24 +29,6 @@ def _named(tensor: str, found: Tensors, known: Mapping[str, str]) -> str:
     return known.get(found[tensor].dtype, first) if tensor in found else first
 
 
-_BLOCK_BYTES = {"q4_0": 18, "q5_0": 22, "q8_0": 34, "mxfp4": 17}
-
-
-def _as_blocks(name: str, shape: tuple[int, ...]) -> tuple[Repacking, ...]:
-    """Blocks of 32 of a GGUF type."""
-    return (Repacking(name, math.prod(shape) // 32 * _BLOCK_BYTES[name]),)
-
-
-def _integer_blocks(
-    bits: int, group: int, dtype: str, shape: tuple[int, ...], *, zeros: bool
-) -> tuple[Repacking, ...]:
-    """The blocks that hold such integers: their scales are float16, which bfloat16's usually are
-    too. Of 4 bits, what is left when a zero point is subtracted has five."""
-    if shape[-1] % 32 or group % 32 or dtype == "float32" or (bits == 8 and zeros):
-        return ()
-    return _as_blocks("q8_0" if bits == 8 else "q5_0" if zeros else "q4_0", shape)
-
-
 def _scale_shapes(shape: tuple[int, ...], rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
     """What scales of blocks, so many one below and beside another, may be stored as."""
     found: list[tuple[int, ...]] = [(rows, columns)]
@@ -117,7 +99,7 @@ class MxFp4Scheme(Scheme):
         codes = lead(shape, (rows, groups, 16), (rows, columns // 2))
         scales = Plane(name + self.suffixes[1], tuple(_POWERS), lead(shape, (rows, groups)))
         planes = (Plane(self.codes(name), self.codes_dtypes, codes), scales)
-        return Parts("mxfp4_planes", planes, _as_blocks("mxfp4", (rows, columns)))
+        return Parts("mxfp4_planes", planes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +169,7 @@ class WordsScheme(Scheme):
         base = f"int{self.bits}{'_words' if self.bits == 8 else ''}"
         base += "_ordered" if self.ordered else ""
         dtype = _named(scale, found, PLAIN_SCALES)
-        blocks: tuple[Repacking, ...] = ()
-        if not self.ordered:
-            blocks = _integer_blocks(
-                self.bits, self.group, dtype, (rows, columns), zeros=self.zeros
-            )
-        return Parts(f"{base}[{self.group},{dtype}{zeros}]", tuple(planes), blocks)
+        return Parts(f"{base}[{self.group},{dtype}{zeros}]", tuple(planes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +201,7 @@ class BytesScheme(Scheme):
             zeros = ",int8 zeros"
             planes.append(Plane(f"{name}_zero_point", ("I8",), shapes))
         dtype = _named(scale, found, PLAIN_SCALES)
-        blocks = _integer_blocks(8, self.group, dtype, (rows, columns), zeros=self.zeros)
-        return Parts(f"int8[{self.group},{dtype}{zeros}]", tuple(planes), blocks)
+        return Parts(f"int8[{self.group},{dtype}{zeros}]", tuple(planes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,12 +275,7 @@ class GptqScheme(Scheme):
             planes.append(Plane(order, ("I32",), ((columns,),)))
         dtype = _named(scales, found, PLAIN_SCALES)
         format = f"gptq{self.bits}[{self.group},{dtype},{self.zeros},{index}]"
-        blocks: tuple[Repacking, ...] = ()
-        if not self.ordered:
-            some = self.zeros != "symmetric"
-            blocks = _integer_blocks(self.bits, self.group, dtype, shape, zeros=some)
-        repackings = (self._integers(rows, columns, dtype), *blocks)
-        return Parts(format, tuple(planes), repackings)
+        return Parts(format, tuple(planes), self._integers(rows, columns, dtype))
 
     def _integers(self, rows: int, columns: int, dtype: str) -> Repacking:
         """With plain zero points that have room for 2^bits."""
@@ -344,5 +315,4 @@ class AwqScheme(Scheme):
         dtype = _named(scales, found, PLAIN_SCALES)
         nbytes = rows * columns // 2 + rows * groups * (_SCALE_BYTES[dtype] + 1)
         integers = Repacking(f"int4[{self.group},{dtype},int8 zeros]", nbytes)
-        blocks = _integer_blocks(4, self.group, dtype, shape, zeros=True)
-        return Parts(f"awq[{self.group},{dtype}]", planes, (integers, *blocks))
+        return Parts(f"awq[{self.group},{dtype}]", planes, integers)

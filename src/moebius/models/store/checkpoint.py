@@ -20,7 +20,7 @@ from moebius.gguf import is_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.description import Description
 from moebius.models.layout import Layout, Source, sources
-from moebius.models.quantization import Scheme
+from moebius.models.quantization import BESIDE, Scheme
 from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
@@ -279,10 +279,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits naming a checkpoint: its configuration, headers, file sizes and 4 KiB of each
-    tensor."""
+    """16 hex digits naming a checkpoint: its configuration, with what a file beside it says of how
+    it is quantised, headers, file sizes and 4 KiB of each tensor."""
     digest = blake2b(digest_size=8, person=b"moebius-weights")
     digest.update(json.dumps(checkpoint.config_json, sort_keys=True).encode())
+    beside = checkpoint.path / BESIDE
+    if beside.exists():
+        digest.update(beside.read_bytes())
     digest.update(b"tied" if checkpoint.config.tie_word_embeddings else b"a head of its own")
     files: dict[Path, list[StoredTensor]] = {}
     every = checkpoint.store.tensors.values()

@@ -85,7 +85,7 @@ def _matrix(source: Source, tensors: Mapping[str, StoredTensor], scheme: Scheme)
         format=parts.format,
         shape=source.stored_shape,
         parts=planes,
-        repackings=parts.repackings,
+        repacking=parts.repacking,
     )
 
 

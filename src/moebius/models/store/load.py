@@ -1,6 +1,5 @@
 """A checkpoint's tensors into a Decoder, where they lie in their files wherever that can be."""
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +17,14 @@ from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.near import NearFiles
 from moebius.models.store.plan import PlannedWeight
-from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor, without_parameters
+from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
 from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import Format, Matrix, Ops, PreparedExperts, Weight, select_ops
-from moebius.ops.formats import Dense, Inexact, dtype_name, format_named, repacked
+from moebius.ops.formats import Dense, Repacked, dtype_name, format_named
 from moebius.pages import Span, give_back
-
-log = logging.getLogger(__name__)
 
 # Threads that copy a model while it is loaded, and nothing is computed yet.
 _COPYING = 4
@@ -235,7 +232,7 @@ class Loader:
         def convert(index: int) -> Weight:
             source, weight = values[index]
             wanted = planned[index][1].format
-            return _converted(weight, source, wanted, decoder.dtype, self.device)
+            return _converted(weight, source, wanted, self.device)
 
         with ThreadPoolExecutor(threads) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
@@ -304,25 +301,17 @@ def _of_planes(files: _Files, source: Source, stored: StoredTensor, format: Form
     return whole.rows(source.start, source.start + source.shape[0])
 
 
-def _converted(
-    weight: Weight, source: Source, wanted: str, dtype: torch.dtype, device: torch.device
-) -> Weight:
-    """A copy in the format `wanted`; in `dtype` where that does not hold the same numbers.
-
-    Raises WeightsError for planes that contradict each other.
-    """
+def _converted(weight: Weight, source: Source, wanted: str, device: torch.device) -> Weight:
+    """A copy in the format `wanted`. Raises WeightsError for planes that contradict each other."""
     try:
         if wanted in NUMBER_BYTES:
             return _copied(weight, wanted, device)
         assert isinstance(weight, Matrix)
         format = weight.format
         planes = weight.planes
-        if without_parameters(format.name) != without_parameters(wanted):
-            planes = repacked(format, planes, wanted)
-            format = format_named(wanted)
-    except Inexact as cause:
-        log.info("%s is widened, and not repacked to %s: %s", source.name, wanted, cause)
-        return _copied(weight, dtype_name(dtype), device)
+        if isinstance(format, Repacked):
+            planes = format.repacked(planes)
+            format = format.target
     except ValueError as cause:
         raise WeightsError(f"tensor {source.name!r} cannot be repacked: {cause}") from None
     return Matrix(format, weight.shape, tuple(plane.to(device) for plane in planes))

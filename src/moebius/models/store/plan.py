@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moebius.models.layout import Source
-from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor, without_parameters
+from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor, readings
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,9 @@ def planned_weight(
     name = source.parameter
 
     def read(format: str) -> bool:
-        return len(source.shape) == 2 and without_parameters(format) in formats
+        return len(source.shape) == 2 and any(
+            name in formats for name in readings(format, source.shape[1])
+        )
 
     format = str(stored.format)
     here = device == "cpu"
@@ -66,8 +68,8 @@ def planned_weight(
         nbytes = stored.nbytes * count // math.prod(stored.shape)
         if stored.start % NUMBER_BYTES.get(format, 1) == 0:
             return PlannedWeight(name, here and not near, format, count, nbytes, here and near)
-    for format, nbytes in stored.repackings:
-        if read(format):
-            nbytes = nbytes * source.shape[0] // stored.shape[-2]
-            return PlannedWeight(name, False, format, count, nbytes)
+    if stored.repacking is not None and read(stored.repacking.format):
+        format, nbytes = stored.repacking
+        nbytes = nbytes * source.shape[0] // stored.shape[-2]
+        return PlannedWeight(name, False, format, count, nbytes)
     return PlannedWeight(name, False, wanted, count, count * NUMBER_BYTES[wanted])

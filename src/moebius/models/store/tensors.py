@@ -16,9 +16,18 @@ from moebius.models.quantization.record import Repacking
 NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def without_parameters(format: str) -> str:
-    """The name that stands before a format's parameters, by which backends list what they read."""
-    return format.partition("[")[0]
+def readings(format: str, columns: int) -> tuple[str, ...]:
+    """The names by which a backend may say that it reads matrices of a format (Ops.formats).
+
+    That without parameters; and `int4 of 32` where groups of columns are whole blocks of 32, with
+    ` with zeros` behind it where they have zero points. Groups of other formats have one size.
+    """
+    base, _, parameters = format.removesuffix("]").partition("[")
+    group, *others = parameters.split(",")
+    if not base.startswith(("affine", "int")) or columns % 32 or int(group) % 32:
+        return (base,)
+    zeros = any(each.endswith(" zeros") for each in others)
+    return base, f"{base} of 32{' with zeros' if zeros else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +38,8 @@ class StoredTensor:
     None where Moebius reads none such.
 
     A matrix whose format has several planes, each a tensor of its own, is one too: these are its
-    `parts`, and file, start and stop those of its codes. `repackings` are what may be made of one
-    matrix, the best first, where a backend does not read it as it is stored.
+    `parts`, and file, start and stop those of its codes. `repacking` is what is made of a matrix
+    that nothing reads as it is stored.
     """
 
     file: Path
@@ -41,7 +50,7 @@ class StoredTensor:
     start: int
     stop: int
     parts: "tuple[StoredTensor, ...]" = ()
-    repackings: tuple[Repacking, ...] = ()
+    repacking: Repacking | None = None
 
     @property
     def planes(self) -> "tuple[StoredTensor, ...]":

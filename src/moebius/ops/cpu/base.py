@@ -13,7 +13,7 @@ from moebius.errors import ConfigError
 from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.config import Activations
 from moebius.ops.cpu.recorder import Call, Recorder
-from moebius.ops.formats import Fp8, dense
+from moebius.ops.formats import MX_GROUP, Affine, Fp8, Integers, Mxfp4Planes, dense
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.weights import Matrix, Weight, planes_of
@@ -66,20 +66,35 @@ def require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
     return DTYPES[dtype]
 
 
+# Codes whose scales lie in a plane of their own, read where groups of columns are whole blocks.
+_GROUPED = {
+    "int4": ("int4 of 32", "int4 of 32 with zeros"),
+    "int8": ("int8 of 32",),
+    "int8_words": ("int8_words of 32",),
+    "affine4": ("affine4 of 32",),
+    "affine8": ("affine8 of 32",),
+}
+_OF_GROUPS = (Affine, Integers, Mxfp4Planes)
+# As csrc/block_kernels.h numbers them; bytes are powers of two.
+_SCALES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
+
+
+def _reads(name: str, dtype: torch.dtype) -> bool:
+    return dtype in DTYPES and name in FORMATS and _cpu.reads(DTYPES[dtype], FORMATS[name])
+
+
 @cache
 def formats(dtype: torch.dtype) -> frozenset[str]:
     """The formats that products of `dtype` read."""
-    number = DTYPES.get(dtype)
-    if number is None:
-        return frozenset()
-    return frozenset(name for name, format in FORMATS.items() if _cpu.reads(number, format))
+    names = [name for name in FORMATS if _reads(name, dtype)]
+    return frozenset(each for name in names for each in _GROUPED.get(name, (name,)))
 
 
 def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
     """A weight for products of `dtype`, where it lies."""
     name = dense(weight.dtype).name if isinstance(weight, Tensor) else weight.format.name
     name = name.partition("[")[0]
-    if name not in formats(dtype):
+    if not _reads(name, dtype):
         raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
     rows, columns = weight.shape
     if isinstance(weight, Matrix) and isinstance(weight.format, Fp8):
@@ -94,8 +109,36 @@ def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
             block_rows=weight.format.block_rows or rows,
             block_columns=weight.format.block_columns or columns,
         )
+    if isinstance(weight, Matrix) and isinstance(weight.format, _OF_GROUPS):
+        return _of_groups(weight, FORMATS[name])
     (plane,) = planes_of([weight])
     return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
+
+
+def _of_groups(weight: Matrix, number: int) -> _cpu.Matrix:
+    """Codes and scales where they lie. Raises ValueError for groups that are no whole blocks."""
+    format = weight.format
+    rows, columns = weight.shape
+    zeros = None
+    group = MX_GROUP
+    if isinstance(format, Affine | Integers):
+        group = format.group or columns
+    if isinstance(format, Integers):
+        zeros = format.zero_points(weight.planes)
+    codes, scales = weight.planes[:2]
+    biases = weight.planes[2] if isinstance(format, Affine) else None
+    return _cpu.Matrix(
+        format=number,
+        rows=rows,
+        columns=columns,
+        data=address(codes),
+        scales=address(scales),
+        block_columns=group,
+        scale_type=_SCALES[scales.dtype],
+        zeros=address(zeros),
+        copy_zeros=not any(zeros is plane for plane in weight.planes),
+        biases=address(biases),
+    )
 
 
 def common_dtype(weights: Iterable[Weight]) -> torch.dtype:

@@ -11,28 +11,30 @@ from moebius.ops.formats.blocks_of_32 import BLOCKS_OF_32
 from moebius.ops.formats.blocks_of_256 import BLOCKS_OF_256
 from moebius.ops.formats.dense import Dense, dense, dtype_name
 from moebius.ops.formats.format import Format, Planes, PlaneShape
-from moebius.ops.formats.fp4 import FP4
+from moebius.ops.formats.fp4 import FP4, MX_GROUP, Mxfp4Planes
 from moebius.ops.formats.fp8 import Fp8
+from moebius.ops.formats.integers import Affine, Integers
 from moebius.ops.formats.named import PARAMETRIC, made
 from moebius.ops.formats.repacked import Repacked
-from moebius.ops.formats.to_blocks import Inexact, repacked
 
 __all__ = [
     "BLOCK_FORMATS",
     "FORMATS",
+    "MX_GROUP",
     "PLANE_FORMATS",
+    "Affine",
     "BlockFormat",
     "Dense",
     "Format",
     "Fp8",
-    "Inexact",
+    "Integers",
+    "Mxfp4Planes",
     "PlaneShape",
     "Planes",
     "Repacked",
     "dense",
     "dtype_name",
     "format_named",
-    "repacked",
 ]
 
 BLOCK_FORMATS = (*BLOCKS_OF_32, *BLOCKS_OF_256)

@@ -15,7 +15,7 @@ from moebius.ops.formats.groups import times_groups
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # What the codes stand for; 8 is a zero with a sign.
 _VALUES = _E2M1 + tuple(-value for value in _E2M1)
-_MX_GROUP = 32
+MX_GROUP = 32
 _NV_GROUP = 16
 
 
@@ -39,14 +39,14 @@ class Mxfp4Planes(Format):
     name = "mxfp4_planes"
 
     def planes(self, rows: int, columns: int) -> tuple[PlaneShape, ...]:
-        scales = (torch.uint8, (rows, columns // _MX_GROUP))
-        return _codes(rows, columns, _MX_GROUP), scales
+        scales = (torch.uint8, (rows, columns // MX_GROUP))
+        return _codes(rows, columns, MX_GROUP), scales
 
     def widened(self, planes: Planes, dtype: torch.dtype) -> Tensor:
         codes, exponents = planes
         numbers = _numbers(codes)
         scales = exponents.contiguous().view(torch.float8_e8m0fnu).float()
-        times_groups(numbers, scales, _MX_GROUP)
+        times_groups(numbers, scales, MX_GROUP)
         return numbers.to(dtype)
 
     def exact_in(self, dtype: torch.dtype) -> bool:

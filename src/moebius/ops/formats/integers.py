@@ -129,16 +129,11 @@ class Integers(Format):
         times_groups(numbers, wide, group)
         return numbers.to(dtype)
 
-    def signed_codes(self, planes: Planes) -> Tensor:
-        """Codes less their zero points, (rows, columns) int16; not of an order of its own."""
-        codes, _, *rest = planes
-        if self.words:
-            signed = unpacked(codes, self.bits).to(torch.int16).sub_(1 << (self.bits - 1))
-        else:
-            signed = codes.to(torch.int16)
-        if self.zeros != "none":
-            minus_groups(signed, self._zeros(rest[0], len(codes)).to(torch.int16), self.group)
-        return signed
+    def zero_points(self, planes: Planes) -> Tensor | None:
+        """Those of signed codes, (rows, groups), where there are any: unpacked, or as they lie."""
+        if self.zeros == "none":
+            return None
+        return self._zeros(planes[2], len(planes[0])).contiguous()
 
     def _zeros(self, stored: Tensor, rows: int) -> Tensor:
         """Zero points of signed codes, (rows, groups)."""
