@@ -13,6 +13,7 @@ from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.engine import Engine
+from moebius.engine.garbage import uncollected
 from moebius.engine.kv_cache import (
     KVCache,
     block_bytes,
@@ -53,6 +54,7 @@ from moebius.ops.formats import BLOCK_FORMATS, dtype_name
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
+from moebius.quantize.bar import bytes_bar
 from moebius.quantize.cached import Quantized
 from moebius.request.params import ServingLimits
 from moebius.schedule.blocks import BlockPool
@@ -171,11 +173,19 @@ class Prepared:
         return [("rank", f"{ranks.rank} of {count}", f"{experts}; {traded}")]
 
 
-def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = None) -> Prepared:
+@uncollected()
+def prepare(
+    directory: Path,
+    config: EngineConfig,
+    share: ExpertShare | None = None,
+    *,
+    read_ahead: bool = False,
+) -> Prepared:
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
     share: the rank to plan for, where several share the experts; None: of config.ranks the one that
-    has least memory, as if all were on this host.
+    has least memory, as if all were on this host. read_ahead: an engine will be made of it, and the
+    system may begin to read weights that there is room for.
     """
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
@@ -196,6 +206,9 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     weight_bytes = count_weights(sources, weights, checkpoint.dtype, config, ranks)
     weight_bytes = replace(weight_bytes, nodes=() if memory is None else memory.nodes)
     available, available_of = _room(device, share, sources, weights)
+    loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
+    if read_ahead and quantized is None and weight_bytes.total <= available:
+        loader.read_ahead(ranks)
     decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = plan_workspace(
         decoder,
@@ -228,7 +241,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         _threads(config),
         workspace,
         decoder,
-        Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold),
+        loader,
         quantized,
     )
 
@@ -321,10 +334,10 @@ def load_engine(
 
     prefix_key: the launch's, by which the front hashes prompts too; None: one that nobody knows.
     """
-    prepared = prepared or prepare(directory, config)
+    prepared = prepared or prepare(directory, config, read_ahead=True)
     plan = prepared.plan
     if prepared.quantized is not None:
-        prepared.quantized.make()
+        prepared.quantized.make(bytes_bar)
     name = _fingerprint(prepared)
     # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
     pool = BlockPool(
@@ -381,6 +394,7 @@ def _info(
     )
 
 
+@uncollected()
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
     plan = prepared.plan
