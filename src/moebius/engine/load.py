@@ -37,7 +37,7 @@ from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.weight_bytes import common_bytes, count_weights
-from moebius.engine.workspace import StepRows, Workspace, plan_workspace
+from moebius.engine.workspace import StepRows, Workspace, bare_decoder, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
@@ -209,7 +209,7 @@ def prepare(
     loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
     if read_ahead and quantized is None and weight_bytes.total <= available:
         loader.read_ahead(ranks)
-    decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
+    decoder = bare_decoder(checkpoint.config, ops, dtype, ranks, cold=config.mmap_cold)
     workspace = plan_workspace(
         decoder,
         config.block_size,
@@ -401,7 +401,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
         ranks = prepared.decoder.ranks
-        model = Decoder(model.config, prepared.ops, prepared.dtype, device="meta", ranks=ranks)
+        model = bare_decoder(model.config, model.ops, model.dtype, ranks, cold=config.mmap_cold)
     prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(
