@@ -44,12 +44,11 @@ def load(options: Options) -> Engine:
 
     baseline = sum(resident())
     from moebius import LLM, SamplingParams, __version__
-    from moebius.engine.load import prepare
+    from moebius.models.store import open_checkpoint
     from moebius.request.engine_request import EngineRequest
     from moebius.schedule.request import Request
 
     config = engine_config(options.max_seqs, options.threads, options.prefix_cache)
-    plan = prepare(options.directory, config).plan
     llm = LLM.from_config(str(options.directory), config)
     engine = llm.client._engine  # whose steps are made by hand here
     numbers = count()
@@ -81,12 +80,14 @@ def load(options: Options) -> Engine:
     def memory(peak: Peak) -> dict[str, float]:
         """What we take beyond `import torch`, the weights mapped from the file and the planned KV
         cache."""
-        mapped = plan.weights.mapped / 1e9
-        cache = plan.kv_cache / 1e9
+        formats = engine.runner.ops.formats(torch.bfloat16)
+        weights = open_checkpoint(options.directory).plan_weights("bfloat16", formats=formats)
+        mapped = sum(weight.nbytes for weight in weights if weight.mapped) / 1e9
+        cache = engine.info.kv_bytes / 1e9
         return {
             "import_torch": baseline,
             "mapped": mapped,
-            "copied": plan.weights.copied / 1e9,
+            "copied": sum(weight.nbytes for weight in weights if not weight.mapped) / 1e9,
             "kv_cache": cache,
             "beyond": peak.total - baseline - mapped - cache,
         }

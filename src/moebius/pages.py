@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 
 # From one byte to behind another, of memory or of a file.
 Span = tuple[int, int]
 
 HUGE = 2 * 2**20
+_AT_ONCE = 256 * 2**10
 # Linux 5.14; older kernels refuse them, and pages come at first use.
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
@@ -50,6 +52,18 @@ def give_back(address: int, nbytes: int) -> None:
         _advise(first, last - first, mmap.MADV_DONTNEED)
 
 
+def will_need(address: int, nbytes: int) -> None:
+    """Ask the system to read these bytes from their file, without waiting for them.
+
+    In pieces, as Linux reads no more ahead at one call than a disk takes at once. Only Linux can.
+    """
+    if sys.platform != "linux":
+        return
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    for start in range(first, address + nbytes, _AT_ONCE):
+        _advise(start, min(_AT_ONCE, address + nbytes - start), mmap.MADV_WILLNEED)
+
+
 def populate(
     address: int,
     spans: Sequence[Span],
@@ -82,6 +96,11 @@ def populate(
 
 def _advise(address: int, nbytes: int, advice: int) -> bool:
     """madvise(2); whether the system took it."""
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return int(madvise(address, nbytes, advice)) == 0
+    return int(_madvise()(address, nbytes, advice)) == 0
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int]:
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import logging
+import sys
 import threading
 from pathlib import Path
 
@@ -300,3 +302,27 @@ def test_formats_are_those_of_the_recipe(model: Path) -> None:
     assert found["model.embed_tokens.weight"].format == "q6_k"
     assert found["model.layers.0.mlp.gate.weight"].format == "float32"
     assert all(tensor.format in FORMATS for tensor in found.values())
+
+
+class Screen(io.StringIO):
+    """Standard error of somebody who sits before it, or not."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_waits_at_a_terminal_sees_how_far_it_is(
+    model: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    options = {"kv_cache_memory_bytes": 2**22, "max_model_len": 64}
+    with LLM(str(model), quantization="q8_0", **options):
+        pass
+    assert ("quantizing to q8_0" in screen.getvalue()) == terminal

@@ -1,8 +1,5 @@
 """moebius quantize: a model as a GGUF file, for llama.cpp and all that builds on it."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,12 +33,13 @@ def quantize(
     llama.cpp and what builds on it load the file; `moebius serve OUT.gguf` does too.
     """
     from moebius.cli.border import ended_in_order
+    from moebius.progress import bytes_bar
     from moebius.quantize.export import write_model
 
     name = model.rstrip("/").rpartition("/")[2]
     source = which.find(model).path
     with ended_in_order():
-        found = write_model(source, out, type_.lower(), name=name, force=force, progress=_bytes_bar)
+        found = write_model(source, out, type_.lower(), name=name, force=force, progress=bytes_bar)
     typer.echo(_summary(out, found))
 
 
@@ -56,31 +54,3 @@ def _summary(out: Path, found: "Written") -> str:
         share = f"{100 * each.parameters / found.total.parameters:.1f} % of parameters"
         lines.append(f"  {kind:<5} {each.nbytes:>15,} bytes in {each.tensors} tensors, {share}")
     return "\n".join(lines)
-
-
-@contextmanager
-def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes on stderr while that is a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=not sys.stderr.isatty(), transient=True
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda nbytes: bar.update(task, advance=nbytes)

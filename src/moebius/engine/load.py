@@ -13,6 +13,7 @@ from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.engine import Engine
+from moebius.engine.garbage import uncollected
 from moebius.engine.kv_cache import (
     KVCache,
     block_bytes,
@@ -36,7 +37,7 @@ from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.trace import TraceWriter
 from moebius.engine.weight_bytes import common_bytes, count_weights
-from moebius.engine.workspace import StepRows, Workspace, plan_workspace
+from moebius.engine.workspace import StepRows, Workspace, bare_decoder, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
@@ -54,6 +55,7 @@ from moebius.ops.formats import BLOCK_FORMATS, dtype_name
 from moebius.ops.threads import TorchThreads, default_threads
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
+from moebius.progress import bytes_bar
 from moebius.quantize.cached import Quantized
 from moebius.request.params import ServingLimits
 from moebius.schedule.blocks import BlockPool
@@ -172,11 +174,19 @@ class Prepared:
         return [("rank", f"{ranks.rank} of {count}", f"{experts}; {traded}")]
 
 
-def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = None) -> Prepared:
+@uncollected()
+def prepare(
+    directory: Path,
+    config: EngineConfig,
+    share: ExpertShare | None = None,
+    *,
+    read_ahead: bool = False,
+) -> Prepared:
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
     share: the rank to plan for, where several share the experts; None: of config.ranks the one that
-    has least memory, as if all were on this host.
+    has least memory, as if all were on this host. read_ahead: an engine will be made of it, and the
+    system may begin to read weights that there is room for.
     """
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
@@ -197,7 +207,10 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
     weight_bytes = count_weights(sources, weights, checkpoint.dtype, config, ranks)
     weight_bytes = replace(weight_bytes, nodes=() if memory is None else memory.nodes)
     available, available_of = _room(device, share, sources, weights)
-    decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
+    loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
+    if read_ahead and quantized is None and weight_bytes.total <= available:
+        loader.read_ahead(ranks)
+    decoder = bare_decoder(checkpoint.config, ops, dtype, ranks, cold=config.mmap_cold)
     workspace = plan_workspace(
         decoder,
         config.block_size,
@@ -229,7 +242,7 @@ def prepare(directory: Path, config: EngineConfig, share: ExpertShare | None = N
         threads=_threads(config),
         workspace=workspace,
         decoder=decoder,
-        loader=Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold),
+        loader=loader,
         quantized=quantized,
     )
 
@@ -322,10 +335,10 @@ def load_engine(
 
     prefix_key: the launch's, by which the front hashes prompts too; None: one that nobody knows.
     """
-    prepared = prepared or prepare(directory, config)
+    prepared = prepared or prepare(directory, config, read_ahead=True)
     plan = prepared.plan
     if prepared.quantized is not None:
-        prepared.quantized.make()
+        prepared.quantized.make(bytes_bar)
     name = _fingerprint(prepared)
     # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
     pool = BlockPool(
@@ -382,13 +395,14 @@ def _info(
     )
 
 
+@uncollected()
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
     plan = prepared.plan
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
         ranks = prepared.decoder.ranks
-        model = Decoder(model.config, prepared.ops, prepared.dtype, device="meta", ranks=ranks)
+        model = bare_decoder(model.config, model.ops, model.dtype, ranks, cold=config.mmap_cold)
     prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(

@@ -35,7 +35,7 @@ from moebius.models.store.load import load_decoder
 from moebius.moe.health import max_violation_floor
 from moebius.ops import select_ops
 from moebius.ops.threads import TorchThreads, default_threads
-from moebius.progress import Progress, silent
+from moebius.progress import Progress, bytes_bar, silent
 from moebius.quantize.cached import Quantized
 from moebius.text import Tokenizer, load_text
 
@@ -153,7 +153,7 @@ def _load(checkpoint: Checkpoint, config: InspectConfig) -> Decoder:
     ops = select_ops(device, dtype, config.threads)
     quantized = Quantized.by_name(checkpoint, config.quantization)
     if quantized is not None:
-        quantized.make()
+        quantized.make(bytes_bar)
         checkpoint = quantized.checkpoint
     return load_decoder(checkpoint, dtype, device, ops)
 

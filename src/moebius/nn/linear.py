@@ -76,20 +76,30 @@ class WeightList(ParameterModule, nn.ParameterList):
         super().__init__()
         self._size = count
         self._matrices: dict[str, Matrix] = {}
+        # Those without memory, which a model to be loaded has thousands of, are made at once.
+        bare = torch.get_default_device().type == "meta"
+        made = torch.empty(count, *shape, dtype=dtype).unbind() if bare else ()
         for index in range(count):
-            here = held is None or index in held
-            made = nn.Parameter(torch.empty(*shape, dtype=dtype)) if here else None
-            self.register_parameter(str(index), made)
+            weight = None
+            if held is None or index in held:
+                weight = nn.Parameter(made[index] if bare else torch.empty(*shape, dtype=dtype))
+            self._set(str(index), weight)
+
+    def _set(self, name: str, weight: nn.Parameter | None) -> None:
+        """register_parameter without its checks, which take longer than all else of a load."""
+        self.changes.count += 1
+        self._parameters[name] = weight
 
     def hold(self, index: int, matrix: Matrix | None) -> None:
         """Compute with `matrix`, ValueError for another shape; None makes a hole."""
-        weight = self.held()[index]
+        name = str(index)
+        weight = self._matrices.get(name, self._parameters[name])
         if matrix is not None and weight is not None:
             _require_shape(matrix, weight)
-        self.register_parameter(str(index), None)
-        self._matrices.pop(str(index), None)
+        self._set(name, None)
+        self._matrices.pop(name, None)
         if matrix is not None:
-            self._matrices[str(index)] = matrix
+            self._matrices[name] = matrix
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -98,10 +98,18 @@ class Checkpoint:
         `dtype` itself. sources: of the parameters in question, None for all. near: what could be
         mapped is copied as it is. Loads none; loading holds each as this says.
         """
-        return [
-            planned_weight(source, self.tensors[source.name], dtype, device, formats, near=near)
-            for source in (self.sources if sources is None else sources)
-        ]
+        found: list[PlannedWeight] = []
+        # Experts' matrices are thousands, and as many as a layer has lie in one tensor.
+        alike: dict[tuple[str, tuple[int, ...], bool], PlannedWeight] = {}
+        for source in self.sources if sources is None else sources:
+            kind = (source.name, source.shape, source.float32)
+            if kind in alike:
+                found.append(alike[kind].named(source.parameter))
+                continue
+            stored = self.tensors[source.name]
+            alike[kind] = planned_weight(source, stored, dtype, device, formats, near=near)
+            found.append(alike[kind])
+        return found
 
 
 def _named_in_full(
@@ -192,9 +200,10 @@ def _match(
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
         raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
-    for source in wanted:
-        _check_stored(tensors[source.name], source, store)
-    used = {source.name for source in wanted}
+    shapes = dict.fromkeys((source.name, source.stored_shape) for source in wanted)
+    for name, shape in shapes:
+        _check_stored(tensors[name], name, shape, store)
+    used = {name for name, _ in shapes}
     for name, stored in tensors.items():
         if name not in used and not _harmless(name, config, head):
             raise WeightsError(
@@ -222,13 +231,12 @@ def _closest(
     return wanted, list(dict.fromkeys(lacking))
 
 
-def _check_stored(stored: StoredTensor, source: Source, store: Store) -> None:
+def _check_stored(stored: StoredTensor, name: str, shape: tuple[int, ...], store: Store) -> None:
     """WeightsError where a parameter's tensor has another shape, or a dtype that nothing reads."""
-    where = f"{short_name(stored.file)}: tensor {source.name!r}"
-    if not store.same_shape(stored.shape, source.stored_shape):
+    where = f"{short_name(stored.file)}: tensor {name!r}"
+    if not store.same_shape(stored.shape, shape):
         raise WeightsError(
-            f"{where} has shape {list(stored.shape)}; {store.config} needs "
-            f"{list(source.stored_shape)}"
+            f"{where} has shape {list(stored.shape)}; {store.config} needs {list(shape)}"
         )
     if stored.format is None:
         supported = ", ".join(store.dtypes)

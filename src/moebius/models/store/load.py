@@ -110,6 +110,16 @@ class Loader:
         self._cold = cold
         # Of ranks that hold parts of files, and may come to hold others.
         self._parts = MappedFiles(whole=False)
+        self._ahead: MappedFiles | None = None
+
+    def read_ahead(self, ranks: ExpertRank | None) -> None:
+        """Begin to read all files, where `fill` of a decoder of these ranks will map them whole:
+        the system does it while other things are made."""
+        if ranks is None and self._mapped and not self._cold and self.device.type == "cpu":
+            self._ahead = MappedFiles()
+            stored = self.checkpoint.tensors.values()
+            for file in {plane.file for tensor in stored for plane in tensor.planes}:
+                self._ahead.map(file)
 
     def fill(self, decoder: Decoder) -> None:
         """Give all parameters of a decoder on meta their values.
@@ -119,7 +129,8 @@ class Loader:
         sources = self.checkpoint.sources_at(decoder.ranks)
         _check_all_have_a_source(decoder, sources)
         whole = decoder.ranks is None and not self._cold
-        files = MappedFiles() if whole else self._parts
+        files = (self._ahead or MappedFiles()) if whole else self._parts
+        self._ahead = None
         for module in decoder.modules():
             if isinstance(module, Experts):
                 module.on_disk = self._cold

@@ -3,7 +3,7 @@
 import math
 import mmap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,10 +30,13 @@ class MappedFiles:
     def __init__(self, *, whole: bool = True) -> None:
         self.whole = whole
         self._maps: dict[Path, mmap.mmap] = {}
+        self._bytes: dict[Path, Tensor] = {}
+        # Of tensors that were asked for, such as those of all of a layer's experts.
+        self._pieces: dict[tuple[Path, int, torch.dtype, tuple[int, ...]], Sequence[Tensor]] = {}
 
     def fetch(self, file: Path, spans: Iterable[Span]) -> None:
         """Read these bytes of a file ahead, in huge pages where the kernel has them for files."""
-        region = self._region(file)
+        region = self.map(file)
         # That a file has shrunk is for `view` to say.
         pages = [span for span in whole_pages(spans) if span[0] < len(region)]
         for start, stop in pages:
@@ -45,7 +48,7 @@ class MappedFiles:
 
     def release(self, file: Path, spans: Iterable[Span]) -> None:
         """Give pages back that lie wholly within these bytes; they are read anew at a next use."""
-        region = self._region(file)
+        region = self.map(file)
         for start, stop in spans:
             inner = (
                 -(-start // mmap.PAGESIZE) * mmap.PAGESIZE,
@@ -61,25 +64,43 @@ class MappedFiles:
         A copy where they are not aligned. Nothing may write to it. Raises WeightsError where the
         file has shrunk since its header was read.
         """
-        region = self._region(stored.file)
+        region = self.map(stored.file)
         if len(region) < stored.stop:
             raise WeightsError(f"{short_name(stored.file)} shrank while it was loaded")
         start = stored.start + skipped * dtype.itemsize
         count = math.prod(shape)
-        with warnings.catch_warnings():
-            # torch warns that the buffer cannot be written.
-            warnings.simplefilter("ignore")
-            if start % dtype.itemsize == 0:
-                flat = torch.frombuffer(region, dtype=dtype, count=count, offset=start)
-            else:
-                copied = bytearray(region[start : start + count * dtype.itemsize])
-                flat = torch.frombuffer(copied, dtype=dtype, count=count)
-        return flat.view(shape)
+        if start % dtype.itemsize:
+            copied = bytearray(region[start : start + count * dtype.itemsize])
+            return torch.frombuffer(copied, dtype=dtype, count=count).view(shape)
+        pieces = self._cut(stored, dtype, shape)
+        number, rest = divmod(skipped, max(count, 1))
+        if rest == 0 and number < len(pieces):
+            return pieces[number]
+        stop = start + count * dtype.itemsize
+        return self._bytes[stored.file][start:stop].view(dtype).view(shape)
 
-    def _region(self, file: Path) -> mmap.mmap:
+    def _cut(
+        self, stored: StoredTensor, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Sequence[Tensor]:
+        """A tensor in pieces of one shape: all that there are, as one by one they take torch much
+        longer."""
+        key = (stored.file, stored.start, dtype, shape)
+        if key not in self._pieces:
+            piece = math.prod(shape) * dtype.itemsize
+            count = (stored.stop - stored.start) // max(piece, 1)
+            flat = self._bytes[stored.file][stored.start : stored.start + count * piece]
+            self._pieces[key] = flat.view(dtype).view(count, *shape).unbind()
+        return self._pieces[key]
+
+    def map(self, file: Path) -> mmap.mmap:
+        """Its map, and so far as a whole is wanted the beginning of its being read."""
         if file not in self._maps:
             region = _mapped(file)
             self._maps[file] = region
+            with warnings.catch_warnings():
+                # torch warns that the buffer cannot be written.
+                warnings.simplefilter("ignore")
+                self._bytes[file] = torch.frombuffer(region, dtype=torch.uint8)
             if self.whole:
                 all_of_it = (0, len(region))
                 _advise(region, "MADV_HUGEPAGE", all_of_it)

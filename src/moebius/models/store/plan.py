@@ -30,6 +30,10 @@ class PlannedWeight:
     nbytes: int
     near: bool = False
 
+    def named(self, name: str) -> "PlannedWeight":
+        """The same of another parameter."""
+        return PlannedWeight(name, self.mapped, self.format, self.count, self.nbytes, self.near)
+
     @property
     def repacked(self) -> bool:
         """Copied into another format of codes and scales, which stands for the same numbers."""

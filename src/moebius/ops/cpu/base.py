@@ -16,7 +16,7 @@ from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.formats import MX_GROUP, Affine, Fp8, Integers, Mxfp4Planes, dense
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.weights import Matrix, Weight, planes_of
+from moebius.ops.weights import Weight, planes_of
 
 # As csrc/kernels.h and formats.h number them: what is computed in, held in caches, and matrices are
 # stored in.
@@ -90,18 +90,27 @@ def formats(dtype: torch.dtype) -> frozenset[str]:
     return frozenset(each for name in names for each in _GROUPED.get(name, (name,)))
 
 
-def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
-    """A weight for products of `dtype`, where it lies."""
-    name = dense(weight.dtype).name if isinstance(weight, Tensor) else weight.format.name
+@cache
+def _format_number(name: str, dtype: torch.dtype) -> int:
+    """A format's number in the kernels. Raises ValueError where products of `dtype` read none."""
     name = name.partition("[")[0]
     if not _reads(name, dtype):
         raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
+    return FORMATS[name]
+
+
+def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
+    """A weight for products of `dtype`, where it lies."""
     rows, columns = weight.shape
-    if isinstance(weight, Matrix) and isinstance(weight.format, Fp8):
+    if isinstance(weight, Tensor):
+        number = _format_number(dense(weight.dtype).name, dtype)
+        return _cpu.Matrix(format=number, rows=rows, columns=columns, data=address(weight))
+    number = _format_number(weight.format.name, dtype)
+    if isinstance(weight.format, Fp8):
         codes, scales = weight.planes
         wide = scales.float().contiguous()
         return _cpu.Matrix(
-            format=FORMATS[name],
+            format=number,
             rows=rows,
             columns=columns,
             data=address(codes),
@@ -109,10 +118,10 @@ def native_matrix(weight: Weight, dtype: torch.dtype) -> _cpu.Matrix:
             block_rows=weight.format.block_rows or rows,
             block_columns=weight.format.block_columns or columns,
         )
-    if isinstance(weight, Matrix) and isinstance(weight.format, _OF_GROUPS):
-        return _of_groups(weight, FORMATS[name])
-    (plane,) = planes_of([weight])
-    return _cpu.Matrix(format=FORMATS[name], rows=rows, columns=columns, data=address(plane))
+    if isinstance(weight.format, _OF_GROUPS):
+        return _of_groups(weight, number)
+    (plane,) = weight.planes
+    return _cpu.Matrix(format=number, rows=rows, columns=columns, data=address(plane))
 
 
 def _of_groups(weight: Matrix, number: int) -> _cpu.Matrix:
@@ -160,14 +169,18 @@ class Held:
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
         self._tensors = tuple(None if x is None else x.detach() for x in tensors)
-        self._addresses = _places(self._tensors)
+        self._addresses = list(map(_place, self._tensors))
 
-    def is_of(self, tensors: Iterable[Tensor | None]) -> bool:
-        return self._addresses == _places(tensors)
+    def is_of(self, tensors: Sequence[Tensor | None]) -> bool:
+        if len(tensors) != len(self._addresses):
+            return False
+        # One by one, as the first of thousands that are others is enough.
+        pairs = zip(self._addresses, tensors, strict=True)
+        return all(address == _place(x) for address, x in pairs)
 
 
-def _places(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
+def _place(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 class CpuBase(Ops):
