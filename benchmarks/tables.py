@@ -96,8 +96,34 @@ SCHEDULES = (
         f"{PYTHON} benchmarks/one_answer.py --seed 52",
     ),
     Source(
+        "one_answer_quantised.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/one_answer.py --quantised",
+    ),
+    Source(
         "one_answer_avx2.json", ZEN3, "2026-11-25", f"{PYTHON} benchmarks/one_answer.py --seed 41"
     ),
+)
+QUALITIES = (
+    Source(
+        "quality_blocks.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/quality.py --model DIR --llama BUILD/bin",
+    ),
+    Source(
+        "quality_bundled.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/quality.py --llama BUILD/bin",
+    ),
+)
+FILE_QUALITY = Source(
+    "file_quality.json",
+    ZEN4,
+    "2026-11-28",
+    f"{PYTHON} benchmarks/file_quality.py FILE.gguf --llama BUILD/bin/llama-server",
 )
 SAMPLING = Source("sampling.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/sampling.py")
 BODIES = Source("worst_bodies.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/worst_bodies.py")
@@ -197,6 +223,86 @@ def quantised() -> str:
     head = ["", "Moebius", "llama-server", "to it", "llama-bench", "to it"]
     said = f"{ZEN4}, {bare['started']}. Commands: {'; '.join(commands)}; `{bare['command']}`."
     return f"{table(head, rows)}\n\n{said}"
+
+
+def qualities() -> str:
+    """A table for each model: what a format costs, here and in llama.cpp, of the same file."""
+    parts = []
+    for source in QUALITIES:
+        record = source.read()
+        first = record["plain"][0]
+        rows = [
+            [each["label"], "", "", *_moved(each, first), _divergence(each), "", "", ""]
+            for each in record["plain"]
+        ]
+        for each in record["formats"]:
+            served = each["moebius"]
+            exact = each["moebius, float32"]
+            other = each["llama.cpp"]
+            row = [each["format"].upper(), each["quantised_by"]]
+            row += [f"{served['weight_bytes'] / 1e6:.1f}", *_moved(served, first)]
+            row += [_divergence(served), _divergence(exact), _divergence(other)]
+            rows.append([*row, f"{exact['same_choice']:.1%} / {other['same_choice']:.1%}"])
+        said = f"{first['tokens']:,} tokens, {first['bytes']:,} bytes. {provenance(source)}"
+        parts.append(f"{table(_QUALITY_HEAD, rows, (0, 1))}\n\n{said}")
+    return "\n\n".join(parts)
+
+
+_QUALITY_HEAD = [
+    "",
+    "quantised by",
+    "MB",
+    "bits a byte",
+    "more",
+    "divergence, as served",
+    "in float32",
+    "llama.cpp",
+    "same choice, float32 / llama.cpp",
+]
+
+
+def _moved(each: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    bits = each["bits_per_byte"]
+    return [f"{bits:.4f}", f"{bits / first['bits_per_byte'] - 1:+.3%}"]
+
+
+def _divergence(each: dict[str, Any]) -> str:
+    return f"{each['mean_divergence']:.6f}"
+
+
+def file_quality() -> str:
+    """A file that people have, beside llama.cpp, from the file widened to float32."""
+    record = FILE_QUALITY.read()
+    rows = [
+        [
+            each["label"],
+            _divergence(each),
+            f"{each['same_choice']:.2%}",
+            f"{each['gap_moved_rms']:.4f}",
+            f"{each['perplexity']:.4f}",
+        ]
+        for each in record["divergence"]
+    ]
+    head = ["", "divergence, nats", "same choice", "gap of the first two moved by", "perplexity"]
+    answers = [
+        [
+            name,
+            f"{each['equal']} of {each['answers']}",
+            f"{each['tokens_before_they_part']:,}",
+            f"{each['near']} of {len(each['parted'])}",
+            f"{each['widest_gap_in_rms']:.2f}",
+        ]
+        for name, each in record["greedy"].items()
+    ]
+    answers_head = ["greedy answers", "equal", "tokens before they part", "parted at a near tie"]
+    answers_head.append("widest gap, in root mean squares")
+    tokens = record["divergence"][0]["tokens"]
+    said = (
+        f"{record['file']}, {tokens:,} tokens. Template equal for {record['same_template']}, token "
+        f"ids for {record['same_ids']} of {record['prompts']} conversations. llama.cpp "
+        f"{record['llama.cpp']}. {provenance(FILE_QUALITY)}"
+    )
+    return f"{table(head, rows)}\n\n{table(answers_head, answers)}\n\n{said}"
 
 
 def _speeds(found: Sequence[Comparison]) -> str:
@@ -319,6 +425,7 @@ def schedules() -> str:
         found = "none" if record["different"] is None else str(record["different"])
         row = [
             record["kernels"],
+            record.get("weights", "plain"),
             *(f"{record[name]:,}" for name in fields),
             found,
             f"{record['seconds']:,}",
@@ -326,13 +433,14 @@ def schedules() -> str:
         rows.append([*row, f"{source.date}, `{source.command}`"])
     head = [
         "kernels",
+        "weights",
         "schedules",
         "answers",
         "tokens",
         "preemptions",
         "tokens from the prefix cache",
     ]
-    return table([*head, "answers that differ", "s", "date, command"], rows, (0, 8))
+    return table([*head, "answers that differ", "s", "date, command"], rows, (0, 1, 9))
 
 
 def bodies() -> str:
@@ -545,7 +653,7 @@ def _pause_figure() -> list[str]:
 
 
 def _schedules_figure() -> list[str]:
-    source = max(SCHEDULES, key=lambda source: source.read()["schedules"])
+    source = SCHEDULES[0]
     record = source.read()
     different = "none" if record["different"] is None else record["different"]
     what = (
@@ -569,6 +677,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "worst-bodies": bodies,
     "ablation": ablation,
     "quantised": quantised,
+    "qualities": qualities,
+    "file-quality": file_quality,
     "expert-parallel": expert_parallel,
     "exchanges": exchanges,
     "recoveries": recoveries,
