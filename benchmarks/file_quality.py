@@ -1,19 +1,20 @@
 """A GGUF file served here and by llama.cpp, beside the same file widened to float32.
 
-    python benchmarks/file_quality.py FILE.gguf --llama BUILD/bin/llama-server \\
-        --json benchmarks/file_quality.json
+    python benchmarks/file_quality.py FILE.gguf --llama BUILD/bin [--json FILE]
 
 The baseline is transformers' model of the file: every weight widened to float32 by gguf-py, and
-computed in float32. Its greedy answers to the conversations of prompts.txt, and rows of this
-repository's documents, are read by all others token by token, so that all tell what comes next
-behind the same tokens. For each of them the record has the mean Kullback-Leibler divergence of its
-distribution from the baseline's, in nats, how often both find the same token most likely, and how
-far it moves the gap between the baseline's two most likely tokens.
+computed in float32. Three comparisons:
 
-Then both engines answer the conversations greedily by themselves. Answers of arithmetic in 8 bits
-can be equal only as far as the baseline prefers one token by more than that arithmetic moves the
-gap; so the record has, for each first difference, what the baseline's gap between both tokens is,
-in units of the root mean square of what the two engines moved such gaps by.
+- Chunks of this repository's documents are read by all. llama-perplexity tells how far llama.cpp's
+  distributions are from the baseline's (llama_divergence.py); ours are held to the same rows.
+- The conversations of prompts.txt are answered greedily by both engines: template, token ids and
+  answers. Answers of arithmetic in 8 bits can be equal only as far as one token is preferred by
+  more than that arithmetic moves the gap between two. So for each first difference the record has
+  the baseline's gap between both tokens, in units of the root mean square of what both engines
+  move such gaps by.
+- llama.cpp's answers are read by ours and the baseline, token by token, and the first few by
+  llama-server too, which is asked for the probabilities of its whole vocabulary: for what gaps are
+  moved by, how often all find the same token most likely, and divergence once more.
 
 transformers, gguf and accelerate have to be installed.
 """
@@ -24,8 +25,8 @@ import argparse
 import hashlib
 import math
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_divergence import Coded, Said, begin, divergence, scored
 from moebius import LLM, SamplingParams
 from moebius.bench.quality import token_rows
 from moebius.inspect.corpus import Document
 from moebius.text import Tokenizer, load_text
-from readings import Distance, LlamaServer, Ours, Reader, Reading, Theirs, compare, llama
+from readings import Distance, LlamaServer, Ours, Reading, Theirs, compare, llama
 from records import processor, save
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +48,7 @@ Message = dict[str, str]
 Answers = list[list[int]]
 CONTEXT = 1024
 CACHE_BYTES = 2**27
-ROW = 256
+CHUNK = 512
 OURS: Mapping[str, Mapping[str, str]] = {
     "as served": {},
     "float32": {"dtype": "float32"},
@@ -54,15 +56,9 @@ OURS: Mapping[str, Mapping[str, str]] = {
     "KV cache in int8": {"kv_cache_dtype": "int8"},
     "float32, KV cache in int8": {"dtype": "float32", "kv_cache_dtype": "int8"},
 }
-THEIRS: Mapping[str, Mapping[str, str]] = {
-    "llama.cpp": {},
-    "llama.cpp, KV cache in float32": {"cache_type_k": "f32", "cache_type_v": "f32"},
-}
+FLASH = ("-fa", "on")
+"""As the server is started."""
 ANSWERED = ("as served", "float32")
-PAIRS = (
-    *((label, "llama.cpp") for label in ANSWERED),
-    *((label, "baseline") for label in (*ANSWERED, "llama.cpp")),
-)
 NEAR = 3.0
 """Gaps of fewer root mean squares than this are called near."""
 
@@ -104,20 +100,6 @@ class Baseline:
             logits_TV = self._model(torch.tensor([reading.ids[:-1]])).logits[0]
             yield F.log_softmax(logits_TV[reading.start :].double(), dim=-1)
 
-    @torch.inference_mode()
-    def answer(self, ids: Sequence[int], count: int, ends: frozenset[int]) -> list[int]:
-        """Greedily."""
-        given = torch.tensor([ids])
-        out = self._model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=sorted(ends),
-            pad_token_id=0,
-        )
-        return out[0, len(ids) :].tolist()
-
 
 @dataclass
 class Asked:
@@ -147,10 +129,11 @@ def ask_llama(
     return found
 
 
-def our_answers(file: Path, options: Mapping[str, Any], asked: Asked, count: int) -> Answers:
+def our_answers(given: argparse.Namespace, options: Mapping[str, Any], asked: Asked) -> Answers:
     # The cache would be half of the free memory, and a second engine comes before it is given back.
-    with LLM(str(file), kv_cache_memory_bytes=2 * CACHE_BYTES, **options) as llm:
-        params = SamplingParams(temperature=0, max_tokens=count)
+    limits = {"threads": given.threads, "kv_cache_memory_bytes": 2 * CACHE_BYTES}
+    with LLM(str(given.file), **limits, **options) as llm:
+        params = SamplingParams(temperature=0, max_tokens=given.tokens)
         outputs = llm.generate(asked.prompts, params, progress=False)
     return [list(each.outputs[0].token_ids) for each in outputs]
 
@@ -207,54 +190,86 @@ class Pair:
         }
 
 
-def document_rows(text: Tokenizer, tokens: int) -> list[Reading]:
-    """Rows of this repository's documents."""
+def chunks_of(text: Tokenizer, count: int) -> list[list[int]]:
+    """Equally long rows of this repository's documents, an even choice."""
     files = sorted((HERE.parent / "docs").glob("*.md"))
     documents = [Document(each.name, "text", each.read_text(encoding="utf-8")) for each in files]
-    return [Reading(row) for row in token_rows(documents, text, ROW, tokens)]
+    rows = [row for row in token_rows(documents, text, CHUNK, 10**9) if len(row) == CHUNK]
+    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
-def distances(
-    given: argparse.Namespace, baseline: Baseline, text: Tokenizer, readings: Sequence[Reading]
-) -> dict[str, Distance]:
-    vocab = text.vocab_size
-    sizes = torch.tensor([len(text.token_bytes(i)) for i in range(vocab)])
-    limits = {"threads": given.threads, "kv_cache_memory_bytes": CACHE_BYTES}
-    readers: dict[str, Reader] = {"baseline": baseline}
-    for label, options in OURS.items():
-        readers[label] = Ours(given.file, CONTEXT, **limits, **options)
-    with ExitStack() as stack:
-        for label, more in THEIRS.items():
-            server = llama(given.llama, given.file, given.threads, CONTEXT, **more)
-            readers[label] = Theirs(stack.enter_context(server), given.file, vocab)
-        return compare(readers, readings, sizes)
+def on_documents(
+    given: argparse.Namespace, baseline: Baseline, ours: Mapping[str, Ours], text: Tokenizer
+) -> dict[str, Any]:
+    """Mean divergences over the scored halves of chunks; llama.cpp's are its own tool's."""
+    chunks = chunks_of(text, given.chunks)
+    at = scored(CHUNK)
+    found = {label: Said(0.0, 0.0, 0.0)._asdict() for label in ours}
+    tokens = len(chunks) * len(at)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        with base.open("wb") as file:
+            begin(file, chunks, text.vocab_size)
+            for ids in chunks:
+                reading = Reading(ids, at.start)
+                coded = Coded.of(torch.cat(list(baseline.rows(reading))))
+                coded.write(file)
+                for label, reader in ours.items():
+                    log_q_LV = torch.cat(list(reader.rows(reading)))
+                    same_L = log_q_LV.argmax(-1) == coded.codes_LV.argmax(-1)
+                    found[label]["mean_divergence"] += float(
+                        coded.divergence(log_q_LV).sum() / tokens
+                    )
+                    found[label]["same_choice"] += float(same_L.sum() / tokens)
+        tool = given.llama / "llama-perplexity"
+        theirs = divergence(tool, given.file, base, CHUNK, given.threads, FLASH)
+        found["llama.cpp"] = theirs._asdict()
+    return {"tokens": tokens, "engines": found}
+
+
+def on_answers(
+    given: argparse.Namespace,
+    baseline: Baseline,
+    ours: Mapping[str, Ours],
+    text: Tokenizer,
+    asked: Asked,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Distance]]:
+    """Of all answers, and of those that llama-server reads too; and the latter as distances."""
+    sizes = torch.tensor([len(text.token_bytes(i)) for i in range(text.vocab_size)])
+    readings = [
+        Reading(prompt + answer, len(prompt) - 1)
+        for prompt, answer in zip(asked.prompts, asked.answers, strict=True)
+    ]
+    every = compare({"baseline": baseline, **ours}, readings, sizes)
+    with llama(given.llama / "llama-server", given.file, given.threads, CONTEXT) as server:
+        theirs = Theirs(server, given.file, text.vocab_size)
+        readers = {"baseline": baseline, **ours, "llama.cpp": theirs}
+        some = compare(readers, readings[: given.read_by_llama], sizes)
+    records = ([each.record() for each in found.values()] for found in (every, some))
+    return (*records, some)
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
     text, defaults = load_text(given.file)
     ends = defaults.eos_ids
     chats = conversations(HERE / "prompts.txt")[: given.prompts]
-    with llama(given.llama, given.file, given.threads, CONTEXT) as server:
+    with llama(given.llama / "llama-server", given.file, given.threads, CONTEXT) as server:
         asked = ask_llama(server, text, chats, given.tokens)
         version = server.get("/props")["build_info"]
-    answers = {"llama.cpp": asked.answers}
-    for label in ANSWERED:
-        answers[label] = our_answers(given.file, OURS[label], asked, given.tokens)
-    print(f"{len(chats)} conversations answered by both", file=sys.stderr, flush=True)
+    answers = {label: our_answers(given, OURS[label], asked) for label in ANSWERED}
+    _tell(f"{len(chats)} conversations answered by both")
     baseline = Baseline(given.file)
-    answers["baseline"] = [baseline.answer(each, given.tokens, ends) for each in asked.prompts]
-    readings = [
-        Reading(prompt + answer, len(prompt) - 1)
-        for prompt, answer in zip(asked.prompts, answers["baseline"], strict=True)
-    ]
-    readings += document_rows(text, given.text_tokens)
-    found = distances(given, baseline, text, readings)
-    plain = {label: [without_end(one, ends) for one in each] for label, each in answers.items()}
+    limits = {"threads": given.threads, "kv_cache_memory_bytes": CACHE_BYTES}
+    ours = {label: Ours(given.file, CONTEXT, **limits, **more) for label, more in OURS.items()}
+    documents = on_documents(given, baseline, ours, text)
+    _tell(f"documents read: {documents}")
+    every, some, distances = on_answers(given, baseline, ours, text, asked)
+    theirs = [without_end(each, ends) for each in asked.answers]
     pairs = {}
-    for first, second in PAIRS:
-        rms = math.hypot(found[first].gap_rms, found[second].gap_rms)
-        pair = Pair(plain[first], plain[second], rms)
-        pairs[f"{first} and {second}"] = pair.record(asked, baseline, text, min(ends))
+    for label in ANSWERED:
+        rms = math.hypot(distances[label].gap_rms, distances["llama.cpp"].gap_rms)
+        pair = Pair([without_end(each, ends) for each in answers[label]], theirs, rms)
+        pairs[label] = pair.record(asked, baseline, text, min(ends))
     return {
         "processor": processor(),
         "file": given.file.name,
@@ -263,35 +278,44 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         "prompts": len(chats),
         "same_template": asked.same_text,
         "same_ids": asked.same_ids,
-        "divergence": [each.record() for each in found.values()],
+        "documents": documents,
+        "answers": every,
+        "answers_read_by_llama": some,
         "greedy": pairs,
     }
+
+
+def _tell(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="a GGUF file whose architecture is llama")
-    parser.add_argument("--llama", type=Path, required=True, help="llama.cpp's llama-server")
+    parser.add_argument("--llama", type=Path, required=True, help="llama.cpp's programs")
     parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
-    parser.add_argument("--text-tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--read-by-llama", type=int, default=8, help="answers")
+    parser.add_argument("--chunks", type=int, default=8, help=f"of {CHUNK} tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     record = measured(given)
+    save(given.json, record)
     print(f"template {record['same_template']}, ids {record['same_ids']} of {record['prompts']}")
-    for each in record["divergence"]:
+    for label, each in record["documents"]["engines"].items():
+        print(f"documents, {label}: {each}")
+    for each in record["answers"] + record["answers_read_by_llama"]:
         print(
             f"{each['label']:34} divergence {each['mean_divergence']:.6f}  "
             f"same choice {each['same_choice']:.2%}  gap moved {each['gap_moved_rms']:.4f}  "
             f"({each['tokens']:,} tokens)"
         )
-    for name, pair in record["greedy"].items():
+    for label, pair in record["greedy"].items():
         print(
-            f"{name:24} equal {pair['equal']} of {pair['answers']}, near {pair['near']}, "
-            f"widest gap {pair['widest_gap_in_rms']:.2f} rms"
+            f"{label:24} equal {pair['equal']} of {pair['answers']}, near {pair['near']} of "
+            f"{len(pair['parted'])}, widest gap {pair['widest_gap_in_rms']:.2f} rms"
         )
-    save(given.json, record)
 
 
 if __name__ == "__main__":

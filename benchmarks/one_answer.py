@@ -154,6 +154,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[])
+    parser.add_argument("--seconds", type=float, help="begin no schedule after so many")
     parser.add_argument("--quantised", action="store_true", help="weights in fewer bits")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -242,6 +243,8 @@ def check(
     by_ranks: Counter[int] = Counter()
     start = time.monotonic()
     for number in range(args.schedules):
+        if args.seconds is not None and time.monotonic() - start > args.seconds:
+            break
         rng = random.Random(f"{args.seed}-{number}")
         subject = rng.choice(bundled if number % BUNDLED_EVERY == 0 else subjects)
         some = rng.sample(subject.wishes, rng.choice((1, 2, 4, 8, 16, 32, 64)))
