@@ -35,9 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_divergence import Coded, Said, begin, divergence, scored
+from llama_divergence import Coded, Text, divergence
 from moebius import LLM, SamplingParams
-from moebius.bench.quality import token_rows
 from moebius.inspect.corpus import Document
 from moebius.text import Tokenizer, load_text
 from readings import Distance, LlamaServer, Ours, Reading, Theirs, compare, llama
@@ -56,8 +55,6 @@ OURS: Mapping[str, Mapping[str, str]] = {
     "KV cache in int8": {"kv_cache_dtype": "int8"},
     "float32, KV cache in int8": {"dtype": "float32", "kv_cache_dtype": "int8"},
 }
-FLASH = ("-fa", "on")
-"""As the server is started."""
 ANSWERED = ("as served", "float32")
 NEAR = 3.0
 """Gaps of fewer root mean squares than this are called near."""
@@ -190,41 +187,22 @@ class Pair:
         }
 
 
-def chunks_of(text: Tokenizer, count: int) -> list[list[int]]:
-    """Equally long rows of this repository's documents, an even choice."""
-    files = sorted((HERE.parent / "docs").glob("*.md"))
-    documents = [Document(each.name, "text", each.read_text(encoding="utf-8")) for each in files]
-    rows = [row for row in token_rows(documents, text, CHUNK, 10**9) if len(row) == CHUNK]
-    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
-
-
 def on_documents(
     given: argparse.Namespace, baseline: Baseline, ours: Mapping[str, Ours], text: Tokenizer
 ) -> dict[str, Any]:
-    """Mean divergences over the scored halves of chunks; llama.cpp's are its own tool's."""
-    chunks = chunks_of(text, given.chunks)
-    at = scored(CHUNK)
-    found = {label: Said(0.0, 0.0, 0.0)._asdict() for label in ours}
-    tokens = len(chunks) * len(at)
+    """What the scored halves of chunks tell of each engine; of llama.cpp its own tool tells it."""
+    files = sorted((HERE.parent / "docs").glob("*.md"))
+    documents = [Document(each.name, "text", each.read_text(encoding="utf-8")) for each in files]
+    known = Text.of(documents, text, CHUNK, given.chunks)
+    known.coded = [Coded.of(rows) for rows in known.read(baseline)]
+    found = {label: known.judge(known.read(reader)) for label, reader in ours.items()}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        with base.open("wb") as file:
-            begin(file, chunks, text.vocab_size)
-            for ids in chunks:
-                reading = Reading(ids, at.start)
-                coded = Coded.of(torch.cat(list(baseline.rows(reading))))
-                coded.write(file)
-                for label, reader in ours.items():
-                    log_q_LV = torch.cat(list(reader.rows(reading)))
-                    same_L = log_q_LV.argmax(-1) == coded.codes_LV.argmax(-1)
-                    found[label]["mean_divergence"] += float(
-                        coded.divergence(log_q_LV).sum() / tokens
-                    )
-                    found[label]["same_choice"] += float(same_L.sum() / tokens)
+        known.write(base)
         tool = given.llama / "llama-perplexity"
-        theirs = divergence(tool, given.file, base, CHUNK, given.threads, FLASH)
-        found["llama.cpp"] = theirs._asdict()
-    return {"tokens": tokens, "engines": found}
+        found["llama.cpp"] = divergence(tool, given.file, base, CHUNK, given.threads)
+    engines = {label: each._asdict() for label, each in found.items()}
+    return {"tokens": sum(map(len, known.targets)), "engines": engines}
 
 
 def on_answers(

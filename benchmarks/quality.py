@@ -5,41 +5,40 @@
     moebius train recipes/blocks.toml --out DIR
     python benchmarks/quality.py --model DIR --llama BUILD/bin --json benchmarks/quality_blocks.json
 
-The text is what recipes/stdlib holds out of Python's standard library. Each format is a GGUF file
-that `moebius quantize` writes, computed as it is served, in bfloat16, and in float32. With --llama,
-llama.cpp reads the same files and the same tokens, one after the other, and its llama-quantize
-makes files of more types, which both read too. Divergence is Kullback-Leibler's from the model in
-float32, in nats a token.
+The text is what recipes/stdlib holds out of Python's standard library, in chunks whose second half
+is scored. Each format is a GGUF file that `moebius quantize` writes, computed as it is served, in
+bfloat16, and in float32. With --llama, llama.cpp reads the same files and the same tokens, and its
+llama-quantize makes files of more types, which both read too. Divergence is Kullback-Leibler's from
+the model in float32, in nats a token.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from moebius.bench.quality import token_rows
+from llama_divergence import Coded, Said, Text, divergence
 from moebius.inspect.corpus import Document
 from moebius.models.hub import resolve_model
 from moebius.quantize.export import write_model
 from moebius.quantize.recipe import RECIPES
 from moebius.text import load_text
-from readings import Ours, Reader, Reading, Theirs, compare, llama
+from readings import Ours
 from records import processor, save
 
-ROW = 512
+CHUNK = 512
 KINDS = ("library", "docs")
 CACHE_BYTES = 2**26
 QUANTIZE_TYPES = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ4_NL", "Q4_0")
 """That llama-quantize makes, some of `moebius quantize`'s among them: who makes them better?"""
 PLAIN = ("float32", "bfloat16", "float32, KV cache in int8", "bfloat16, KV cache in int8")
+ENGINES = ("moebius", "moebius, float32", "llama.cpp")
 
 
 class File(NamedTuple):
@@ -59,7 +58,7 @@ def held_out() -> list[Document]:
     return [Document(each.path, each.kind, each.text) for each in every]
 
 
-def files(model: Path, folder: Path, llama_bin: Path | None) -> Iterator[File]:
+def files(model: Path, folder: Path, llama: Path | None) -> Iterator[File]:
     """The model in every format, one after the other; the next one takes its place."""
     plain = folder / "f32.gguf"
     write_model(model, plain, "f32")
@@ -69,82 +68,94 @@ def files(model: Path, folder: Path, llama_bin: Path | None) -> Iterator[File]:
         write_model(model, path, name)
         yield File(name, "moebius", path)
         path.unlink()
-    if llama_bin is None:
+    if llama is None:
         return
     for name in QUANTIZE_TYPES:
         path = folder / f"{name}.gguf"
-        command = [str(llama_bin / "llama-quantize"), str(plain), str(path), name]
+        command = [str(llama / "llama-quantize"), str(plain), str(path), name]
         subprocess.run(command, check=True, capture_output=True)
         yield File(name.lower(), "llama.cpp", path)
         path.unlink()
 
 
 class Judge:
-    """Reads the held-out rows with the model in float32 and whoever is set beside it."""
+    """Has engines read the held-out chunks, and tells how far they are from the model in float32.
 
-    def __init__(
-        self, model: Path, documents: Sequence[Document], given: argparse.Namespace
-    ) -> None:
-        text, _ = load_text(model)
+    base: a file to write what llama.cpp's tool needs to know
+    """
+
+    def __init__(self, model: Path, base: Path, given: argparse.Namespace) -> None:
         self._model = model
+        self._base = base
         self._given = given
-        self._vocab = text.vocab_size
-        self._sizes = torch.tensor([len(text.token_bytes(i)) for i in range(self._vocab)])
-        rows = token_rows(documents, text, ROW, given.max_tokens)
-        self._readings = [Reading(row) for row in rows]
+        tokenizer, _ = load_text(model)
+        self.text = Text.of(held_out(), tokenizer, CHUNK, given.chunks)
+        self.tokens = sum(map(len, self.text.targets))
+        self.bytes = sum(
+            len(tokenizer.token_bytes(int(token))) for ids in self.text.targets for token in ids
+        )
+        rows = self.text.read(self._reader(model, "float32"))
+        self.text.coded = [Coded.of(rows_LV) for rows_LV in rows]
+        self.text.write(base)
 
-    def _ours(self, path: Path, **options: Any) -> Ours:
-        threads = self._given.threads
-        return Ours(path, ROW, threads=threads, kv_cache_memory_bytes=CACHE_BYTES, **options)
+    def _reader(self, path: Path, dtype: str, cache: str = "auto") -> Ours:
+        limits = {"threads": self._given.threads, "kv_cache_memory_bytes": CACHE_BYTES}
+        return Ours(path, CHUNK, dtype=dtype, kv_cache_dtype=cache, **limits)
+
+    def _record(self, said: Said) -> dict[str, Any]:
+        bits = math.log2(said.perplexity) * self.tokens / self.bytes
+        return {"bits_per_byte": bits, **said._asdict()}
+
+    def ours(self, path: Path, dtype: str, cache: str = "auto") -> dict[str, Any]:
+        reader = self._reader(path, dtype, cache)
+        return {
+            "weight_bytes": reader.weight_bytes,
+            **self._record(self.text.judge(self.text.read(reader))),
+        }
 
     def plain(self) -> list[dict[str, Any]]:
         """The model as it is, and what a cache in int8 costs it."""
-        readers: dict[str, Reader] = {}
+        found = []
         for label in PLAIN:
             dtype, _, cache = label.partition(", KV cache in ")
-            readers[label] = self._ours(self._model, dtype=dtype, kv_cache_dtype=cache or "auto")
-        found = compare(readers, self._readings, self._sizes)
-        return [each.record() for each in found.values()]
+            found.append({"label": label, **self.ours(self._model, dtype, cache or "auto")})
+        return found
 
     def of(self, file: File) -> dict[str, Any]:
         """What each engine makes of a file."""
-        readers: dict[str, Reader] = {"model": self._ours(self._model, dtype="float32")}
-        readers["moebius"] = self._ours(file.path, dtype="bfloat16")
-        readers["moebius, float32"] = self._ours(file.path, dtype="float32")
-        with ExitStack() as stack:
-            if self._given.llama is not None:
-                program = self._given.llama / "llama-server"
-                server = stack.enter_context(llama(program, file.path, self._given.threads, ROW))
-                readers["llama.cpp"] = Theirs(server, file.path, self._vocab)
-            found = compare(readers, self._readings, self._sizes)
-        del found["model"]
-        engines = {label: each.record() for label, each in found.items()}
-        return {"format": file.format, "quantised_by": file.by, **engines}
+        found: dict[str, Any] = {"format": file.format, "quantised_by": file.by}
+        found["moebius"] = self.ours(file.path, "bfloat16")
+        found["moebius, float32"] = self.ours(file.path, "float32")
+        if self._given.llama is not None:
+            tool = self._given.llama / "llama-perplexity"
+            said = divergence(tool, file.path, self._base, CHUNK, self._given.threads)
+            found["llama.cpp"] = self._record(said)
+        return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled", help="a directory, or bundled")
     parser.add_argument("--llama", type=Path, help="the folder of llama.cpp's programs")
-    parser.add_argument("--max-tokens", type=int, default=6_000)
+    parser.add_argument("--chunks", type=int, default=24, help=f"of {CHUNK} tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     model = resolve_model(given.model)
-    judge = Judge(model, held_out(), given)
-    record: dict[str, Any] = {"processor": processor(), "row_length": ROW, "plain": judge.plain()}
-    first = record["plain"][0]["bits_per_byte"]
-    for each in record["plain"]:
-        print(_line(each, each["label"], first), flush=True)
-    record["formats"] = []
     with tempfile.TemporaryDirectory() as folder:
+        judge = Judge(model, Path(folder) / "base", given)
+        record: dict[str, Any] = {"processor": processor(), "chunk": CHUNK}
+        record |= {"tokens": judge.tokens, "bytes": judge.bytes, "plain": judge.plain()}
+        first = record["plain"][0]["bits_per_byte"]
+        for each in record["plain"]:
+            print(_line(each, each["label"], first), flush=True)
+        record["formats"] = []
         for file in files(model, Path(folder), given.llama):
             found = judge.of(file)
             record["formats"].append(found)
-            for label in ("moebius", "moebius, float32", "llama.cpp"):
-                if label in found:
-                    line = _line(found[label], f"{file.format} by {file.by}: {label}", first)
-                    print(line, flush=True)
+            for label in (label for label in ENGINES if label in found):
+                line = _line(found[label], f"{file.format} by {file.by}: {label}", first)
+                print(line, flush=True)
     save(given.json, record)
 
 

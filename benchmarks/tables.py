@@ -123,7 +123,7 @@ FILE_QUALITY = Source(
     "file_quality.json",
     ZEN4,
     "2026-11-28",
-    f"{PYTHON} benchmarks/file_quality.py FILE.gguf --llama BUILD/bin/llama-server",
+    f"{PYTHON} benchmarks/file_quality.py FILE.gguf --llama BUILD/bin",
 )
 SAMPLING = Source("sampling.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/sampling.py")
 BODIES = Source("worst_bodies.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/worst_bodies.py")
@@ -231,10 +231,10 @@ def qualities() -> str:
     for source in QUALITIES:
         record = source.read()
         first = record["plain"][0]
-        rows = [
-            [each["label"], "", "", *_moved(each, first), _divergence(each), "", "", ""]
-            for each in record["plain"]
-        ]
+        rows = []
+        for each in record["plain"]:
+            row = [each["label"], "", "", *_moved(each, first), _divergence(each), "", ""]
+            rows.append([*row, f"{each['same_choice']:.1%}"])
         for each in record["formats"]:
             served = each["moebius"]
             exact = each["moebius, float32"]
@@ -242,8 +242,8 @@ def qualities() -> str:
             row = [each["format"].upper(), each["quantised_by"]]
             row += [f"{served['weight_bytes'] / 1e6:.1f}", *_moved(served, first)]
             row += [_divergence(served), _divergence(exact), _divergence(other)]
-            rows.append([*row, f"{exact['same_choice']:.1%} / {other['same_choice']:.1%}"])
-        said = f"{first['tokens']:,} tokens, {first['bytes']:,} bytes. {provenance(source)}"
+            rows.append([*row, f"{served['same_choice']:.1%} / {other['same_choice']:.1%}"])
+        said = f"{record['tokens']:,} tokens, {record['bytes']:,} bytes. {provenance(source)}"
         parts.append(f"{table(_QUALITY_HEAD, rows, (0, 1))}\n\n{said}")
     return "\n\n".join(parts)
 
@@ -257,7 +257,7 @@ _QUALITY_HEAD = [
     "divergence, as served",
     "in float32",
     "llama.cpp",
-    "same choice, float32 / llama.cpp",
+    "same choice, as served / llama.cpp",
 ]
 
 
@@ -273,36 +273,34 @@ def _divergence(each: dict[str, Any]) -> str:
 def file_quality() -> str:
     """A file that people have, beside llama.cpp, from the file widened to float32."""
     record = FILE_QUALITY.read()
-    rows = [
-        [
-            each["label"],
-            _divergence(each),
-            f"{each['same_choice']:.2%}",
-            f"{each['gap_moved_rms']:.4f}",
-            f"{each['perplexity']:.4f}",
-        ]
-        for each in record["divergence"]
-    ]
-    head = ["", "divergence, nats", "same choice", "gap of the first two moved by", "perplexity"]
-    answers = [
-        [
-            name,
-            f"{each['equal']} of {each['answers']}",
-            f"{each['tokens_before_they_part']:,}",
-            f"{each['near']} of {len(each['parted'])}",
-            f"{each['widest_gap_in_rms']:.2f}",
-        ]
-        for name, each in record["greedy"].items()
-    ]
-    answers_head = ["greedy answers", "equal", "tokens before they part", "parted at a near tie"]
-    answers_head.append("widest gap, in root mean squares")
-    tokens = record["divergence"][0]["tokens"]
+    answers = {each["label"]: each for each in record["answers"]}
+    some = {each["label"]: each for each in record["answers_read_by_llama"]}
+    rows = []
+    for label, each in record["documents"]["engines"].items():
+        row = [label, _divergence(each), f"{each['error']:.6f}", f"{each['same_choice']:.2%}"]
+        row += [_divergence(answers[label]) if label in answers else "", _divergence(some[label])]
+        greedy = record["greedy"].get(label)
+        row.append(f"{greedy['equal']} of {greedy['answers']}" if greedy else "")
+        rows.append([*row, _parted(greedy) if greedy else ""])
+    head = ["", "documents", "standard error", "same choice", "answers", "answers that llama.cpp read"]
+    head += ["answers equal to llama.cpp's", "of the others"]
     said = (
-        f"{record['file']}, {tokens:,} tokens. Template equal for {record['same_template']}, token "
-        f"ids for {record['same_ids']} of {record['prompts']} conversations. llama.cpp "
-        f"{record['llama.cpp']}. {provenance(FILE_QUALITY)}"
+        f"{record['file']}: {record['documents']['tokens']:,} tokens of documents, "
+        f"{record['answers'][0]['tokens']:,} of {record['prompts']} answers, "
+        f"{record['answers_read_by_llama'][0]['tokens']:,} of those that llama-server read. Template "
+        f"equal for {record['same_template']}, token ids for {record['same_ids']} of "
+        f"{record['prompts']} conversations. {provenance(FILE_QUALITY)}"
     )
-    return f"{table(head, rows)}\n\n{table(answers_head, answers)}\n\n{said}"
+    return f"{table(head, rows, (0, 7))}\n\n{said}"
+
+
+def _parted(greedy: dict[str, Any]) -> str:
+    """Where answers parted, by the baseline's gap between the two tokens."""
+    parted = greedy["parted"]
+    if not parted:
+        return ""
+    widest = greedy["widest_gap_in_rms"]
+    return f"{greedy['near']} of {len(parted)} near ties, widest gap {widest:.2f}"
 
 
 def _speeds(found: Sequence[Comparison]) -> str:
