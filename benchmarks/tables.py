@@ -96,8 +96,34 @@ SCHEDULES = (
         f"{PYTHON} benchmarks/one_answer.py --seed 52",
     ),
     Source(
+        "one_answer_quantised.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/one_answer.py --quantised",
+    ),
+    Source(
         "one_answer_avx2.json", ZEN3, "2026-11-25", f"{PYTHON} benchmarks/one_answer.py --seed 41"
     ),
+)
+QUALITIES = (
+    Source(
+        "quality_blocks.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/quality.py --model DIR --llama BUILD/bin",
+    ),
+    Source(
+        "quality_bundled.json",
+        ZEN4,
+        "2026-11-28",
+        f"{PYTHON} benchmarks/quality.py --llama BUILD/bin",
+    ),
+)
+FILE_QUALITY = Source(
+    "file_quality.json",
+    ZEN4,
+    "2026-11-28",
+    f"{PYTHON} benchmarks/file_quality.py FILE.gguf --llama BUILD/bin",
 )
 SAMPLING = Source("sampling.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/sampling.py")
 BODIES = Source("worst_bodies.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/worst_bodies.py")
@@ -200,6 +226,91 @@ def quantised() -> str:
     head = ["", "Moebius", "llama-server", "OpenVINO", "to the best server", "llama-bench", "to it"]
     said = f"{ZEN4}, {bare['started']}. Commands: {'; '.join(commands)}; `{bare['command']}`."
     return f"{table(head, rows)}\n\n{said}"
+
+
+def qualities() -> str:
+    """A table for each model: what a format costs, here and in llama.cpp, of the same file."""
+    parts = []
+    for source in QUALITIES:
+        record = source.read()
+        first = record["plain"][0]
+        rows = []
+        for each in record["plain"]:
+            row = [each["label"], "", "", *_moved(each, first), _divergence(each), "", ""]
+            rows.append([*row, f"{each['same_choice']:.1%}"])
+        for each in record["formats"]:
+            served = each["moebius"]
+            exact = each["moebius, float32"]
+            other = each["llama.cpp"]
+            row = [each["format"].upper(), each["quantised_by"]]
+            row += [f"{served['weight_bytes'] / 1e6:.1f}", *_moved(served, first)]
+            row += [_divergence(served), _divergence(exact), _divergence(other)]
+            rows.append([*row, f"{served['same_choice']:.1%} / {other['same_choice']:.1%}"])
+        said = f"{record['tokens']:,} tokens, {record['bytes']:,} bytes. {provenance(source)}"
+        parts.append(f"{table(_QUALITY_HEAD, rows, (0, 1))}\n\n{said}")
+    return "\n\n".join(parts)
+
+
+_QUALITY_HEAD = [
+    "",
+    "quantised by",
+    "MB",
+    "bits a byte",
+    "more",
+    "divergence, as served",
+    "in float32",
+    "llama.cpp",
+    "same choice, as served / llama.cpp",
+]
+
+
+def _moved(each: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    bits = each["bits_per_byte"]
+    return [f"{bits:.4f}", f"{bits / first['bits_per_byte'] - 1:+.3%}"]
+
+
+def _divergence(each: dict[str, Any]) -> str:
+    return f"{each['mean_divergence']:.6f}"
+
+
+def file_quality() -> str:
+    """A file that people have, beside llama.cpp, from the file widened to float32."""
+    record = FILE_QUALITY.read()
+    answers = {each["label"]: each for each in record["answers"]}
+    some = {each["label"]: each for each in record["answers_read_by_llama"]}
+    rows = []
+    for label, each in record["documents"]["engines"].items():
+        row = [label, _divergence(each), f"{each['error']:.6f}", f"{each['same_choice']:.2%}"]
+        row += [_divergence(answers[label]) if label in answers else "", _divergence(some[label])]
+        greedy = record["greedy"].get(label)
+        row.append(f"{greedy['equal']} of {greedy['answers']}" if greedy else "")
+        rows.append([*row, _parted(greedy) if greedy else ""])
+    head = [
+        "",
+        "documents",
+        "standard error",
+        "same choice",
+        "answers",
+        "answers that llama.cpp read",
+    ]
+    head += ["answers equal to llama.cpp's", "of the others"]
+    said = (
+        f"{record['file']}: {record['documents']['tokens']:,} tokens of documents, "
+        f"{record['answers'][0]['tokens']:,} of {record['prompts']} answers, "
+        f"{record['answers_read_by_llama'][0]['tokens']:,} of those that llama-server read. Template "
+        f"equal for {record['same_template']}, token ids for {record['same_ids']} of "
+        f"{record['prompts']} conversations. {provenance(FILE_QUALITY)}"
+    )
+    return f"{table(head, rows, (0, 7))}\n\n{said}"
+
+
+def _parted(greedy: dict[str, Any]) -> str:
+    """Where answers parted, by the baseline's gap between the two tokens."""
+    parted = greedy["parted"]
+    if not parted:
+        return ""
+    widest = greedy["widest_gap_in_rms"]
+    return f"{greedy['near']} of {len(parted)} near ties, widest gap {widest:.2f}"
 
 
 def _speeds(found: Sequence[Comparison]) -> str:
@@ -322,6 +433,7 @@ def schedules() -> str:
         found = "none" if record["different"] is None else str(record["different"])
         row = [
             record["kernels"],
+            record.get("weights", "plain"),
             *(f"{record[name]:,}" for name in fields),
             found,
             f"{record['seconds']:,}",
@@ -329,13 +441,14 @@ def schedules() -> str:
         rows.append([*row, f"{source.date}, `{source.command}`"])
     head = [
         "kernels",
+        "weights",
         "schedules",
         "answers",
         "tokens",
         "preemptions",
         "tokens from the prefix cache",
     ]
-    return table([*head, "answers that differ", "s", "date, command"], rows, (0, 8))
+    return table([*head, "answers that differ", "s", "date, command"], rows, (0, 1, 9))
 
 
 def bodies() -> str:
@@ -548,7 +661,7 @@ def _pause_figure() -> list[str]:
 
 
 def _schedules_figure() -> list[str]:
-    source = max(SCHEDULES, key=lambda source: source.read()["schedules"])
+    source = SCHEDULES[0]
     record = source.read()
     different = "none" if record["different"] is None else record["different"]
     what = (
@@ -572,6 +685,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "worst-bodies": bodies,
     "ablation": ablation,
     "quantised": quantised,
+    "qualities": qualities,
+    "file-quality": file_quality,
     "expert-parallel": expert_parallel,
     "exchanges": exchanges,
     "recoveries": recoveries,

@@ -53,15 +53,20 @@ def random_placement(decoder: Decoder, ranks: int, rng: random.Random) -> Placem
 
 
 def load_ranks(
-    directory: Path, dtype: torch.dtype, placement: Placement, threads: int = 1
+    directory: Path,
+    dtype: torch.dtype,
+    placement: Placement,
+    threads: int = 1,
+    *,
+    ordered: bool = False,
 ) -> list[Decoder]:
-    """The decoder of each rank, with kernels of its own."""
+    """The decoder of each rank, with kernels of its own; ordered: see CpuOps."""
     checkpoint = open_checkpoint(directory)
     return [
         load_decoder(
             checkpoint,
             dtype,
-            ops=CpuOps(threads),
+            ops=CpuOps(threads, ordered=ordered),
             ranks=ExpertRank(placement, rank, MOST_TOKENS),
         )
         for rank in range(placement.ranks)

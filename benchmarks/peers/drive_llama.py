@@ -3,12 +3,8 @@ PEERS/models/NAME-WEIGHTS.gguf)."""
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
-import subprocess
 import threading
-import time
 from typing import Any
 
 from common import (
@@ -17,16 +13,15 @@ from common import (
     Options,
     Stamps,
     Timing,
-    end_with_parent,
     peers_folder,
     serve,
 )
+from llama_server import LlamaServer
 from workloads import Request, Workload
 
 # Tokens of all sequences together, in one buffer that they share: enough for every workload's
 # running requests.
 CONTEXT = 18_432
-START_SECONDS = 300
 
 
 def load(options: Options) -> Engine:
@@ -43,17 +38,7 @@ def load(options: Options) -> Engine:
         "--load-mode": "none",
         "--cache-ram": 0,
     }
-    words = [str(word) for setting in settings.items() for word in setting]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [str(program), "--model", str(model), *words, "--kv-unified", "--cont-batching"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=2, preexec_fn=end_with_parent)
-    try:
-        _wait_until_ready(server, port)
-    except BaseException:
-        _stop(server)
-        raise
+    server = LlamaServer(program, model, settings, ["--kv-unified", "--cont-batching"])
 
     def run(work: Workload) -> Timing:
         stamps = Stamps(work)
@@ -61,7 +46,7 @@ def load(options: Options) -> Engine:
 
         def one(index: int) -> None:
             try:
-                _complete(port, work.requests[index], options.prefix_cache, stamps, index)
+                _complete(server, work.requests[index], options.prefix_cache, stamps, index)
             except BaseException as error:
                 errors.append(error)
 
@@ -81,10 +66,12 @@ def load(options: Options) -> Engine:
         "threads": options.threads,
         "settings": settings,
     }
-    return Engine(run, details, close=lambda: _stop(server))
+    return Engine(run, details, close=server.close)
 
 
-def _complete(port: int, request: Request, prefix_cache: bool, stamps: Stamps, index: int) -> None:
+def _complete(
+    server: LlamaServer, request: Request, prefix_cache: bool, stamps: Stamps, index: int
+) -> None:
     stream = len(stamps.work.requests) == 1
     body = {
         "prompt": request.prompt,
@@ -97,13 +84,7 @@ def _complete(port: int, request: Request, prefix_cache: bool, stamps: Stamps, i
         "stream": stream,
         "return_tokens": True,
     }
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3600)
-    connection.request(
-        "POST", "/completion", json.dumps(body), {"Content-Type": "application/json"}
-    )
-    response = connection.getresponse()
-    if response.status != 200:
-        raise RuntimeError(f"llama-server: {response.status} {response.read()[:500]!r}")
+    response = server.open("/completion", body)
     if not stream:
         answer: dict[str, Any] = json.loads(response.read())
         stamps.saw(index, answer["tokens_predicted"])
@@ -111,27 +92,6 @@ def _complete(port: int, request: Request, prefix_cache: bool, stamps: Stamps, i
     for line in response:
         if line.startswith(b"data: "):
             stamps.saw(index, len(json.loads(line[6:]).get("tokens", [])))
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        if server.poll() is not None:
-            raise RuntimeError(f"llama-server ended with {server.returncode}")
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            pass  # it does not listen yet
-        time.sleep(0.02)
-    raise RuntimeError(f"llama-server was not ready after {START_SECONDS} s")
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    server.wait(30)
 
 
 if __name__ == "__main__":

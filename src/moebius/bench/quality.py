@@ -6,7 +6,7 @@ text at a time. The rows are the same for all, and so are the tokens.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import Prepared, load_engine, prepare
 from moebius.engine.memory import PROMPT_LOGIT_ROWS
-from moebius.engine.runner import Runner
 from moebius.errors import ConfigError, NumericalError
 from moebius.inspect.corpus import Document
 from moebius.ops.steps import StepInputs
@@ -56,6 +55,23 @@ class Figures:
     nats: float = 0.0
     divergence: float = 0.0
     same_choice: int = 0
+
+    def add(self, log_p_LV: Tensor, reference_LV: Tensor, target_L: Tensor) -> None:
+        """Rows of log-probabilities, the first candidate's, and the tokens that were there.
+
+        Raises NumericalError for what is no number.
+        """
+        nats = -float(log_p_LV.gather(1, target_L.unsqueeze(1)).sum())
+        if not math.isfinite(nats):
+            raise NumericalError(f"{self.label}: its logits are no finite numbers")
+        self.tokens += len(target_L)
+        self.nats += nats
+        wide = min(log_p_LV.shape[1], reference_LV.shape[1])
+        p_LV = reference_LV[:, :wide].exp()
+        apart_LV = p_LV * (reference_LV[:, :wide] - log_p_LV[:, :wide])
+        self.divergence += float(apart_LV.sum())
+        same_L = log_p_LV.argmax(-1) == reference_LV.argmax(-1)
+        self.same_choice += int(same_L.sum())
 
     def record(self) -> dict[str, Any]:
         """As JSON has it; nats a token, bits a byte."""
@@ -110,32 +126,20 @@ def measure(
     NumericalError for logits that are no numbers.
     """
     tokenizer, _ = load_text(candidates[0].path, candidates[0].tokenizer)
-    prepared = [_prepared(each, row_length) for each in candidates]
-    length = min([row_length, *(each.plan.max_model_len for _, each in prepared)])
+    models = [RowModel(each.path, each.config, row_length) for each in candidates]
+    length = min([row_length, *(model.max_length for model in models)])
     rows = token_rows(documents, tokenizer, length, max_tokens)
     _check_tokens(candidates, tokenizer, rows)
-    models = [
-        _Model.load(each, config, made)
-        for each, (config, made) in zip(candidates, prepared, strict=True)
+    figures = [
+        Figures(each.label, model.load()) for each, model in zip(candidates, models, strict=True)
     ]
+    measured = list(zip(models, figures, strict=True))
     sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     with TorchThreads(default_threads()), progress("measuring", len(rows)) as advance:
         for row in rows:
-            _measure_row(models, row, sizes)
+            _measure_row(measured, row, sizes)
             advance(1)
-    return [model.figures for model in models]
-
-
-def _prepared(candidate: Candidate, length: int) -> tuple[EngineConfig, Prepared]:
-    """One sequence at a time is all that is computed."""
-    config = replace(
-        candidate.config,
-        max_num_seqs=1,
-        max_num_batched_tokens=max(length, _LOGIT_ROWS),
-        max_model_len=length,
-        enable_prefix_caching=False,
-    )
-    return config, prepare(candidate.path, config)
+    return figures
 
 
 def _check_tokens(
@@ -152,61 +156,67 @@ def _check_tokens(
             raise ConfigError(f"{each.label}: its tokenizer gives the text other tokens")
 
 
-@dataclass(slots=True)
-class _Model:
-    """A candidate that is loaded, and what was measured of it."""
+class RowModel:
+    """A model as it would be served, which reads one row of up to `length` tokens at a time.
 
-    runner: Runner
-    block_size: int
-    figures: Figures
-    _groups: int = field(default=1)
+    Raises UsageError for what cannot be loaded, before anything is.
+    """
 
-    @classmethod
-    def load(cls, candidate: Candidate, config: EngineConfig, prepared: Prepared) -> "_Model":
-        engine = load_engine(candidate.path, config, prepared=prepared)
-        weights = sum(weight.nbytes for weight in prepared.weights)
-        groups = len(engine.runner.cache.layout.windows)
-        figures = Figures(candidate.label, weights)
-        return cls(engine.runner, engine.info.block_size, figures, groups)
+    def __init__(self, path: Path, config: EngineConfig, length: int) -> None:
+        self._path = path
+        self._config = replace(
+            config,
+            max_num_seqs=1,
+            max_num_batched_tokens=max(length, _LOGIT_ROWS),
+            max_model_len=length,
+            enable_prefix_caching=False,
+        )
+        self._prepared: Prepared | None = prepare(path, self._config)
+        self.max_length = self._prepared.plan.max_model_len
 
-    def execute(self, row: Sequence[int]) -> None:
-        """A step of the row but for its last token, which has nothing to predict."""
-        inputs = row[:-1]
-        blocks = [list(range(-(-len(inputs) // self.block_size)))]
-        others = [blocks] * (self._groups - 1)
-        device = self.runner.device
-        step = StepInputs.build([inputs], [0], blocks, self.block_size, device, others=others)
-        self.runner.execute(step)
+    def load(self) -> int:
+        """Bytes that the weights take."""
+        assert self._prepared is not None, "it is loaded already"
+        prepared = self._prepared
+        self._prepared = None
+        engine = load_engine(self._path, self._config, prepared=prepared)
+        self._runner = engine.runner
+        self._block_size = engine.info.block_size
+        return sum(weight.nbytes for weight in prepared.weights)
+
+    @torch.inference_mode()
+    def execute(self, ids: Sequence[int]) -> None:
+        """Read a row, which takes the place of the one before."""
+        blocks = [list(range(-(-len(ids) // self._block_size)))]
+        others = [blocks] * (len(self._runner.cache.layout.windows) - 1)
+        device = self._runner.device
+        step = StepInputs.build([ids], [0], blocks, self._block_size, device, others=others)
+        self._runner.execute(step)
+
+    @torch.inference_mode()
+    def log_probabilities(self, start: int, stop: int) -> Tensor:
+        """Of what follows each of these tokens of the row: (stop - start, V), float64.
+
+        At most PROMPT_LOGIT_ROWS of them at a time.
+        """
+        logits_LV = self._runner.logits(range(start, stop)).cpu()
+        return F.log_softmax(logits_LV.double(), dim=-1)
 
 
-@torch.inference_mode()
-def _measure_row(models: Sequence[_Model], row: Sequence[int], sizes: Tensor) -> None:
-    """Add what the models make of a row. A row of logits predicts the token behind its own."""
-    for model in models:
-        model.execute(row)
+def _measure_row(
+    measured: Sequence[tuple[RowModel, Figures]], row: Sequence[int], sizes: Tensor
+) -> None:
+    """Add what the models make of a row. Nothing is behind its last token to be predicted."""
+    for model, _ in measured:
+        model.execute(row[:-1])
     for start in range(0, len(row) - 1, _LOGIT_ROWS):
         stop = min(start + _LOGIT_ROWS, len(row) - 1)
         target_L = torch.tensor(row[start + 1 : stop + 1])
         num_bytes = int(sizes[target_L].sum())
         reference_LV = None
-        for model in models:
-            logits_LV = model.runner.logits(range(start, stop)).cpu()
-            log_p_LV = F.log_softmax(logits_LV.double(), dim=-1)
+        for model, figures in measured:
+            log_p_LV = model.log_probabilities(start, stop)
             if reference_LV is None:
                 reference_LV = log_p_LV
-            _add(model.figures, log_p_LV, reference_LV, target_L)
-            model.figures.num_bytes += num_bytes
-
-
-def _add(figures: Figures, log_p_LV: Tensor, reference_LV: Tensor, target_L: Tensor) -> None:
-    nats = -float(log_p_LV.gather(1, target_L.unsqueeze(1)).sum())
-    if not math.isfinite(nats):
-        raise NumericalError(f"{figures.label}: its logits are no finite numbers")
-    figures.tokens += len(target_L)
-    figures.nats += nats
-    wide = min(log_p_LV.shape[1], reference_LV.shape[1])
-    p_LV = reference_LV[:, :wide].exp()
-    apart_LV = p_LV * (reference_LV[:, :wide] - log_p_LV[:, :wide])
-    figures.divergence += float(apart_LV.sum())
-    same_L = log_p_LV.argmax(-1) == reference_LV.argmax(-1)
-    figures.same_choice += int(same_L.sum())
+            figures.add(log_p_LV, reference_LV, target_L)
+            figures.num_bytes += num_bytes

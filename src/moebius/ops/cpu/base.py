@@ -16,7 +16,7 @@ from moebius.ops.cpu.recorder import Call, Recorder
 from moebius.ops.formats import MX_GROUP, Affine, Fp8, Integers, Mxfp4Planes, dense
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.weights import Weight, planes_of
+from moebius.ops.weights import Matrix, Weight, planes_of
 
 # As csrc/kernels.h and formats.h number them: what is computed in, held in caches, and matrices are
 # stored in.
