@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/exchange.py [--ranks 2 4] [--rounds 9] [--layers 300] [--json FILE]
 
-Through shared memory, through sockets and through gloo, between processes of this machine. A layer
+Through shared memory, through sockets, as ranks of one host do where others are on other hosts (a
+connection, and memory beside it), and through gloo, between processes of this machine. A layer
 is one dispatch and one combine, called from Python as the engine calls them. The cases take turns,
 so that a busy machine slows all of them alike; printed are microseconds a layer, at the slowest
 rank: the median round, and the fastest one. Beside other work run it as a real-time process (chrt
@@ -47,7 +48,7 @@ LOADS = {
     "32 tokens a rank": (32, 32),
     "512 tokens a rank": (512, 512),
 }
-KINDS = ("shared memory", "sockets", "gloo")
+KINDS = ("shared memory", "sockets", "sockets, one host", "gloo")
 
 
 @dataclass
@@ -72,7 +73,7 @@ def join(kind: str, place: str, spec: ExchangeSpec, rank: int) -> Exchange:
 def join_by_store(
     kind: str, store: dist.Store, spec: ExchangeSpec, rank: int, epoch: Epoch
 ) -> Exchange:
-    """Over connections of this machine: sockets of our own, or gloo's."""
+    """Over connections of this machine: sockets of our own, with memory or without, or gloo's."""
     if kind == "gloo":
         group = dist.ProcessGroupGloo(store, rank, spec.size, timedelta(seconds=TIMEOUT))
         return CollectiveExchange(group, spec, rank, epoch, timeout=TIMEOUT)
@@ -93,6 +94,7 @@ def join_by_store(
         timeout=TIMEOUT,
         patience=TIMEOUT,
         crowded=crowded,
+        near=range(spec.size) if kind == "sockets, one host" else (),
     )
 
 

@@ -51,13 +51,15 @@ EPOCH = Epoch("benchmark", 1)
 
 @dataclass(frozen=True)
 class Kind:
-    """A group: how many ranks of how many threads, what they exchange through, and whether experts
-    are placed by the loads that the warm-up brought, not in order."""
+    """A group: how many ranks of how many threads, what they exchange through, whether experts are
+    placed by the loads that the warm-up brought, not in order, and whether each rank reads the
+    whole head where they could share it."""
 
     ranks: int
     threads: int
     exchange: str = ""
     balanced: bool = False
+    whole_head: bool = False
 
     @property
     def name(self) -> str:
@@ -65,13 +67,15 @@ class Kind:
         if self.ranks == 1:
             return f"one process, {threads}"
         balanced = ", balanced" if self.balanced else ""
-        return f"{self.ranks} ranks, {threads}, {self.exchange}{balanced}"
+        head = ", whole head" if self.whole_head else ""
+        return f"{self.ranks} ranks, {threads}, {self.exchange}{balanced}{head}"
 
 
 KINDS = (
     Kind(1, 2),
     Kind(1, 1),
     Kind(2, 1, "shared memory"),
+    Kind(2, 1, "shared memory", whole_head=True),
     Kind(2, 1, "shared memory", balanced=True),
     Kind(2, 1, "sockets"),
     Kind(2, 1, "sockets", balanced=True),
@@ -104,7 +108,8 @@ class Clocked:
     """Adds up the seconds in the calls of an exchange."""
 
     def __init__(self) -> None:
-        self.seconds = {"agree": 0.0, "dispatch": 0.0, "combine": 0.0}
+        names = ("agree", "dispatch", "combine", "gather", "scatter")
+        self.seconds = dict.fromkeys(names, 0.0)
 
     def wrap(self, exchange: Exchange) -> None:
         for name in self.seconds:
@@ -157,6 +162,8 @@ class Served:
         self.engine = load_engine(directory, config, prepared=prepared)
         self.layers = len(prepared.checkpoint.config.experts)
         self.spec = exchange_spec(prepared) if share else None
+        if self.spec and kind.whole_head:
+            self.spec = replace(self.spec, gathered=0)
         self.clocked = Clocked()
         self.exchange: Exchange | None = None
         self._kind = kind
@@ -230,7 +237,7 @@ class Served:
             steps,
             ended - begun,
             spent["agree"],
-            spent["dispatch"] + spent["combine"],
+            sum(spent.values()) - spent["agree"],
             moved.seconds_waited if moved else 0.0,
             moved.bytes_out if moved else 0,
             memory_held(),

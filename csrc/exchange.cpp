@@ -23,14 +23,17 @@ namespace {
 
 using std::chrono::microseconds;
 
-constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '2'};
+constexpr char MAGIC[8] = {'m', 'o', 'e', 'b', 'e', 'x', '0', '3'};
 constexpr size_t LINE = 64, PAGE = 4096;
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-std::string told(const std::string& group, uint64_t epoch, uint64_t ranks, uint64_t tokens, uint64_t top_k, uint64_t row_bytes) {
-    return "epoch " + std::to_string(epoch) + " of group " + group + ", " + std::to_string(ranks) + " ranks of " + std::to_string(tokens) +
-           " tokens, " + std::to_string(top_k) + " experts a token, rows of " + std::to_string(row_bytes) + " bytes";
+// Of a layout, or of the header that says it.
+template <class Sizes> std::string told(const std::string& group, const Sizes& sizes) {
+    return "epoch " + std::to_string(sizes.epoch) + " of group " + group + ", " + std::to_string(sizes.ranks) + " ranks of " +
+           std::to_string(sizes.tokens) + " tokens, " + std::to_string(sizes.top_k) + " experts a token, rows of " +
+           std::to_string(sizes.row_bytes) + " bytes, " + std::to_string(sizes.gathered) + " of them gathered for " +
+           std::to_string(sizes.width) + " numbers each";
 }
 
 #if defined(__linux__)
@@ -69,8 +72,16 @@ size_t ExchangeLayout::ids() const { return rounded(lists() + sizeof(int32_t) * 
 size_t ExchangeLayout::owners() const { return ids() + sizeof(int64_t) * (1 + size_t(tokens) * top_k); }
 size_t ExchangeLayout::rows() const { return rounded(owners() + size_t(tokens) * top_k, LINE); }
 size_t ExchangeLayout::home() const { return rounded(rows() + tokens * row_bytes, PAGE); }
-size_t ExchangeLayout::rank_bytes() const { return rounded(home() + size_t(tokens) * top_k * row_bytes, PAGE); }
+size_t ExchangeLayout::rank_bytes() const {
+    return rounded(home() + std::max(size_t(tokens) * top_k * row_bytes, size_t(gathered) * width * sizeof(float)), PAGE);
+}
 size_t ExchangeLayout::bytes() const { return rank_at(ranks); }
+
+// ExchangeSpec.columns says the same.
+int ExchangeLayout::column(int rank) const {
+    constexpr int ALIGNED = LINE / sizeof(float);
+    return rank == ranks ? width : int(int64_t(width) * rank / ranks) / ALIGNED * ALIGNED;
+}
 
 void ExchangeLayout::check() const {
     if (ranks < 1 || ranks > MOST_RANKS)
@@ -80,12 +91,14 @@ void ExchangeLayout::check() const {
         throw std::invalid_argument("a group's name of " + std::to_string(group.size()) + " bytes; it must have 1 to " +
                                     std::to_string(sizeof(ExchangeHeader::group) - 1));
     if (tokens < 1 || top_k < 1 || row_bytes < 1) throw std::invalid_argument("an exchange of no tokens, no experts or no bytes");
+    if (gathered < 0 || gathered > tokens || width < 0) throw std::invalid_argument("more rows are gathered than there are, or of no width");
 }
 
 void ExchangeLayout::write(void* segment, int cores) const {
     check();
     auto* header = new (segment) ExchangeHeader();
     header->ranks = ranks, header->tokens = tokens, header->top_k = top_k, header->cores = cores;
+    header->gathered = gathered, header->width = width;
     header->row_bytes = row_bytes, header->epoch = epoch;
     std::copy(group.begin(), group.end(), header->group);
     std::copy(std::begin(MAGIC), std::end(MAGIC), header->magic);
@@ -97,8 +110,8 @@ void ExchangeLayout::check(const void* segment, size_t segment_bytes) const {
     if (segment_bytes < sizeof(ExchangeHeader) || std::memcmp(found.magic, MAGIC, sizeof(MAGIC)))
         throw std::invalid_argument("this memory is no segment of an exchange, or another version's");
     const std::string found_group(found.group, strnlen(found.group, sizeof(found.group)));
-    const std::string theirs = told(found_group, found.epoch, found.ranks, found.tokens, found.top_k, found.row_bytes);
-    const std::string ours = told(group, epoch, ranks, tokens, top_k, row_bytes);
+    const std::string theirs = told(found_group, found);
+    const std::string ours = told(group, *this);
     if (theirs != ours) throw std::invalid_argument("the segment is for " + theirs + "; this rank is for " + ours);
     if (segment_bytes < bytes()) throw std::invalid_argument("the segment is cut short");
 }
@@ -138,7 +151,8 @@ void ExchangeHeader::wake() {
 }
 
 void SharedExchange::begin(Doing doing) {
-    if (combine_next_ != (doing == COMBINE)) throw std::logic_error("combine follows dispatch, and nothing else does");
+    const Doing expected = doing == COMBINE || doing == SCATTER ? doing : NOTHING;
+    if (second_ != expected) throw std::logic_error("combine follows dispatch, scatter follows gather, and nothing else does");
     if (header_.lost.load()) throw header_.peers_lost();
 }
 
@@ -234,7 +248,7 @@ int SharedExchange::dispatch(const Tokens& tokens, void* rows, int64_t* ids) {
     if (tokens.count > layout_.tokens) throw std::invalid_argument("more tokens than the segment has memory for");
     write_rows(tokens);
     meet(DISPATCH);
-    combine_next_ = true;
+    second_ = COMBINE;
     return read_rows(tokens, static_cast<char*>(rows), ids);
 }
 
@@ -311,13 +325,53 @@ void SharedExchange::combine(const void* outputs, void* back) {
         });
     }
     meet(COMBINE);
-    combine_next_ = false;
+    second_ = NOTHING;
     const char* home = at(rank_, layout_.home());
     for_each_run(owners_.data(), size_t(tokens_) * top_k, [&](uint8_t owner, size_t first, size_t count) {
         if (owner == rank_) return;
         std::memcpy(static_cast<char*>(back) + first * row_bytes, home + first * row_bytes, count * row_bytes);
         traffic_.bytes_in += count * row_bytes;
     });
+}
+
+int SharedExchange::gather(const void* x, int count, void* rows) {
+    begin(GATHER);
+    if (count < 0 || count > layout_.gathered) throw std::invalid_argument("more rows than the segment gathers");
+    const size_t row_bytes = layout_.row_bytes;
+    reinterpret_cast<int32_t*>(at(rank_, layout_.lists()))[0] = count;
+    if (count) std::memcpy(at(rank_, layout_.rows()), x, count * row_bytes);
+    traffic_.bytes_out += (layout_.ranks - 1) * count * row_bytes;
+    meet(GATHER);
+    second_ = SCATTER;
+    gathered_.clear();
+    int total = 0;
+    for (int home = 0; home < layout_.ranks; home++) {
+        const int found = std::clamp(reinterpret_cast<const int32_t*>(at(home, layout_.lists()))[0], 0, layout_.gathered);
+        if (found) std::memcpy(static_cast<char*>(rows) + total * row_bytes, at(home, layout_.rows()), found * row_bytes);
+        if (home != rank_) traffic_.bytes_in += found * row_bytes;
+        gathered_.push_back(found);
+        total += found;
+    }
+    return total;
+}
+
+void SharedExchange::scatter(const float* parts, float* back) {
+    begin(SCATTER);
+    const size_t width = layout_.width, first = layout_.column(rank_), stop = layout_.column(rank_ + 1);
+    for (int home = 0; home < layout_.ranks; home++) {
+        float* to = home == rank_ ? back : reinterpret_cast<float*>(at(home, layout_.home()));
+        for (int row = 0; row < gathered_[home]; row++, parts += stop - first)
+            std::memcpy(to + row * width + first, parts, (stop - first) * sizeof(float));
+        if (home != rank_) traffic_.bytes_out += gathered_[home] * (stop - first) * sizeof(float);
+    }
+    meet(SCATTER);
+    second_ = NOTHING;
+    const float* home = reinterpret_cast<const float*>(at(rank_, layout_.home()));
+    for (size_t row = 0; row < size_t(gathered_[rank_]); row++) {
+        std::memcpy(back + row * width, home + row * width, first * sizeof(float));
+        std::memcpy(back + row * width + stop, home + row * width + stop, (width - stop) * sizeof(float));
+        traffic_.bytes_in += (width - (stop - first)) * sizeof(float);
+    }
 }
 
 }  // namespace moebius

@@ -1,12 +1,12 @@
 // How the ranks of one host trade the rows of a step's tokens through memory that all have mapped.
 //
-// Every rank calls the same operations in the same order: agree, dispatch, combine, dispatch, combine, ... Each is: write,
-// meet at a barrier, read. A rank that has passed barrier n knows that all have reached it, so that
+// Every rank calls the same operations in the same order: agree, dispatch, combine, dispatch, combine, ..., gather, scatter.
+// Each is: write, meet at a barrier, read. A rank that has passed barrier n knows that all have reached it, so that
 //   - what anybody wrote before barrier n can be read after it (arriving releases, passing acquires);
 //   - what was read after barrier n - 1 has been read by all, since each reads before it arrives at n.
-// So whoever has passed barrier n may overwrite what was there to be read between n - 1 and n. Dispatch and combine have
-// memory of their own, and each has the other's barrier between two of its own: one barrier each is enough. Agreements may
-// follow each other, so there are two copies of theirs, for even and odd barriers.
+// So whoever has passed barrier n may overwrite what was there to be read between n - 1 and n. Dispatch and gather have the
+// same memory, and combine and scatter; between two of a kind is always a barrier of the other kind: one barrier each is
+// enough. Agreements may follow each other, so there are two copies of theirs, for even and odd barriers.
 //
 // A rank may be killed or stopped at any instruction. It holds no lock, and the words that others wait for are written by
 // it alone, so nobody depends on it but by its arrival, and for that everybody has a deadline.
@@ -22,9 +22,10 @@
 
 namespace moebius {
 
-// What a segment is for. All ranks of a group have to say the same.
+// What a segment is for. All ranks of a group have to say the same. Of a rank's tokens at most `gathered` are gathered in a
+// step; what is scattered of each are `width` numbers (float32).
 struct ExchangeLayout {
-    int ranks, tokens, top_k;
+    int ranks, tokens, top_k, gathered, width;
     size_t row_bytes;
     std::string group;
     uint64_t epoch;
@@ -46,12 +47,15 @@ struct ExchangeLayout {
     size_t rows() const;
     size_t home() const;
     size_t rank_bytes() const;
+
+    // The first of the columns that a rank makes of every gathered row; those of the last one end at `width`.
+    int column(int rank) const;
 };
 
 // The words that ranks wait for each other by. Zeros are its first state.
 struct ExchangeHeader {
     char magic[8];
-    uint32_t ranks, tokens, top_k, cores;
+    uint32_t ranks, tokens, top_k, gathered, width, cores;
     uint64_t row_bytes, epoch;
     char group[64];
     // Ranks that somebody has given up, and those of them that did not come in time. The epoch is over when the first is not 0.
@@ -86,9 +90,11 @@ public:
     // Every rank's values, in the order of ranks.
     std::vector<std::vector<int64_t>> agree(const std::vector<int64_t>& values);
 
-    // moebius/parallel/exchange.py describes both operations.
+    // moebius/parallel/exchange.py describes these operations.
     int dispatch(const Tokens& tokens, void* rows, int64_t* ids);
     void combine(const void* outputs, void* back);
+    int gather(const void* x, int count, void* rows);
+    void scatter(const float* parts, float* home);
 
     // Ends the epoch for all, at once for those who wait. From any thread.
     void give_up(uint64_t ranks) { header_.give_up(ranks); }
@@ -115,12 +121,13 @@ private:
     const Clock::duration timeout_;
     Patience patience_;
     uint32_t barrier_;
-    bool combine_next_ = false;
+    Doing second_ = NOTHING;  // what has to follow: combine dispatch, scatter gather
     int tokens_ = 0;
     std::vector<uint8_t> owners_;     // of each pair of this rank's tokens
     std::vector<int> own_rows_;       // of this rank's tokens, those that it holds an expert of
     std::vector<Received> received_;  // in the order in which they were given out
     std::vector<uint8_t> here_;       // for each pair of those, whether its expert is here
+    std::vector<int> gathered_;       // how many rows came from each rank
     ExchangeTraffic traffic_;
 };
 

@@ -74,10 +74,11 @@ void bind_exchange(nb::module_& m) {
     nb::register_exception_translator(raise_peers_lost);
 
     nb::class_<ExchangeLayout>(m, "ExchangeLayout")
-        .def("__init__", [](ExchangeLayout* self, int ranks, int tokens, int top_k, size_t row_bytes, std::string group, uint64_t epoch) {
-            new (self) ExchangeLayout{ranks, tokens, top_k, row_bytes, std::move(group), epoch};
+        .def("__init__", [](ExchangeLayout* self, int ranks, int tokens, int top_k, int gathered, int width, size_t row_bytes, std::string group,
+                           uint64_t epoch) {
+            new (self) ExchangeLayout{ranks, tokens, top_k, gathered, width, row_bytes, std::move(group), epoch};
             self->check();
-        }, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "row_bytes"_a, "group"_a, "epoch"_a)
+        }, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "gathered"_a, "width"_a, "row_bytes"_a, "group"_a, "epoch"_a)
         .def_prop_ro("nbytes", &ExchangeLayout::bytes)
         .def("write", [](const ExchangeLayout& layout, Address segment, int cores) { layout.write(array<void>(segment), cores); }, "segment"_a,
              "cores"_a)
@@ -99,10 +100,22 @@ void bind_exchange(nb::module_& m) {
             new (self) SharedExchange(layout, array<void>(segment), rank, timeout);
         }, "memory"_a, "layout"_a, "segment"_a, nb::kw_only(), "rank"_a, "timeout"_a, nb::keep_alive<1, 2>());
     bind_operations(shared);
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    shared
+        .def("gather", [](SharedExchange& exchange, Address x, int count, Address rows) {
+            return exchange.gather(array<void>(x), count, array<void>(rows));
+        }, "x"_a, "count"_a, "rows"_a, release())
+        .def("scatter", [](SharedExchange& exchange, Address parts, Address home) {
+            exchange.scatter(array<float>(parts), array<float>(home));
+        }, "parts"_a, "home"_a, release());
     nb::class_<SocketExchange> sockets(m, "SocketExchange");
-    sockets.def("__init__", [](SocketExchange* self, int ranks, int tokens, int top_k, size_t row_bytes, int rank, const std::vector<int>& sockets,
-                               bool crowded, double timeout) {
-        new (self) SocketExchange({ranks, tokens, top_k, row_bytes}, rank, sockets, crowded, timeout);
-    }, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "row_bytes"_a, "rank"_a, "sockets"_a, "crowded"_a, "timeout"_a);
+    // Keeps `memory`, in which rings are mapped, as SharedExchange does.
+    sockets.def("__init__", [](SocketExchange* self, nb::handle, int ranks, int tokens, int top_k, size_t row_bytes, int rank,
+                               const std::vector<int>& sockets, const std::vector<Address>& rings, bool crowded, double timeout) {
+        std::vector<Ring*> mapped;
+        for (Address address : rings) mapped.push_back(array<Ring>(address));
+        new (self) SocketExchange({ranks, tokens, top_k, row_bytes}, rank, sockets, mapped, crowded, timeout);
+    }, "memory"_a, nb::kw_only(), "ranks"_a, "tokens"_a, "top_k"_a, "row_bytes"_a, "rank"_a, "sockets"_a, "rings"_a, "crowded"_a, "timeout"_a, nb::keep_alive<1, 2>());
+    m.attr("RING_BYTES") = 2 * sizeof(Ring);  // one each way
     bind_operations(sockets);
 }

@@ -16,7 +16,7 @@ constexpr int MOST_AGREED = 16;
 
 inline uint64_t bit(int rank) { return uint64_t(1) << rank; }
 
-enum Doing : uint8_t { AGREE = 1, DISPATCH, COMBINE };
+enum Doing : uint8_t { NOTHING, AGREE, DISPATCH, COMBINE, GATHER, SCATTER };
 
 // They did not come in time; they were given up, or have ended; their connections have ended; they did something else.
 enum class Fault { LATE, GONE, LEFT, OUT_OF_STEP };

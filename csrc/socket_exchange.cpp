@@ -49,20 +49,24 @@ void SocketExchange::Pieces::advance(size_t bytes) {
     }
 }
 
-SocketExchange::SocketExchange(const Sizes& sizes, int rank, const std::vector<int>& sockets, bool crowded, double timeout)
+SocketExchange::SocketExchange(const Sizes& sizes, int rank, const std::vector<int>& sockets, const std::vector<Ring*>& rings, bool crowded,
+                               double timeout)
     : sizes_(sizes), rank_(rank),
       timeout_(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::min(timeout, 1e6)))), patience_(crowded) {
     if (sizes.ranks < 1 || sizes.ranks > MOST_RANKS)
         throw std::invalid_argument("a group of " + std::to_string(sizes.ranks) + " ranks; there may be 1 to " + std::to_string(MOST_RANKS));
-    if (rank < 0 || rank >= sizes.ranks || sockets.size() != size_t(sizes.ranks))
+    if (rank < 0 || rank >= sizes.ranks || sockets.size() != size_t(sizes.ranks) || rings.size() != sockets.size())
         throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(sizes.ranks) + " with " +
                                     std::to_string(sockets.size()) + " connections");
     if (sizes.tokens < 1 || sizes.top_k < 1 || sizes.row_bytes < 1) throw std::invalid_argument("an exchange of no tokens, no experts or no bytes");
     peers_.resize(sizes.ranks);
     owners_.resize(size_t(sizes.tokens) * sizes.top_k);
     here_.reserve(size_t(sizes.ranks) * sizes.tokens * sizes.top_k);
-    for (int r = 0; r < sizes.ranks; r++)
-        if (r != rank) peers_[r].socket = sockets[r];
+    for (int r = 0; r < sizes.ranks; r++) {
+        if (r == rank) continue;
+        peers_[r].socket = sockets[r];
+        if (rings[r]) peers_[r].to = rings[r] + (rank > r), peers_[r].from = rings[r] + (rank < r);
+    }
 }
 
 SocketExchange::~SocketExchange() {
@@ -163,7 +167,14 @@ void SocketExchange::check_header(Doing doing, int rank) {
 }
 
 bool SocketExchange::send(int rank) {
+    const Peer& peer = peers_[rank];
     Pieces& out = peers_[rank].out;
+    if (peer.to) {
+        const size_t taken = peer.to->put(out.next(), out.count());
+        if (taken) out.advance(taken), wake(peer, peer.to->reader_sleeps);
+        else if (peer.ended) lose(bit(rank), Fault::LEFT);
+        return taken > 0;
+    }
     msghdr message{};
     message.msg_iov = out.next();
     message.msg_iovlen = std::min(out.count(), MOST_PIECES);
@@ -175,7 +186,15 @@ bool SocketExchange::send(int rank) {
 }
 
 bool SocketExchange::receive(int rank) {
+    const Peer& peer = peers_[rank];
     Pieces& in = peers_[rank].in;
+    if (peer.from) {
+        // Who has left may have sent before, so its end counts when there is nothing more.
+        const size_t found = peer.from->take(in.next(), in.count());
+        if (found) in.advance(found), wake(peer, peer.from->writer_sleeps);
+        else if (peer.ended) lose(bit(rank), Fault::LEFT);
+        return found > 0;
+    }
     msghdr message{};
     message.msg_iov = in.next();
     message.msg_iovlen = std::min(in.count(), MOST_PIECES);
@@ -195,12 +214,47 @@ uint64_t SocketExchange::unfinished() const {
 
 void SocketExchange::sleep(Clock::time_point until) {
     std::vector<pollfd> waiting;
-    for (const Peer& peer : peers_) {
-        const short events = (peer.out.left() ? POLLOUT : 0) | (peer.in.left() ? POLLIN : 0);
-        if (events) waiting.push_back({peer.socket, events, 0});
+    for (Peer& peer : peers_) {
+        short events = (peer.out.left() ? POLLOUT : 0) | (peer.in.left() ? POLLIN : 0);
+        if (!events) continue;
+        if (peer.to) {
+            events = POLLIN;
+            if (peer.out.left()) peer.to->writer_sleeps.store(1);
+            if (peer.in.left()) peer.from->reader_sleeps.store(1);
+        }
+        waiting.push_back({peer.socket, events, 0});
     }
     const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - Clock::now()).count();
-    poll(waiting.data(), nfds_t(waiting.size()), int(std::clamp<int64_t>(left + 1, 0, 3'600'000)));
+    if (!may_go_on()) poll(waiting.data(), nfds_t(waiting.size()), int(std::clamp<int64_t>(left + 1, 0, 3'600'000)));
+    for (Peer& peer : peers_)
+        if (peer.to && (peer.out.left() || peer.in.left())) hear(peer);
+}
+
+// Whether a ring has become ready before the others could know that this rank sleeps. In the one order of these operations the
+// flag comes before our look at the ring, or their bytes before their look at the flag.
+bool SocketExchange::may_go_on() const {
+    return std::any_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
+        return peer.to && ((peer.out.left() && peer.to->has_room()) || (peer.in.left() && peer.from->has_bytes()));
+    });
+}
+
+void SocketExchange::wake(const Peer& peer, std::atomic<uint32_t>& sleeps) {
+    if (!sleeps.load() || !sleeps.exchange(0)) return;
+    const char call = 0;
+    ::send(peer.socket, &call, 1, MSG_DONTWAIT | MSG_NOSIGNAL);  // where it has ended, that is found soon
+}
+
+// What has come through the connection of a rank whose bytes go through rings.
+void SocketExchange::hear(Peer& peer) {
+    peer.to->writer_sleeps.store(0);
+    peer.from->reader_sleeps.store(0);
+    char calls[64];
+    while (true) {
+        const ssize_t found = recv(peer.socket, calls, sizeof(calls), MSG_DONTWAIT);
+        if (found > 0) continue;
+        peer.ended = found == 0 || !not_now(errno);
+        return;
+    }
 }
 
 // --- the operations ---

@@ -4,6 +4,9 @@
 //
 // All sending and receiving of an operation goes on side by side, in whatever order the connections take and give it, so that no
 // two ranks wait for each other with full connections. Rows are sent from where they are and received where they belong.
+//
+// Between ranks of one host bytes go through memory, two rings for each two of them. Their connection remains: a byte in it
+// wakes who sleeps, and its end says that the other has left.
 #pragma once
 #include <sys/uio.h>
 
@@ -13,6 +16,7 @@
 #include <vector>
 
 #include "exchange_rows.h"
+#include "ring.h"
 
 namespace moebius {
 
@@ -24,9 +28,11 @@ public:
         size_t row_bytes;
     };
 
-    // Owns the connected stream sockets from now on, one a rank, of which this rank's own is not looked at. Throws
+    // Owns the connected stream sockets from now on, one a rank, of which this rank's own is not looked at. `rings` are
+    // memory that is shared with a rank of this host, or null: the first ring is the lower rank's to write. Throws
     // std::invalid_argument for numbers out of range.
-    SocketExchange(const Sizes& sizes, int rank, const std::vector<int>& sockets, bool crowded, double timeout);
+    SocketExchange(const Sizes& sizes, int rank, const std::vector<int>& sockets, const std::vector<Ring*>& rings, bool crowded,
+                   double timeout);
     ~SocketExchange();
     SocketExchange(const SocketExchange&) = delete;
     SocketExchange& operator=(const SocketExchange&) = delete;
@@ -66,6 +72,8 @@ private:
 
     struct Peer {
         int socket = -1;
+        Ring *to = nullptr, *from = nullptr;  // what bytes go through, where that is not the socket
+        bool ended = false;                   // its connection, where bytes go through rings
         Header sent, found;
         Pieces out, in;
         bool told;                    // its header is here
@@ -86,6 +94,9 @@ private:
     bool receive(int rank);
     uint64_t unfinished() const;
     void sleep(Clock::time_point until);
+    bool may_go_on() const;
+    static void wake(const Peer& peer, std::atomic<uint32_t>& sleeps);
+    static void hear(Peer& peer);
     [[noreturn]] void lose(uint64_t ranks, Fault fault);
     void split(const Tokens& tokens);
     void take(const Tokens& tokens, char* rows, int64_t* ids);

@@ -17,6 +17,7 @@ import torch
 
 from moebius.engine.client import StepOutput
 from moebius.engine.rank import RankEngine
+from moebius.engine.shared_head import SHARED_ROWS
 from moebius.errors import PeerError
 from moebius.models.decoder import Decoder
 from moebius.models.store import open_checkpoint
@@ -81,7 +82,15 @@ def engines_of(
     config = decoders[0].config
     top_k = max(part.router.top_k for part in config.feed_forward if part.router is not None)
     size = len(decoders)
-    spec = ExchangeSpec(size, MOST_TOKENS, config.hidden_size, top_k, decoders[0].dtype)
+    spec = ExchangeSpec(
+        size,
+        MOST_TOKENS,
+        config.hidden_size,
+        top_k,
+        decoders[0].dtype,
+        gathered=SHARED_ROWS,
+        width=config.vocab_size,
+    )
     epoch = Epoch("test", next(_EPOCHS))
     with Segment(spec, epoch, cores=1) as segment, ExitStack() as stack:
         engines = []

@@ -30,10 +30,13 @@ class Table:
 class ThreadExchange(Exchange):
     """Everybody sees everything, and takes what is its own."""
 
+    gathers = True
+
     def __init__(self, spec: ExchangeSpec, rank: int, table: Table) -> None:
         super().__init__(spec, rank, Epoch("test", 0), SECONDS)
         self._table = table
         self._received: list[tuple[int, int]] = []
+        self._gathered: list[Tensor] = []
         self._ids: list[list[int]] = []
         self.calls = 0
 
@@ -74,6 +77,24 @@ class ThreadExchange(Exchange):
                         back_TKD[t, k] = outputs[r, k]
                         missing.remove((t, k))
         assert not missing, "every pair is computed by one rank"
+        self._all(None)
+
+    def gather(self, x_GD: Tensor, rows_RD: Tensor) -> int:
+        self._check_gather(x_GD, rows_RD)
+        self._gathered = self._all(x_GD.clone())
+        rows = [row for each in self._gathered for row in each]
+        for place, row in enumerate(rows):
+            rows_RD[place] = row
+        return len(rows)
+
+    def scatter(self, parts_RW: Tensor, back_GV: Tensor) -> None:
+        counts = [len(each) for each in self._gathered]
+        self._check_scatter(parts_RW, back_GV, sum(counts), counts[self.rank])
+        first = sum(counts[: self.rank])
+        for rank, parts in enumerate(self._all(parts_RW)):
+            for column, source in enumerate(self.spec.columns(rank)):
+                for g in range(counts[self.rank]):
+                    back_GV[g, source] = parts[first + g, column]
         self._all(None)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@
 //   cmake --build build/thread --target test_exchange && build/thread/test_exchange
 #include <sys/socket.h>
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <memory>
 #include <random>
 #include <thread>
+#include <type_traits>
 
 #include "exchange.h"
 #include "socket_exchange.h"
@@ -100,6 +102,26 @@ template <class Exchange> void check_layer(Exchange& exchange, const ExchangeLay
     }
 }
 
+// Rows of any number at each rank; rank r makes of number x of a row, for its column c, x + c.
+void check_gathering(SharedExchange& exchange, const ExchangeLayout& layout, int number, int rank) {
+    const int numbers = int(layout.row_bytes / 4);
+    const auto count = [&](int home) { return (number + 3 * home) % (layout.gathered + 1); };
+    const auto x = [&](int home, int row) { return float(1000 * (number % 7) + 100 * home + 10 * row); };
+    std::vector<float> own, want, parts;
+    for (int home = 0; home < layout.ranks; home++)
+        for (int row = 0; row < count(home); row++) {
+            for (int i = 0; i < numbers; i++) want.push_back(x(home, row) + float(i));
+            if (home == rank) own.insert(own.end(), want.end() - numbers, want.end());
+            for (int c = layout.column(rank); c < layout.column(rank + 1); c++) parts.push_back(x(home, row) + c);
+        }
+    std::vector<float> rows(want.size()), back(size_t(count(rank)) * layout.width);
+    const int gathered = exchange.gather(own.data(), count(rank), rows.data());
+    require(size_t(gathered) * numbers == want.size() && rows == want, "gather gives all rows in order");
+    exchange.scatter(parts.data(), back.data());
+    for (size_t i = 0; i < back.size(); i++)
+        require(back[i] == x(rank, int(i) / layout.width) + float(int(i) % layout.width), "scatter brings all columns home");
+}
+
 void run_ranks(int count, const std::function<void(int)>& body) {
     std::vector<std::thread> threads;
     for (int r = 0; r < count; r++) threads.emplace_back(body, r);
@@ -113,11 +135,12 @@ template <class Exchange> void check_steps(Exchange& exchange, const ExchangeLay
         // Some ranks come late, so that others spin, yield and sleep.
         if (number % 16 == rank) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         check_layer(exchange, layout, Layer(layout, number), rank);
+        if constexpr (std::is_same_v<Exchange, SharedExchange>) check_gathering(exchange, layout, number, rank);
     }
 }
 
 void test_steps(int ranks, int layers, int cores) {
-    const ExchangeLayout layout{ranks, 5, 3, 12, "test", 1};
+    const ExchangeLayout layout{ranks, 5, 3, 4, 70, 12, "test", 1};
     Memory memory(layout, cores);
     run_ranks(ranks, [&](int rank) {
         SharedExchange exchange(layout, memory.at.get(), rank, 60);
@@ -136,7 +159,7 @@ template <class Body> PeersLost lost(const Body& body) {
 }
 
 void test_a_rank_that_does_not_come() {
-    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
+    const ExchangeLayout layout{3, 5, 3, 4, 70, 12, "test", 1};
     Memory memory(layout);
     run_ranks(3, [&](int rank) {
         SharedExchange exchange(layout, memory.at.get(), rank, 3);
@@ -150,7 +173,7 @@ void test_a_rank_that_does_not_come() {
 }
 
 void test_a_rank_that_leaves_and_one_that_is_given_up() {
-    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
+    const ExchangeLayout layout{3, 5, 3, 4, 70, 12, "test", 1};
     for (bool given_up : {false, true}) {
         Memory memory(layout);
         auto* header = static_cast<ExchangeHeader*>(memory.at.get());
@@ -167,7 +190,7 @@ void test_a_rank_that_leaves_and_one_that_is_given_up() {
 }
 
 void test_out_of_step() {
-    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
+    const ExchangeLayout layout{2, 5, 3, 4, 70, 12, "test", 1};
     Memory memory(layout);
     run_ranks(2, [&](int rank) {
         SharedExchange exchange(layout, memory.at.get(), rank, 60);
@@ -181,7 +204,7 @@ void test_out_of_step() {
 
 // A segment's counter is near its end after some days: barriers go on past it.
 void test_barriers_count_on() {
-    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
+    const ExchangeLayout layout{2, 5, 3, 4, 70, 12, "test", 1};
     Memory memory(layout);
     constexpr uint32_t start = UINT32_MAX - 5;
     for (int r = 0; r < 2; r++) static_cast<ExchangeHeader*>(memory.at.get())->line[r].arrived = start;
@@ -194,6 +217,23 @@ void test_barriers_count_on() {
 // --- through sockets ---
 
 using Sockets = std::vector<std::vector<int>>;  // [rank][other rank]
+
+// Memory between ranks of one host: of each two of the first `near`.
+struct Rings {
+    Rings(int ranks, int near) : pairs(size_t(ranks) * ranks) {
+        for (int a = 0; a < near; a++)
+            for (int b = a + 1; b < near; b++) pairs[a * ranks + b] = std::make_unique<std::array<Ring, 2>>();
+    }
+    std::vector<Ring*> of(int rank, int ranks) const {
+        std::vector<Ring*> found;
+        for (int other = 0; other < ranks; other++) {
+            const auto& pair = pairs[std::min(rank, other) * ranks + std::max(rank, other)];
+            found.push_back(pair ? pair->data() : nullptr);
+        }
+        return found;
+    }
+    std::vector<std::unique_ptr<std::array<Ring, 2>>> pairs;
+};
 
 // Connections that hold little, so that ranks have to receive while they send.
 Sockets connected(int ranks) {
@@ -209,23 +249,24 @@ Sockets connected(int ranks) {
     return sockets;
 }
 
-void run_sockets(const ExchangeLayout& layout, double timeout, bool crowded, const std::function<void(SocketExchange&, int)>& body) {
+void run_sockets(const ExchangeLayout& layout, double timeout, bool crowded, int near, const std::function<void(SocketExchange&, int)>& body) {
     const Sockets sockets = connected(layout.ranks);
+    const Rings rings(layout.ranks, near);
     std::vector<std::unique_ptr<SocketExchange>> exchanges;
     for (int r = 0; r < layout.ranks; r++)
         exchanges.push_back(std::make_unique<SocketExchange>(
-            SocketExchange::Sizes{layout.ranks, layout.tokens, layout.top_k, layout.row_bytes}, r, sockets[r], crowded, timeout));
+            SocketExchange::Sizes{layout.ranks, layout.tokens, layout.top_k, layout.row_bytes}, r, sockets[r], rings.of(r, layout.ranks), crowded, timeout));
     run_ranks(layout.ranks, [&](int rank) { body(*exchanges[rank], rank); });
 }
 
-void test_sockets_steps(int ranks, int layers, bool crowded, int numbers) {
-    const ExchangeLayout layout{ranks, 5, 3, sizeof(uint32_t) * size_t(numbers), "test", 1};
-    run_sockets(layout, 60, crowded, [&](SocketExchange& exchange, int rank) { check_steps(exchange, layout, layers, rank); });
+void test_sockets_steps(int ranks, int layers, bool crowded, int numbers, int near) {
+    const ExchangeLayout layout{ranks, 5, 3, 4, 70, sizeof(uint32_t) * size_t(numbers), "test", 1};
+    run_sockets(layout, 60, crowded, near, [&](SocketExchange& exchange, int rank) { check_steps(exchange, layout, layers, rank); });
 }
 
-void test_sockets_when_a_rank_does_not_come() {
-    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
-    run_sockets(layout, 3, false, [&](SocketExchange& exchange, int rank) {
+void test_sockets_when_a_rank_does_not_come(int near) {
+    const ExchangeLayout layout{3, 5, 3, 4, 70, 12, "test", 1};
+    run_sockets(layout, 3, false, near, [&](SocketExchange& exchange, int rank) {
         exchange.agree({});
         if (rank == 1) return;
         const PeersLost error = lost([&] { exchange.agree({}); });
@@ -234,9 +275,9 @@ void test_sockets_when_a_rank_does_not_come() {
     });
 }
 
-void test_sockets_when_a_rank_leaves() {
-    const ExchangeLayout layout{3, 5, 3, 12, "test", 1};
-    run_sockets(layout, 600, false, [&](SocketExchange& exchange, int rank) {
+void test_sockets_when_a_rank_leaves(int near) {
+    const ExchangeLayout layout{3, 5, 3, 4, 70, 12, "test", 1};
+    run_sockets(layout, 600, false, near, [&](SocketExchange& exchange, int rank) {
         exchange.agree({});
         if (rank == 1) {
             std::this_thread::sleep_for(std::chrono::milliseconds(5));
@@ -248,9 +289,9 @@ void test_sockets_when_a_rank_leaves() {
     });
 }
 
-void test_sockets_when_another_thread_gives_up() {
-    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
-    run_sockets(layout, 600, false, [&](SocketExchange& exchange, int rank) {
+void test_sockets_when_another_thread_gives_up(int near) {
+    const ExchangeLayout layout{2, 5, 3, 4, 70, 12, "test", 1};
+    run_sockets(layout, 600, false, near, [&](SocketExchange& exchange, int rank) {
         if (rank == 1) return;
         std::thread other([&] {
             std::this_thread::sleep_for(std::chrono::milliseconds(5));
@@ -262,9 +303,9 @@ void test_sockets_when_another_thread_gives_up() {
     });
 }
 
-void test_sockets_out_of_step() {
-    const ExchangeLayout layout{2, 5, 3, 12, "test", 1};
-    run_sockets(layout, 60, false, [&](SocketExchange& exchange, int rank) {
+void test_sockets_out_of_step(int near) {
+    const ExchangeLayout layout{2, 5, 3, 4, 70, 12, "test", 1};
+    run_sockets(layout, 60, false, near, [&](SocketExchange& exchange, int rank) {
         const PeersLost error = lost([&] {
             if (rank) exchange.agree({});
             else check_layer(exchange, layout, Layer(layout, 1), rank);
@@ -282,12 +323,18 @@ int main() {
     test_a_rank_that_leaves_and_one_that_is_given_up();
     test_out_of_step();
     test_barriers_count_on();
-    for (int ranks = 1; ranks <= 4; ranks++)
-        for (bool crowded : {false, true}) test_sockets_steps(ranks, 100, crowded, 3);
-    test_sockets_steps(3, 20, false, 5000);
-    test_sockets_when_a_rank_does_not_come();
-    test_sockets_when_a_rank_leaves();
-    test_sockets_when_another_thread_gives_up();
-    test_sockets_out_of_step();
+    // Nobody shares memory, some do, all do.
+    for (int near : {0, 2, 4}) {
+        for (int ranks = 1; ranks <= 4; ranks++)
+            for (bool crowded : {false, true}) test_sockets_steps(ranks, 100, crowded, 3, std::min(near, ranks));
+        near = std::min(near, 2);
+        test_sockets_when_another_thread_gives_up(near);
+        test_sockets_out_of_step(near);
+    }
+    for (int near : {0, 2, 3}) {
+        test_sockets_steps(3, 20, false, 5000, near);
+        test_sockets_when_a_rank_does_not_come(near);
+        test_sockets_when_a_rank_leaves(near);
+    }
     std::puts("exchange: passed");
 }

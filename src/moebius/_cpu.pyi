@@ -267,7 +267,16 @@ class ExchangeLayout:
     """What a segment is for; csrc/exchange.h describes it and all that follows."""
 
     def __init__(
-        self, *, ranks: int, tokens: int, top_k: int, row_bytes: int, group: str, epoch: int
+        self,
+        *,
+        ranks: int,
+        tokens: int,
+        top_k: int,
+        gathered: int,
+        width: int,
+        row_bytes: int,
+        group: str,
+        epoch: int,
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -312,12 +321,17 @@ class SharedExchange(_Exchange):
         rank: int,
         timeout: float,
     ) -> None: ...
+    def gather(self, x: int, count: int, rows: int) -> int: ...
+    def scatter(self, parts: int, home: int) -> None: ...
+
+RING_BYTES: int
 
 class SocketExchange(_Exchange):
     """csrc/socket_exchange.h describes it. Its sockets are its own from now on."""
 
     def __init__(
         self,
+        memory: object,
         *,
         ranks: int,
         tokens: int,
@@ -325,6 +339,7 @@ class SocketExchange(_Exchange):
         row_bytes: int,
         rank: int,
         sockets: Sequence[int],
+        rings: Sequence[int],
         crowded: bool,
         timeout: float,
     ) -> None: ...

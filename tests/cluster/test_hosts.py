@@ -133,6 +133,7 @@ def test_an_epochs_members_meet_at_their_hosts_addresses() -> None:
     assert isinstance(place, ConnectedPlace)
     at = [place.of(number).removeprefix("tcp://") for number in range(4)]
     assert at == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
+    assert [place.near(number) for number in range(4)] == [(1,), (0,), (3,), (2,)]
     told = wire.Listening(9, 2, "10.0.0.2:4000")
     place.carry(told, 2)
     assert [each.told for each in remotes.values()] == [[told], [told], [], [told]]

@@ -27,6 +27,19 @@ def exchanges(size: int, timeout: float = 20.0) -> list[SharedMemoryExchange]:
         ]
 
 
+def test_all_learn_the_greatest_number_of_sequences_that_any_draws_for() -> None:
+    ranks = [Lockstep(exchange) for exchange in exchanges(3)]
+    steps = [
+        threading.Thread(target=one.agree, args=(True, 0, drawn))
+        for one, drawn in zip(ranks, (0, 7, 3), strict=True)
+    ]
+    for step in steps:
+        step.start()
+    for step in steps:
+        step.join()
+    assert [one.most_drawn for one in ranks] == [7, 7, 7]
+
+
 class Rank(threading.Thread):
     """A rank whose requests are numbers of steps; what the front says comes through an inbox."""
 

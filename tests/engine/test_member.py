@@ -20,7 +20,7 @@ from moebius.parallel.key import ClusterKey
 from moebius.parallel.shared_memory import Segment
 
 KEY = ClusterKey.draw()
-SPEC = ExchangeSpec(2, tokens=4, hidden=8, top_k=2, dtype=torch.float32)
+SPEC = ExchangeSpec(2, tokens=4, hidden=8, top_k=2, dtype=torch.float32, gathered=3, width=40)
 EXPERTS = {0: 4, 2: 6}
 NAMES = ("rank 0 on node 0 (left)", "rank 3 on node 1 (right)")
 
@@ -123,7 +123,7 @@ def test_it_joins_where_its_front_says_and_how(two: list[One]) -> None:
 
 
 def test_what_it_exchanges_is_said_to_the_front() -> None:
-    assert One().member.rows == wire.Rows(2, 4, 8, 2, "float32")
+    assert One().member.rows == wire.Rows(2, 4, 8, 2, "float32", 3, 40)
 
 
 def test_a_smaller_epoch_has_fewer_ranks() -> None:
@@ -216,7 +216,7 @@ def test_ranks_of_several_hosts_meet_and_one_that_is_given_up_is_named(two: list
     two[0].member.give_up(wire.GiveUp(1, (1,)))
     error = raised()
     assert isinstance(error, PeerError) and error.ranks == (1,)
-    assert f"without {NAMES[1]}, which ended" in str(error)
+    assert str(error).endswith(f"{NAMES[1]} is lost")
     for exchange in (first, second):
         exchange.close()
 

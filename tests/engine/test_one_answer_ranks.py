@@ -7,6 +7,8 @@ and wherever the experts lie.
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor
 
 import moebius
+from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
 from moebius.moe.placement import Placement
 from moebius.parallel.shared_memory import SharedMemoryExchange
+from moebius.request.params import SamplingParams
 from oracle import FAMILY, save_tiny
 from random_ranks import answers_of_ranks, load_ranks, random_placement
 from random_schedules import (
@@ -48,6 +52,34 @@ def check(directory: Path, one: Decoder, asked: list[Wish], ranks: int, rng: ran
     homes = [rng.randrange(ranks) for _ in asked]
     for found in answers_of_ranks(decoders, asked, homes, schedules).rounds:
         assert found == expected, (placement, homes, schedules)
+
+
+def test_ranks_make_logits_together_where_they_are_few_and_alone_where_they_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Counter[bool] = Counter()
+    logits = Runner.logits
+
+    def counted(runner: Runner, rows: Iterable[int], shared: bool = False) -> Tensor:
+        made[shared] += 1
+        return logits(runner, rows, shared)
+
+    monkeypatch.setattr(Runner, "logits", counted)
+    save_tiny(tmp_path, "mixtral", max_position_embeddings=MAX_MODEL_LEN, vocab_size=300)
+    one = load_decoder(tmp_path, torch.bfloat16, ops=cpu.CpuOps(1))
+    asked = [
+        Wish(f"r{i}", (i, 7, i), SamplingParams(max_tokens=4 + 4 * i, ignore_eos=True), i)
+        for i in range(8)
+    ]
+    expected = {wish.id: alone(one, wish) for wish in asked}
+    made.clear()
+    decoders = load_ranks(tmp_path, torch.bfloat16, Placement.linear(one.config.experts, 2))
+    schedule = Schedule(16, 400, 8, 300, True, (0,) * 8, 1)
+    seen = answers_of_ranks(decoders, asked, [0] * 7 + [1], [schedule] * 2)
+    assert seen.rounds[0] == expected
+    # After 12 steps three have ended and four are left at rank 0, which are few. Its last ends
+    # after 28, and it takes part in the other rank's until the 32nd.
+    assert made == {False: 2 * 12, True: 2 * 20}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

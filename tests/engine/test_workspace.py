@@ -71,16 +71,22 @@ def test_a_ranks_plan_is_what_it_allocates(tmp_path: Path, model_type: str) -> N
     config = whole.checkpoint.config
     (top_k,) = {part.router.top_k for part in config.feed_forward if part.router is not None}
     tokens = SMALL.max_num_batched_tokens
-    exchanges = group(ExchangeSpec(3, tokens, config.hidden_size, top_k, whole.dtype))
+    spec = ExchangeSpec(3, tokens, config.hidden_size, top_k, whole.dtype, 4, config.vocab_size)
+    exchanges = group(spec)
     for prepared, exchange in zip(each, exchanges, strict=True):
         assert prepared.decoder.ranks is not None
         prepared.decoder.ranks.join(exchange)
     engines = together(exchanges, lambda rank: load_engine(tmp_path, SMALL, prepared=each[rank]))
     for engine, prepared in zip(engines, each, strict=True):
-        program = engine.runner.programs.step
-        assert isinstance(program, RecordedProgram)
-        assert program.trace == prepared.workspace.step
-        assert program.memory.nbytes == prepared.workspace.step.nbytes
+        programs = engine.runner.programs
+        planned = prepared.workspace.programs
+        for program, trace in zip(
+            (programs.step, programs.head, programs.shared_head), planned, strict=True
+        ):
+            assert isinstance(program, RecordedProgram)
+            assert program.trace == trace
+            assert program.memory.nbytes == trace.nbytes
+        assert prepared.plan.workspace >= sum(trace.nbytes for trace in planned)
         # Rows of three ranks come, and their choices' outputs go.
         received = 3 * tokens * (top_k + 1) * config.hidden_size * prepared.dtype.itemsize
         assert prepared.workspace.step.nbytes > received

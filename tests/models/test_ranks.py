@@ -16,6 +16,7 @@ import rank_steps
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import ExpertShare, prepare
 from moebius.engine.runner import Runner
+from moebius.engine.shared_head import SHARED_ROWS
 from moebius.errors import ConfigError, PeerError, WeightsError
 from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, open_checkpoint
@@ -84,7 +85,24 @@ class Group:
             exact = alone.execute(step)
             assert len(one) == len(step.input_ids_host)
             assert torch.equal(bits(one), bits(exact))
+        self._check_logits(steps)
         return found
+
+    def _check_logits(self, steps: Sequence[StepInputs]) -> None:
+        """Of which each rank makes some columns for all; of the last rows first, of each other one."""
+        heads = [one.programs.shared for one in self.runners]
+        all_there = len(heads) == self.runners[0].model.ranks.received.most // MAX_TOKENS
+        assert {each.usable for each in heads if each} == {all_there}
+        if not all_there:
+            return
+        rows = [range(len(step.input_ids_host))[::-2][:SHARED_ROWS] for step in steps]
+        found = together(
+            self.exchanges, lambda rank: self.runners[rank].logits(rows[rank], True).clone()
+        )
+        for one, alone, wanted in zip(found, self.alone, rows, strict=True):
+            exact = alone.logits(wanted)
+            assert one.shape == exact.shape
+            assert torch.equal(bits(one), bits(exact))
 
     def move(self, placement: Placement) -> None:
         for loader, one in zip(self.loaders, self.runners, strict=True):
@@ -94,7 +112,9 @@ class Group:
 def spec_of(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int) -> ExchangeSpec:
     config = checkpoint.config
     (top_k,) = {part.router.top_k for part in config.feed_forward if part.router is not None}
-    return ExchangeSpec(ranks, MAX_TOKENS, config.hidden_size, top_k, dtype)
+    return ExchangeSpec(
+        ranks, MAX_TOKENS, config.hidden_size, top_k, dtype, SHARED_ROWS, config.vocab_size
+    )
 
 
 def random_placement(experts: dict[int, int], ranks: int, rng: random.Random) -> Placement:

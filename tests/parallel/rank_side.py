@@ -32,6 +32,7 @@ class Meeting:
 
     kind    "shared", "sockets", "gloo" or "nccl"
     place   the segment's, or the file of a store of torch's
+    near    of each rank, where they connect: those that are on its host
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Meeting:
     spec: ExchangeSpec
     epoch: Epoch
     timeout: float = 30.0
+    near: tuple[tuple[int, ...], ...] = ()
 
 
 def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
@@ -96,6 +98,7 @@ def connected(store: dist.Store, meeting: Meeting, rank: int) -> Exchange:
         KEY,
         timeout=meeting.timeout,
         patience=30.0,
+        near=meeting.near[rank] if meeting.near else (),
     )
 
 
@@ -216,6 +219,48 @@ def layers_without_end(held: Held, case: Case, killed: int, microseconds: int) -
         if number == 3 and exchange.rank == killed:
             signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
         layer(exchange, case)
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """How many rows each rank has for all others, drawn by its seed."""
+
+    seed: int
+    rows: tuple[int, ...]
+
+    def x_GD(self, rank: int, spec: ExchangeSpec) -> Tensor:
+        shape = (self.rows[rank], spec.row_bytes)
+        return draw(self.seed + 1000 * rank, 256, shape, torch.uint8).view(spec.dtype)
+
+    def results_GV(self, rank: int, spec: ExchangeSpec) -> Tensor:
+        """What stands for logits: other numbers for every row and column."""
+        first = bits(self.x_GD(rank, spec))[:, :1].float()
+        return first + torch.arange(spec.width)
+
+
+def gather(held: Held, cases: list[Gathering]) -> list[tuple[Tensor, bool, Tensor]]:
+    """The rows that came, whether others' memory was left alone, and the results."""
+    exchange = held["exchange"]
+    return [gathered(exchange, case) for case in cases]
+
+
+def gathered(exchange: Exchange, case: Gathering) -> tuple[Tensor, bool, Tensor]:
+    spec = exchange.spec
+    rows_RD = torch.full((spec.size * spec.gathered, spec.hidden), GUARD, dtype=spec.dtype)
+    count = exchange.gather(case.x_GD(exchange.rank, spec), rows_RD)
+    untouched = bool((rows_RD[count:] == GUARD).all())
+    rows_RD = rows_RD[:count]
+    own = spec.columns(exchange.rank)
+    parts_RW = bits(rows_RD)[:, :1].float() + torch.arange(own.start, own.stop)
+    back_GV = torch.full((case.rows[exchange.rank], spec.width), float(GUARD))
+    exchange.scatter(parts_RW, back_GV)
+    return bits(rows_RD).clone(), untouched, back_GV
+
+
+def scatter_without_gather(held: Held) -> None:
+    spec = held["exchange"].spec
+    columns = len(spec.columns(held["exchange"].rank))
+    held["exchange"].scatter(torch.zeros(0, columns), torch.zeros(0, spec.width))
 
 
 def agree(held: Held, *values: tuple[int, ...]) -> list[list[tuple[int, ...]]]:

@@ -10,7 +10,7 @@ import torch
 from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
 from parallel.naive import wanted
-from parallel.rank_side import Case, layer
+from parallel.rank_side import Case, Gathering, bits, gathered, layer
 
 SPEC = ExchangeSpec(3, 6, 10, 3, torch.bfloat16)
 
@@ -41,6 +41,17 @@ def test_it_agrees_with_itself_and_sends_nothing() -> None:
     layer(one, Case(1, (0, 0, 6), 7))
     assert one.traffic.bytes_out == one.traffic.bytes_in == 0
     one.close()
+
+
+def test_gathered_rows_are_its_own_and_others_columns_zero() -> None:
+    spec = replace(SPEC, gathered=4, width=70)
+    case = Gathering(1, (0, 3, 0))
+    found, untouched, back = gathered(Alone(spec, 1), case)
+    assert untouched and torch.equal(found, bits(case.x_GD(1, spec)))
+    own = spec.columns(1)
+    right = torch.zeros(3, 70)
+    right[:, own.start : own.stop] = case.results_GV(1, spec)[:, own.start : own.stop]
+    assert torch.equal(back, right)
 
 
 def test_what_a_group_would_refuse_it_refuses() -> None:

@@ -18,11 +18,13 @@ from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment
 from parallel import rank_side
 from parallel.naive import cases, check
-from parallel.rank_side import Case, Meeting
+from parallel.rank_side import Case, Gathering, Meeting, bits
 from parallel.ranks import Raised, Rank, ranks, together
 
 SPEC = ExchangeSpec(4, 6, 10, 3, torch.bfloat16)
-KINDS = ("shared", "sockets", "gloo")
+KINDS = ("shared", "sockets", "gloo", "one host", "two hosts")
+# Ranks that connect and share memory, all or two by two.
+NEAR = {"one host": lambda rank: range(4), "two hosts": lambda rank: (rank, rank ^ 1)}
 
 Meet = Callable[..., Meeting]
 
@@ -44,7 +46,10 @@ def meet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Meet]:
             epoch = Epoch("test", next(numbers), names)
             if request.param != "shared":
                 store = str(tmp_path / f"store{epoch.number}")
-                return Meeting(request.param, store, spec, epoch, timeout)
+                if request.param not in NEAR:
+                    return Meeting(request.param, store, spec, epoch, timeout)
+                near = tuple(tuple(NEAR[request.param](rank)) for rank in range(spec.size))
+                return Meeting("sockets", store, spec, epoch, timeout, near)
             segment = stack.enter_context(Segment(spec, epoch))
             return Meeting("shared", segment.place, spec, epoch, timeout)
 
@@ -89,6 +94,46 @@ def test_agree(pool: list[Rank], meet: Meet) -> None:
     right = [[tuple(v + rank for v in each) for rank in range(4)] for each in values]
     assert together(pool, rank_side.agree, *values) == [right] * 4
     assert together(pool, rank_side.agree_unlike) == [[(), (0,), (0, 1), (0, 1, 2)]] * 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1, 70, 1000])
+def test_rows_are_gathered_and_what_is_made_of_them_scattered(
+    pool: list[Rank], tmp_path: Path, size: int, width: int
+) -> None:
+    """Through memory alone. Columns do not go evenly, and some ranks have none; layers between."""
+    spec = ExchangeSpec(size, 6, 10, 3, torch.bfloat16, gathered=5, width=width)
+    columns = [column for rank in range(size) for column in spec.columns(rank)]
+    assert columns == list(range(width))
+    uneven = tuple((3 * rank + 1) % 6 for rank in range(size))
+    cases = [Gathering(seed, uneven[::way]) for seed, way in ((1, 1), (2, -1), (3, 1))]
+    cases += [Gathering(4, (0,) * size), Gathering(5, (5,) * size)]
+    with Segment(spec, Epoch("test", 1)) as segment:
+        together(pool[:size], rank_side.join, Meeting("shared", segment.place, spec, segment.epoch))
+    for case in cases:
+        check(pool[:size], spec, [Case(case.seed, (6,) * size, 7)])
+        rows = torch.cat([bits(case.x_GD(rank, spec)) for rank in range(size)])
+        for rank, ((found, untouched, back),) in enumerate(
+            together(pool[:size], rank_side.gather, [case])
+        ):
+            assert untouched and torch.equal(found, rows)
+            assert torch.equal(back, case.results_GV(rank, spec))
+
+
+def test_what_cannot_be_gathered_is_refused(pool: list[Rank], meet: Meet) -> None:
+    spec = ExchangeSpec(2, 6, 10, 3, torch.bfloat16, gathered=2, width=20)
+    meeting = meet(spec)
+    together(pool[:2], rank_side.join, meeting)
+    pool[0].start(rank_side.gather, [Gathering(1, (3, 0))])
+    error = pool[0].error()
+    if meeting.kind != "shared":
+        assert error.kind is RuntimeError and "gathers no rows" in error.text
+        return
+    assert error.kind is ValueError and "3 rows are to be gathered; there may be 2 a" in error.text
+    pool[0].start(rank_side.scatter_without_gather)
+    assert "scatter gather, and nothing else" in pool[0].error().text
+    # Nothing was sent: the same ranks go on.
+    together(pool[:2], rank_side.gather, [Gathering(1, (2, 1))])
 
 
 def says_what_happened(meeting: Meeting, error: Raised, how: str, own: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -16,8 +17,10 @@ import pytest
 import torch
 
 from moebius.errors import ConfigError, PeerError
+from moebius.parallel import sockets
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.key import ClusterKey
+from moebius.parallel.mapped import make
 from moebius.parallel.meet import connect, name_of
 from moebius.parallel.sockets import Meeting, SocketExchange, join_epoch
 
@@ -52,6 +55,7 @@ def join(meeting: Meeting, rank: int, **of: Any) -> SocketExchange:
         of.get("key", KEY),
         timeout=60.0,
         patience=of.get("patience", 60.0),
+        near=of.get("near", ()),
     )
 
 
@@ -73,6 +77,51 @@ def test_ranks_meet_and_exchange() -> None:
         exchange.close()
 
 
+def test_ranks_of_one_host_share_memory_that_is_gone_with_them() -> None:
+    """Rank 2 is on another host. Who leaves is known at once, as where rows go through sockets."""
+    name = f"/memfd:moebius-{EPOCH.group}-{EPOCH.number}"
+
+    def meet_and_part() -> None:
+        met = meetings()
+        near = ((1,), (0,), ())
+        with ThreadPoolExecutor(3) as threads:
+            exchanges = list(threads.map(lambda r: join(met[r], r, near=near[r]), range(3)))
+            # Both ranks that have mapped it are of this process.
+            assert Path("/proc/self/maps").read_text().count(name) == 2
+            told = list(threads.map(lambda each: each.agree((each.rank, 10)), exchanges))
+            assert told == [[(0, 10), (1, 10), (2, 10)]] * 3
+            waiting = [threads.submit(exchanges[rank].agree, (1,)) for rank in (0, 2)]
+            exchanges[1].close()
+            for each in waiting:
+                with pytest.raises(PeerError, match=r"rank 1 has left") as found:
+                    each.result(10)
+                assert found.value.ranks == (1,)
+        for exchange in exchanges:
+            exchange.close()
+
+    meet_and_part()
+    gc.collect()  # errors hold the frames that they came through
+    assert name not in Path("/proc/self/maps").read_text()
+    assert not any(name in link for link in open_files())
+
+
+def open_files() -> list[str]:
+    numbers = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    return [str(path.readlink()) for path in numbers if path.is_symlink()]
+
+
+def test_memory_that_is_not_what_was_agreed_is_refused() -> None:
+    """Another version's, say."""
+    met = meetings(2)
+    with ThreadPoolExecutor(2) as threads, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sockets.mapped, "make", lambda name, nbytes: make(name, nbytes // 2))
+        joins = [threads.submit(join, met[r], r, spec=TWO, near=(1 - r,)) for r in range(2)]
+        with pytest.raises(PeerError, match=r"rank 1 shares \d+ bytes of memory"):
+            joins[0].result()
+        with pytest.raises(PeerError):
+            joins[1].result()
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_who_is_told_that_an_epoch_is_over_waits_no_longer(alone: bool) -> None:
     """Whether the others have told no address yet, or do not connect to this one's."""
@@ -83,7 +132,7 @@ def test_who_is_told_that_an_epoch_is_over_waits_no_longer(alone: bool) -> None:
         for meeting in met:
             meeting.give_up([2])
         for each in waiting:
-            with pytest.raises(PeerError, match="without rank 2, which") as found:
+            with pytest.raises(PeerError, match="rank 2 is lost") as found:
                 each.result(10)
             assert found.value.ranks == (2,)
 
@@ -134,7 +183,7 @@ def test_who_has_another_key_is_not_let_in() -> None:
             first.result()
 
 
-@pytest.mark.parametrize("said", [b"", b"\0" * 28], ids=["nothing", "another epoch"])
+@pytest.mark.parametrize("said", [b"", b"\0" * 36], ids=["nothing", "another epoch"])
 def test_a_stranger_that_has_the_key_takes_nobodys_place(said: bytes) -> None:
     """Of an earlier epoch, say; the rank that is waited for comes after it."""
     met = meetings(2)
@@ -194,9 +243,7 @@ def test_what_a_peer_sends_is_not_believed() -> None:
 
 def test_nothing_stays_open() -> None:
     def open_sockets() -> set[str]:
-        found = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
-        names = {str(path.readlink()) for path in found if path.is_symlink()}
-        return {name for name in names if name.startswith("socket:")}
+        return {name for name in open_files() if name.startswith("socket:")}
 
     before = open_sockets()
     met = meetings(2)

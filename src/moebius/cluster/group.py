@@ -342,6 +342,7 @@ class RankGroup:
                 timeout=self._message.config.step_deadline / 2,
                 heard=self._given,
                 names=epoch.names,
+                near=place.near(number_here),
             )
             client.remote.tell(join)
         log.info("%s begins, with %d of %d ranks", epoch, len(members), self.size)
@@ -396,5 +397,7 @@ def _spec(rows: wire.Rows | None, size: int) -> ExchangeSpec:
     assert rows is not None, "a rank says what it exchanges"
     for dtype in DTYPES:
         if str(dtype) == f"torch.{rows.dtype}":
-            return ExchangeSpec(size, rows.tokens, rows.hidden, rows.top_k, dtype)
+            return ExchangeSpec(
+                size, rows.tokens, rows.hidden, rows.top_k, dtype, rows.gathered, rows.width
+            )
     raise WireError(f"a rank exchanges rows of {rows.dtype!r}, of which none can be")

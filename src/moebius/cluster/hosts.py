@@ -27,6 +27,10 @@ class EpochPlace(ABC):
     def of(self, rank: int) -> str:
         """What a rank is told of it: wire.Join.place."""
 
+    def near(self, rank: int) -> tuple[int, ...]:
+        """wire.Join.near."""
+        return ()
+
     @abstractmethod
     def carry(self, told: wire.Listening, rank: int) -> None:
         """Where a rank listens, to all others."""
@@ -59,19 +63,29 @@ class SharedPlace(EpochPlace):
 class ConnectedPlace(EpochPlace):
     """Connections between hosts.
 
+    nodes       the number of each rank's host
     addresses   of each rank's host
     remotes     the ranks' clients
     """
 
     def __init__(
-        self, epoch: Epoch, addresses: Sequence[str], remotes: Sequence[RemoteClient]
+        self,
+        epoch: Epoch,
+        nodes: Sequence[int],
+        addresses: Sequence[str],
+        remotes: Sequence[RemoteClient],
     ) -> None:
         self._epoch = epoch
+        self._nodes = nodes
         self._addresses = addresses
         self._remotes = remotes
 
     def of(self, rank: int) -> str:
         return TCP + self._addresses[rank]
+
+    def near(self, rank: int) -> tuple[int, ...]:
+        here = enumerate(self._nodes)
+        return tuple(other for other, node in here if node == self._nodes[rank] and other != rank)
 
     def carry(self, told: wire.Listening, rank: int) -> None:
         for other, remote in enumerate(self._remotes):
@@ -221,7 +235,8 @@ class ManyHosts(Hosts):
         self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
     ) -> EpochPlace:
         addresses = [self._host(rank).address for rank in remotes]
-        return ConnectedPlace(epoch, addresses, list(remotes.values()))
+        nodes = [self._node_of[rank] for rank in remotes]
+        return ConnectedPlace(epoch, nodes, addresses, list(remotes.values()))
 
     def _neighbours(self, rank: int) -> list[int]:
         """The ranks that share a machine's cores and memory with this one, itself among them."""

@@ -4,10 +4,11 @@ One thread at a time owns an engine; EngineClient is how others reach it.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from moebius.engine.batch import Batch, build_batch
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
@@ -159,7 +160,7 @@ class Engine:
     def _sample(self, batch: Batch) -> _Results:
         """Draw where a chunk reaches its sequence's end, and score the prompts that ask for it."""
         results = _Results()
-        logits_LV = self.runner.logits(batch.sampled_rows)
+        logits_LV = self._logits(batch.sampled_rows)
         outcomes = sample(logits_LV, batch.sampled, self.runner.ops)
         for request, outcome in zip(batch.sampled, outcomes, strict=True):
             if isinstance(outcome, Sampled):
@@ -173,6 +174,9 @@ class Engine:
                 except Exception as error:
                     results.failed[rows.request.id] = failure("scoring a prompt", error)
         return results
+
+    def _logits(self, rows: Sequence[int]) -> Tensor:
+        return self.runner.logits(rows)
 
     def _score(self, rows: PromptRows, results: _Results) -> None:
         """Log-probabilities of prompt tokens, without those that were sent before a preemption."""

@@ -35,6 +35,7 @@ from moebius.engine.placing import start_placement
 from moebius.engine.plan_words import human_bytes, node_names
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
+from moebius.engine.shared_head import SHARED_ROWS
 from moebius.engine.trace import TraceWriter
 from moebius.engine.weight_bytes import common_bytes, count_weights
 from moebius.engine.workspace import StepRows, Workspace, bare_decoder, plan_workspace
@@ -433,6 +434,8 @@ def exchange_spec(prepared: Prepared) -> ExchangeSpec:
         hidden=model.hidden_size,
         top_k=max(router.top_k for router in routers),
         dtype=prepared.dtype,
+        gathered=min(SHARED_ROWS, ranks.tokens),
+        width=model.vocab_size,
     )
 
 

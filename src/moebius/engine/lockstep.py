@@ -25,6 +25,8 @@ class Lockstep:
         self._running = True
         self.ready: int | None = None
         """What all brought as `ready` to the last step; None where they differed."""
+        self.most_drawn = 0
+        """The greatest number that any brought as `drawn` to the last step."""
 
     @property
     def awake(self) -> bool:
@@ -35,15 +37,17 @@ class Lockstep:
         """The front has handed out request `number`, to this rank or to another."""
         self._heard = max(self._heard, number)
 
-    def agree(self, has_work: bool, ready: int = 0) -> bool:
+    def agree(self, has_work: bool, ready: int = 0, drawn: int = 0) -> bool:
         """Whether all ranks make a step now. Raises PeerError.
 
-        ready: the number of the placement of experts that this rank can compute by.
+        ready: the number of the placement of experts that this rank can compute by. drawn: of how
+        many sequences it draws a token at most.
         """
-        told = self._exchange.agree((int(has_work), self._heard, ready))
-        numbers = [heard for _, heard, _ in told]
-        some_work = any(work for work, _, _ in told)
-        self.ready = ready if all(each == ready for _, _, each in told) else None
+        told = self._exchange.agree((int(has_work), self._heard, ready, drawn))
+        numbers = [heard for _, heard, _, _ in told]
+        some_work = any(work for work, *_ in told)
+        self.ready = ready if all(each == ready for _, _, each, _ in told) else None
+        self.most_drawn = max(most for *_, most in told)
         self._settled = max(numbers)
         self._running = some_work or min(numbers) < max(numbers)
         return some_work

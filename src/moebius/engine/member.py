@@ -60,7 +60,9 @@ class Member:
         """What the group exchanges, which its front makes room for."""
         spec = self._spec
         dtype = str(spec.dtype).removeprefix("torch.")
-        return wire.Rows(spec.size, spec.tokens, spec.hidden, spec.top_k, dtype)
+        return wire.Rows(
+            spec.size, spec.tokens, spec.hidden, spec.top_k, dtype, spec.gathered, spec.width
+        )
 
     def expect(self, asked: wire.Join) -> None:
         """This epoch will be joined once the engine comes to it: whatever that still waits for in
@@ -144,6 +146,7 @@ class Member:
             timeout=asked.timeout,
             patience=_PATIENCE_SECONDS,
             crowded=self._crowded,
+            near=asked.near,
         )
 
     def _end(self, meeting: "Meeting", ranks: Sequence[int]) -> None:

@@ -247,7 +247,7 @@ def exchange_bytes(model: ModelConfig, tokens: int, ranks: int, itemsize: int) -
     """The most that a step of so many tokens sends to other ranks and gets back from them.
 
     A token's row and its ids go once to each rank that computes any of its choices; a row for each
-    choice comes back.
+    choice comes back. Logits that ranks make together are not counted: they stay on a host.
     """
     total = 0
     for part in model.feed_forward:

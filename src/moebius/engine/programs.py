@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moebius.engine.kv_cache import KVCache
+from moebius.engine.shared_head import SharedHead
 from moebius.engine.workspace import StepRows, Workspace, forward, head
 from moebius.models.decoder import Decoder
 from moebius.ops.program import Program
@@ -19,10 +20,12 @@ class StepPrograms:
     """What a runner runs, recorded where the backend can.
 
     rows: how many a step has at most. planned: what plan_workspace said of these.
+    shared: of few logits, that ranks make together; None where there are no ranks.
     """
 
     step: Program[StepInputs]
     head: "Program[array[int]]"
+    shared_head: "Program[array[int]] | None" = None
 
     def __init__(
         self,
@@ -44,6 +47,12 @@ class StepPrograms:
         if not self.step.trace.recorded:  # its results are elsewhere each time
             logits = self.step.trace
         self.head = ops.record(self._logits, rows.head_source(), device, logits)
+        self.shared = SharedHead.of(model)
+        if self.shared is not None:
+            trace = planned.shared_head if planned else None
+            if not self.step.trace.recorded:
+                trace = self.step.trace
+            self.shared_head = ops.record(self._few_logits, self.shared.source, device, trace)
         for what, program in (("steps", self.step), ("logits", self.head)):
             if not program.trace.recorded:
                 log.info("%s are not recorded: %s", what, program.trace.reason)
@@ -58,8 +67,14 @@ class StepPrograms:
         self._last = self.step.run(inputs)
         return self._last
 
-    def logits(self, rows: "array[int]") -> Tensor:
-        """(L, V) float32 of rows of the last step, read until the next call."""
+    def logits(self, rows: "array[int]", shared: bool = False) -> Tensor:
+        """(L, V) float32 of rows of the last step, read until the next call.
+
+        shared: of few rows, which all ranks make together.
+        """
+        if shared:
+            assert self.shared_head is not None, "a model without ranks has no shared head"
+            return self.shared_head.run(rows)
         return self.head.run(rows)
 
     # Inference mode is theirs and not around what calls them: a recorded step computes nothing in
@@ -68,5 +83,12 @@ class StepPrograms:
         return forward(self._model, self._cache, step)
 
     def _logits(self, rows_L: Tensor) -> Tensor:
-        hidden_TD = self._last if self.step.whole is None else self.step.whole
-        return head(self._model, hidden_TD, rows_L)
+        return head(self._model, self._whole, rows_L)
+
+    def _few_logits(self, rows_G: Tensor) -> Tensor:
+        assert self.shared is not None, "only where there are ranks"
+        return self.shared.logits(self._whole, rows_G)
+
+    @property
+    def _whole(self) -> Tensor:
+        return self._last if self.step.whole is None else self.step.whole

@@ -1,8 +1,10 @@
 """RankEngine: one of several engines that make each step together, as each holds some experts."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from moebius.engine.client import EngineInfo, EngineStats, StepOutput
 from moebius.engine.engine import Engine
@@ -50,6 +52,10 @@ class RankEngine(Engine):
         # What earlier epochs have exchanged, and this one's exchange: others read both at once.
         self._exchanged: tuple[Traffic, Exchange | None] = (Traffic(), None)
         self._lockstep: Lockstep | None = None
+        # How many sequences each rank may draw for, for which ranks make logits together; and
+        # whether they do in this step.
+        self._most_shared = 0
+        self._shares = False
 
     @property
     def has_work(self) -> bool:
@@ -65,6 +71,8 @@ class RankEngine(Engine):
         self.epoch_steps = 0
         self._exchanged = (self.traffic, exchange)
         self._use(exchange)
+        shared = self.runner.programs.shared
+        self._most_shared = shared.rows if shared is not None and shared.usable else 0
         self._lockstep = Lockstep(exchange, heard)
 
     def leave(self) -> None:
@@ -98,10 +106,11 @@ class RankEngine(Engine):
         moves = self.moves
         try:
             ready = 0 if moves is None else moves.ready()
-            some_work = self._lockstep.agree(self.scheduler.has_work, ready)
+            some_work = self._lockstep.agree(self.scheduler.has_work, ready, self._most_drawn)
         except PeerError as error:
             self._part(error)
             return []
+        self._shares = self._lockstep.most_drawn <= self._most_shared
         if moves is not None and self._lockstep.ready is not None:
             moves.agreed(self._lockstep.ready)
         outputs = super()._step() if some_work else []
@@ -114,6 +123,8 @@ class RankEngine(Engine):
             if plan.chunks:
                 return super()._computed(plan)
             self.runner.execute_empty()
+            if self._shares:
+                self._logits(())
         except PeerError as error:
             self._part(error)
         return []
@@ -125,6 +136,14 @@ class RankEngine(Engine):
         assert exchange is not None, "a step is made in a group"
         self._part(exchange.epoch.lost((exchange.rank,), "failed at a step"))
         return outputs
+
+    def _logits(self, rows: Sequence[int]) -> Tensor:
+        return self.runner.logits(rows, shared=self._shares)
+
+    @property
+    def _most_drawn(self) -> int:
+        scheduler = self.scheduler
+        return min(len(scheduler.requests), scheduler.config.max_num_seqs)
 
     @property
     def _exchange(self) -> Exchange | None:

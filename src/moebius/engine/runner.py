@@ -62,21 +62,24 @@ class Runner:
         """Take part in a step without a token of one's own, where other ranks have some."""
         self.execute(self._zeros(0))
 
-    def logits(self, rows: Iterable[int]) -> Tensor:
+    def logits(self, rows: Iterable[int], shared: bool = False) -> Tensor:
         """(L, V) float32 of rows of the last step; read until the next call.
 
+        shared: all ranks call it at once, for few rows each.
         Raises IndexError for a row that the step did not have.
         """
         wanted = array("q", rows)
         if max(wanted, default=-1) >= self._num_rows:
             raise IndexError(f"the last step had {self._num_rows} rows, not row {max(wanted)}")
-        return self.programs.logits(wanted)
+        return self.programs.logits(wanted, shared)
 
     def warm_up(self) -> None:
         """Run an empty step and one of one token: the first request meets nothing new."""
         for sequences in (0, 1):
             self.execute(self._zeros(sequences))
             self.logits(range(sequences))
+            if self.programs.shared is not None and self.programs.shared.usable:
+                self.logits(range(sequences), shared=True)
         self.expert_counts.clear()
 
     def _zeros(self, sequences: int) -> StepInputs:

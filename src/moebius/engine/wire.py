@@ -98,6 +98,7 @@ class Join(_Record, frozen=True, tag="join"):
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
     names     of all ranks in this epoch, for a person
+    near      those that are on this rank's host, where some are on others
     """
 
     group: str
@@ -109,6 +110,7 @@ class Join(_Record, frozen=True, tag="join"):
     timeout: float
     heard: int
     names: tuple[str, ...]
+    near: tuple[int, ...] = ()
 
 
 class Listening(_Record, frozen=True, tag="listening"):
@@ -178,6 +180,8 @@ class Rows(_Record, frozen=True):
     hidden: int
     top_k: int
     dtype: str
+    gathered: int = 0
+    width: int = 0
 
 
 class Loaded(_Record, frozen=True, tag="loaded"):

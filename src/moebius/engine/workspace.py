@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moebius.engine.cold_experts import look_ahead
 from moebius.engine.kv_cache import KVCache
+from moebius.engine.shared_head import SharedHead
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
@@ -42,27 +43,34 @@ class StepRows:
 class Workspace:
     """The programs of a step's hidden states and of its logits, as they will be recorded.
 
-    uses      all operations from tokens to tokens, as far as they were followed
-    scratch   what the backend's operations keep beside that, in bytes
+    shared_head   of few logits, that ranks make together; None where there are no ranks
+    uses          all operations from tokens to tokens, as far as they were followed
+    scratch       what the backend's operations keep beside that, in bytes
     """
 
     step: Trace
     head: Trace
+    shared_head: Trace | None
     uses: frozenset[Use]
     scratch: int
 
     @property
+    def programs(self) -> tuple[Trace, ...]:
+        some = (self.step, self.head)
+        return some if self.shared_head is None else (*some, self.shared_head)
+
+    @property
     def recorded(self) -> bool:
-        return self.step.recorded and self.head.recorded
+        return all(program.recorded for program in self.programs)
 
     @property
     def reason(self) -> str:
         """Why not all of it is recorded; empty where it is."""
-        return self.step.reason or self.head.reason
+        return next((program.reason for program in self.programs if program.reason), "")
 
     @property
     def nbytes(self) -> int:
-        return self.step.nbytes + self.head.nbytes + self.scratch
+        return sum(program.nbytes for program in self.programs) + self.scratch
 
     def batch_invariant(self, ops: Ops) -> bool:
         """Whether every operation is, and there are no others: what torch computes between them
@@ -123,6 +131,11 @@ def plan_workspace(
         lambda step: forward(model, cache, step), rows.step_source(len(cache.layout.windows))
     )
     logits = ops.trace(lambda rows_L: head(model, hidden_TD, rows_L), rows.head_source())
+    together = SharedHead.of(model)
+    shared = None
+    if together is not None:
+        few = together
+        shared = ops.trace(lambda rows_G: few.logits(hidden_TD, rows_G), few.source)
     sampling = Use(Operation.SAMPLING, torch.float32)
     widest = max(
         config.hidden_size,
@@ -133,4 +146,4 @@ def plan_workspace(
         (ops.scratch_bytes(widest, spec, block_size, context) for spec in specs if spec.token),
         default=0,
     )
-    return Workspace(step, logits, step.uses | logits.uses | {sampling}, scratch)
+    return Workspace(step, logits, shared, step.uses | logits.uses | {sampling}, scratch)

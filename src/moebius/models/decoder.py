@@ -18,7 +18,7 @@ from moebius.nn.linear import Changes, Embedding, Linear, ParameterModule, RMSNo
 from moebius.nn.mixer import MixerModule, Past
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Place
-from moebius.ops import Ops, PreparedLinear
+from moebius.ops import Ops, PreparedLinear, Weight
 
 
 class Stream(NamedTuple):
@@ -147,10 +147,17 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Logits (L, V), float32, of hidden states that forward returned."""
-        head = (self.lm_head or self.embed_tokens).held(), None
+        head = self.head, None
         if self._head is None or not self._head.is_of(head):
             self._head = self.ops.prepare_linear(head, dtype=hidden_LD.dtype)
-        logits_LV = self.ops.logits(hidden_LD, self._head)
+        return self.scaled(self.ops.logits(hidden_LD, self._head))
+
+    @property
+    def head(self) -> Weight:
+        """(V, D): its products with hidden states are logits but for `scaled`."""
+        return (self.lm_head or self.embed_tokens).held()
+
+    def scaled(self, logits_LV: Tensor) -> Tensor:
         if self.config.logits_divisor != 1.0:
             logits_LV = self.ops.divide(logits_LV, self.config.logits_divisor)
         if self.config.logits_softcap is not None:

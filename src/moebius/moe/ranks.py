@@ -41,6 +41,7 @@ class ExpertRank:
         self, placement: Placement, rank: int, tokens: int, exchange: Exchange | None = None
     ) -> None:
         self.tokens = tokens
+        self.number = rank  # where all are there
         self.received = Rows(RECEIVED, placement.ranks * tokens)
         self._exchange: Exchange | None = None
         self.placement = placement

@@ -14,6 +14,8 @@ _EPOCH = Epoch("none", 0)
 class Alone(Exchange):
     """As if the other ranks had no tokens, and answered with zeros: for warming up."""
 
+    gathers = True
+
     def __init__(self, spec: ExchangeSpec, rank: int) -> None:
         super().__init__(spec, rank, _EPOCH, timeout=1.0)
         self._mine_TK = torch.empty(0)
@@ -42,6 +44,18 @@ class Alone(Exchange):
         self._check_combine(outputs_RKD, back_TKD, int(kept_T.sum()), len(kept_T))
         back_TKD.zero_()
         back_TKD[self._mine_TK] = outputs_RKD[: int(kept_T.sum())][self._mine_TK[kept_T]]
+
+    def gather(self, x_GD: Tensor, rows_RD: Tensor) -> int:
+        self._check_gather(x_GD, rows_RD)
+        rows_RD[: len(x_GD)] = x_GD
+        return len(x_GD)
+
+    def scatter(self, parts_RW: Tensor, back_GV: Tensor) -> None:
+        rows = len(back_GV)
+        self._check_scatter(parts_RW, back_GV, rows, rows)
+        own = self.spec.columns(self.rank)
+        back_GV.zero_()
+        back_GV[:, own.start : own.stop] = parts_RW[:rows]
 
     def close(self) -> None:
         """Nobody waits for it."""

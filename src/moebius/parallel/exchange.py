@@ -2,13 +2,13 @@
 
 Every rank calls the same operations in the same order, those with nothing to do with no rows:
 
-    agree, then for each layer: dispatch, combine; and again
+    agree, then for each layer: dispatch, combine; where all can, gather, scatter; and again
 
 Bits are moved and never computed with: each (token, choice) pair has one row, which is made where
 its expert is and comes home as it is, so that what home sums does not depend on who computed it.
 
 Shapes: T tokens of this rank, R rows received, C rows of the owners table, E experts, K choices a
-token, D hidden size.
+token, D hidden size, G gathered rows of this rank, V columns of their results.
 """
 
 import hashlib
@@ -39,6 +39,8 @@ class ExchangeSpec:
     hidden      D
     top_k       K
     dtype       of the rows
+    gathered    G at most; 0: none are gathered
+    width       V
     """
 
     size: int
@@ -46,6 +48,8 @@ class ExchangeSpec:
     hidden: int
     top_k: int
     dtype: torch.dtype
+    gathered: int = 0
+    width: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MOST_RANKS:
@@ -53,6 +57,10 @@ class ExchangeSpec:
         for name in ("tokens", "hidden", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.gathered <= self.tokens or self.width < 0:
+            raise ConfigError(
+                f"{self.gathered} rows of {self.tokens} are to be gathered for {self.width} columns"
+            )
         if self.dtype not in DTYPES:
             known = ", ".join(str(dtype) for dtype in DTYPES)
             raise ConfigError(f"rows of {self.dtype} cannot be exchanged; they must be {known}")
@@ -60,6 +68,19 @@ class ExchangeSpec:
     @property
     def row_bytes(self) -> int:
         return self.hidden * self.dtype.itemsize
+
+    def columns(self, rank: int) -> range:
+        """Of V, those that a rank makes of every gathered row."""
+        return columns_of(self.width, self.size, rank)
+
+
+def columns_of(width: int, ranks: int, rank: int) -> range:
+    """A rank's share of so many columns, whole cache lines of float32; ExchangeLayout::column."""
+
+    def first(of: int) -> int:
+        return width if of == ranks else width * of // ranks // 16 * 16
+
+    return range(first(rank), first(rank + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +105,8 @@ class Epoch:
     def lost(self, ranks: Sequence[int], what: str | None = None) -> PeerError:
         """That it goes on no longer because of these ranks: what they did, where that is known."""
         told = self.told(ranks)
-        text = f"{told} {what}" if what else f"without {told}, which ended, left or came too late"
-        return PeerError(f"{self}: {text}", ranks=tuple(ranks))
+        lost = "is lost" if len(ranks) == 1 else "are lost"
+        return PeerError(f"{self}: {told} {what or lost}", ranks=tuple(ranks))
 
 
 def identity(spec: ExchangeSpec, epoch: Epoch) -> dict[str, int]:
@@ -99,6 +120,8 @@ def identity(spec: ExchangeSpec, epoch: Epoch) -> dict[str, int]:
         "hidden": spec.hidden,
         "top_k": spec.top_k,
         "dtype": DTYPES.index(spec.dtype),
+        "gathered": spec.gathered,
+        "width": spec.width,
     }
 
 
@@ -123,6 +146,10 @@ class Exchange(ABC):
     The operations are called from one thread, and return when their outputs are written. What they
     raise ValueError for they refuse before anything is sent, so that the call can be made again.
     """
+
+    gathers = False
+    """Whether rows can be gathered. Their results are so many bytes that only memory carries them
+    faster than each rank would make them itself."""
 
     def __init__(self, spec: ExchangeSpec, rank: int, epoch: Epoch, timeout: float) -> None:
         if not 0 <= rank < spec.size:
@@ -180,6 +207,28 @@ class Exchange(ABC):
         Raises ValueError as `dispatch` does; PeerError.
         """
 
+    def gather(self, x_GD: Tensor, rows_RD: Tensor) -> int:
+        """Brings all ranks' rows to every rank.
+
+        x_GD      G may be 0
+        rows_RD   written: the rows of all, in the order of ranks; has memory for size *
+                  spec.gathered
+
+        Returns R. Raises ValueError as `dispatch` does; PeerError; RuntimeError where nothing can
+        be gathered.
+        """
+        raise RuntimeError(f"a {type(self).__name__} gathers no rows")
+
+    def scatter(self, parts_RW: Tensor, back_GV: Tensor) -> None:
+        """Brings home what was made of the rows that the last `gather` brought.
+
+        parts_RW   float32, contiguous: this rank's columns (ExchangeSpec.columns) of each row
+        back_GV    float32, written: all columns of this rank's own rows
+
+        Raises as `gather` does.
+        """
+        raise RuntimeError(f"a {type(self).__name__} gathers no rows")
+
     @abstractmethod
     def close(self) -> None:
         """Leaves the group; whoever waits for this rank learns of it at once, where it can."""
@@ -228,19 +277,42 @@ class Exchange(ABC):
         _check("outputs", outputs_RKD, (rows, spec.top_k, spec.hidden), spec.dtype)
         _check("back", back_TKD, (tokens, spec.top_k, spec.hidden), spec.dtype)
 
+    def _check_gather(self, x_GD: Tensor, rows_RD: Tensor) -> None:
+        spec = self.spec
+        rows = x_GD.shape[0]
+        room = rows_RD.shape[0]
+        most = spec.size * spec.gathered
+        if rows > spec.gathered:
+            raise ValueError(f"{rows} rows are to be gathered; there may be {spec.gathered} a rank")
+        if room < most:
+            raise ValueError(f"there is room for {room} gathered rows; {most} may come")
+        _check("x", x_GD, (rows, spec.hidden), spec.dtype)
+        _check("gathered rows", rows_RD, (room, spec.hidden), spec.dtype)
+
+    def _check_scatter(self, parts_RW: Tensor, back_GV: Tensor, gathered: int, rows: int) -> None:
+        spec = self.spec
+        found = parts_RW.shape[0]
+        if found < gathered:
+            raise ValueError(f"parts have {found} rows; {gathered} were gathered")
+        _check("parts", parts_RW, (found, len(spec.columns(self.rank))), torch.float32)
+        _check("back", back_GV, (rows, spec.width), torch.float32)
+
 
 class CheckedExchange(Exchange):
     """What transports share: calls are checked before they come to `_agree`, `_dispatch` and
-    `_combine`, and once a peer is lost every call says so again."""
+    `_combine`, to `_gather` and `_scatter` where they gather, and once a peer is lost every call
+    says so again."""
 
     def __init__(self, spec: ExchangeSpec, rank: int, epoch: Epoch, timeout: float) -> None:
         super().__init__(spec, rank, epoch, timeout)
         self._over: PeerError | None = None
-        # Between dispatch and combine: rows received, and this rank's tokens.
-        self._dispatched: tuple[int, int] | None = None
+        # What has to follow, between dispatch and combine, or gather and scatter; with the rows
+        # received, and this rank's own.
+        self._second = ""
+        self._rows = (0, 0)
 
     def agree(self, values: Sequence[int]) -> list[tuple[int, ...]]:
-        self._begin(combine=False)
+        self._begin()
         if len(values) > MOST_VALUES:
             raise ValueError(f"{len(values)} values; ranks can agree on {MOST_VALUES}")
         try:
@@ -252,25 +324,52 @@ class CheckedExchange(Exchange):
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, owners_CE: Tensor, rows_RD: Tensor, ids_RK: Tensor
     ) -> int:
-        self._begin(combine=False)
+        self._begin()
         self._check_dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
         try:
             received = self._dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
         except PeerError as error:
             self._over = error
             raise
-        self._dispatched = (received, x_TD.shape[0])
+        self._second = "combine"
+        self._rows = (received, x_TD.shape[0])
         return received
 
     def combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
-        received, tokens = self._begin(combine=True)
-        self._check_combine(outputs_RKD, back_TKD, received, tokens)
+        self._begin("combine")
+        self._check_combine(outputs_RKD, back_TKD, *self._rows)
         try:
             self._combine(outputs_RKD, back_TKD)
         except PeerError as error:
             self._over = error
             raise
-        self._dispatched = None
+        self._second = ""
+
+    def gather(self, x_GD: Tensor, rows_RD: Tensor) -> int:
+        if not self.gathers:
+            return super().gather(x_GD, rows_RD)
+        self._begin()
+        self._check_gather(x_GD, rows_RD)
+        try:
+            gathered = self._gather(x_GD, rows_RD)
+        except PeerError as error:
+            self._over = error
+            raise
+        self._second = "scatter"
+        self._rows = (gathered, x_GD.shape[0])
+        return gathered
+
+    def scatter(self, parts_RW: Tensor, back_GV: Tensor) -> None:
+        if not self.gathers:
+            return super().scatter(parts_RW, back_GV)
+        self._begin("scatter")
+        self._check_scatter(parts_RW, back_GV, *self._rows)
+        try:
+            self._scatter(parts_RW, back_GV)
+        except PeerError as error:
+            self._over = error
+            raise
+        self._second = ""
 
     def close(self) -> None:
         self._over = self._over or self.epoch.lost((self.rank,), "has left it")
@@ -286,13 +385,18 @@ class CheckedExchange(Exchange):
     @abstractmethod
     def _combine(self, outputs_RKD: Tensor, back_TKD: Tensor) -> None: ...
 
-    def _begin(self, combine: bool) -> tuple[int, int]:
-        """What was dispatched, for `combine`."""
+    def _gather(self, x_GD: Tensor, rows_RD: Tensor) -> int:
+        raise NotImplementedError
+
+    def _scatter(self, parts_RW: Tensor, back_GV: Tensor) -> None:
+        raise NotImplementedError
+
+    def _begin(self, second: str = "") -> None:
+        """`second`: of two operations that belong together the second."""
         if self._over is not None:
             raise PeerError(str(self._over), ranks=self._over.ranks)
-        if combine != (self._dispatched is not None):
-            raise RuntimeError("combine follows dispatch, and nothing else does")
-        return self._dispatched or (0, 0)
+        if second != self._second:
+            raise RuntimeError("combine follows dispatch, scatter gather, and nothing else does")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -7,16 +7,17 @@ is bound to a node of memory has its part of the segment there.
 Importing this needs the compiled kernels.
 """
 
-import mmap
 import os
 from collections.abc import Sequence
 from typing import Self
 
-import torch
+from torch import Tensor
 
 from moebius import _cpu, machine
-from moebius.errors import ConfigError, MemoryPlanError, PeerError
+from moebius.errors import ConfigError, PeerError
+from moebius.parallel import mapped
 from moebius.parallel.exchange import Epoch, ExchangeSpec
+from moebius.parallel.mapped import Mapped, too_little_memory
 from moebius.parallel.native import NativeExchange, check_ranks
 
 
@@ -37,25 +38,12 @@ class Segment:
         """Raises ConfigError where this system has no such memory, and for what no segment can
         be."""
         layout = _layout(spec, epoch)
-        if not hasattr(os, "memfd_create"):
-            raise ConfigError("ranks share memory on Linux only")
-        name = f"moebius-{epoch.group}-{epoch.number}"
-        self._file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self._file, layout.nbytes)
-            # Nobody can shorten it: reading mapped memory that is gone would end a process.
-            import fcntl  # not on every system, as memfd_create is not
-
-            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            memory = _Memory(self._file, layout.nbytes)
-        except BaseException:
-            os.close(self._file)
-            raise
+        self._file, memory = mapped.make(f"moebius-{epoch.group}-{epoch.number}", layout.nbytes)
         layout.write(memory.address, machine.threads() if cores is None else cores)
-        self._memory: _Memory | None = memory
+        self._memory: Mapped | None = memory
         self.spec = spec
         self.epoch = epoch
-        self.place = f"/proc/{os.getpid()}/fd/{self._file}"
+        self.place = mapped.place_of(os.getpid(), self._file)
 
     def give_up(self, ranks: Sequence[int]) -> None:
         """Ends the epoch: whoever waits, or begins to, gets a PeerError that names these ranks."""
@@ -86,6 +74,8 @@ class SharedMemoryExchange(NativeExchange):
     memory.
     """
 
+    gathers = True
+
     def __init__(
         self, place: str, spec: ExchangeSpec, rank: int, epoch: Epoch, *, timeout: float
     ) -> None:
@@ -100,33 +90,31 @@ class SharedMemoryExchange(NativeExchange):
         except ValueError as error:
             raise ConfigError(f"{epoch}: {error}") from None
         except MemoryError:
-            raise _too_little_memory(memory.nbytes) from None
+            raise too_little_memory(memory.nbytes) from None
 
-
-class _Memory:
-    """A mapped file and its address."""
-
-    def __init__(self, file: int, nbytes: int) -> None:
-        # The tensor keeps the mapping, and whoever uses the address keeps this.
+    def _gather(self, x_GD: Tensor, rows_RD: Tensor) -> int:
+        native = self._open()
         try:
-            mapped = mmap.mmap(file, nbytes)
-        except OSError:
-            raise _too_little_memory(nbytes) from None
-        self._tensor = torch.frombuffer(mapped, dtype=torch.uint8)
-        self.address = self._tensor.data_ptr()
-        self.nbytes = nbytes
+            return native.gather(x_GD.data_ptr(), x_GD.shape[0], rows_RD.data_ptr())
+        except _cpu.PeersLost as lost:
+            raise self._peer_error(lost) from None
+
+    def _scatter(self, parts_RW: Tensor, back_GV: Tensor) -> None:
+        native = self._open()
+        try:
+            native.scatter(parts_RW.data_ptr(), back_GV.data_ptr())
+        except _cpu.PeersLost as lost:
+            raise self._peer_error(lost) from None
+
+    def _open(self) -> _cpu.SharedExchange:
+        native = super()._open()
+        assert isinstance(native, _cpu.SharedExchange)
+        return native
 
 
-def _too_little_memory(nbytes: int) -> MemoryPlanError:
-    return MemoryPlanError(
-        f"the {nbytes / 2**20:.1f} MiB that ranks share cannot be had; fewer tokens a step need "
-        "less"
-    )
-
-
-def _open(place: str, epoch: Epoch) -> _Memory:
+def _open(place: str, epoch: Epoch) -> Mapped:
     try:
-        file = os.open(place, os.O_RDWR | os.O_CLOEXEC)
+        return mapped.open_at(place)
     except OSError as error:
         reason = error.strerror
         raise PeerError(
@@ -134,13 +122,8 @@ def _open(place: str, epoch: Epoch) -> _Memory:
             "has closed it or ended",
             ranks=(),
         ) from None
-    try:
-        nbytes = os.fstat(file).st_size
-        if nbytes == 0:
-            raise ConfigError(f"{epoch}: {place} is empty, and no segment")
-        return _Memory(file, nbytes)
-    finally:
-        os.close(file)
+    except ConfigError as error:
+        raise ConfigError(f"{epoch}: {error}") from None
 
 
 def _layout(spec: ExchangeSpec, epoch: Epoch) -> _cpu.ExchangeLayout:
@@ -149,6 +132,8 @@ def _layout(spec: ExchangeSpec, epoch: Epoch) -> _cpu.ExchangeLayout:
             ranks=spec.size,
             tokens=spec.tokens,
             top_k=spec.top_k,
+            gathered=spec.gathered,
+            width=spec.width,
             row_bytes=spec.row_bytes,
             group=epoch.group,
             epoch=epoch.number,
