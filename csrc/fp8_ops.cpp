@@ -1,17 +1,20 @@
 // Products with codes of FP8, whose blocks of columns have scales. Inside a block codes are multiplied as the numbers that they
 // are, which wider formats hold exactly, and summed as products of plain numbers are (in the dtype that kernels.h says); a
 // result is the sum of its blocks, in order, each times its scale and rounded to float32. One or a few rows read codes where they
-// lie, and widen them in registers; for many some rows of codes are widened once. Both have the same bits.
+// lie, and widen them in registers; for many a block, or some rows of codes, are widened once. All have the same bits.
 #include <algorithm>
 
 #include "bytes.h"
+#include "fp8_rows.h"
 #include "ops.h"
 
 namespace moebius {
+
+static_assert(ROW_BLOCK <= MOST_FP8_ROWS);
+
 namespace {
 
-constexpr int FEW_ROWS = 4;  // from which on widening once is faster: measured
-constexpr int STEP = 32;     // columns that kernels take at a time at most
+constexpr int STEP = 32;  // columns that kernels take at a time at most
 
 }  // namespace
 
@@ -37,8 +40,8 @@ void Ops::fp8_product(Dtype dtype, const void* const* x, int first, int m, const
             for (int b = 0; b < blocks; b++) pack(rows_of(b), m, width_of(b), at(to, packed_bytes(m, b * per_block)));
         }, per_block);
 
-    const bool few = m <= FEW_ROWS && kernels.product;
-    uint16_t* panel = few ? nullptr : static_cast<uint16_t*>(widened_room(k, s));
+    const bool by_kernel = kernels.product && (m <= FEW_FP8_ROWS || per_block <= MOST_FP8_BLOCK);
+    uint16_t* panel = by_kernel ? nullptr : static_cast<uint16_t*>(widened_room(k, s));
     float sums[ROW_BLOCK * WIDENED_ROWS];
     for (int j = 0; j < columns; j += WIDENED_ROWS, c += WIDENED_ROWS) {
         const int n = std::min(WIDENED_ROWS, columns - j);
@@ -46,7 +49,7 @@ void Ops::fp8_product(Dtype dtype, const void* const* x, int first, int m, const
         for (int i = 0; i < n; i++) of_rows[i] = w.row_scales(column + j + i);
         const Fp8Scales scales = {of_rows, per_block, kernels.smaller};
         const uint8_t* codes = static_cast<const uint8_t*>(w.row(column + j));
-        if (few) {
+        if (by_kernel) {
             kernels.product(pack ? &in_blocks : x, m, codes, n, k, scales, j + n < columns ? codes + size_t(n) * k : next, c, columns);
             continue;
         }

@@ -100,6 +100,8 @@ def test_embedded_rows_are_widened_and_rounded_once(name: str, dtype: torch.dtyp
     table = random_matrix(name, 40, 576)
     ids = torch.randint(0, 40, (70,))
     wide = table.widened(torch.float32)[ids]
+    if name == "mxfp4_planes":
+        wide += 0.0  # E2M1 has two zeros, kernels one
     for isa in LEVELS:
         for multiplier in (1.0, 12.375):
             found = level(isa, 1).embed(ids, table, multiplier, dtype)
