@@ -285,13 +285,20 @@ def file_quality() -> str:
         greedy = record["greedy"].get(label)
         row.append(f"{greedy['equal']} of {greedy['answers']}" if greedy else "")
         rows.append([*row, _parted(greedy) if greedy else ""])
-    head = ["", "documents", "standard error", "same choice", "answers", "answers that llama.cpp read"]
+    head = [
+        "",
+        "documents",
+        "standard error",
+        "same choice",
+        "answers",
+        "answers that llama.cpp read",
+    ]
     head += ["answers equal to llama.cpp's", "of the others"]
     said = (
         f"{record['file']}: {record['documents']['tokens']:,} tokens of documents, "
         f"{record['answers'][0]['tokens']:,} of {record['prompts']} answers, "
-        f"{record['answers_read_by_llama'][0]['tokens']:,} of those that llama-server read. Template "
-        f"equal for {record['same_template']}, token ids for {record['same_ids']} of "
+        f"{record['answers_read_by_llama'][0]['tokens']:,} of those that llama-server read. "
+        f"Template equal for {record['same_template']}, token ids for {record['same_ids']} of "
         f"{record['prompts']} conversations. {provenance(FILE_QUALITY)}"
     )
     return f"{table(head, rows, (0, 7))}\n\n{said}"
