@@ -297,8 +297,8 @@ def file_quality() -> str:
     said = (
         f"{record['file']}: {record['documents']['tokens']:,} tokens of documents, "
         f"{record['answers'][0]['tokens']:,} of {record['prompts']} answers, "
-        f"{record['answers_read_by_llama'][0]['tokens']:,} of those that llama-server read. Template "
-        f"equal for {record['same_template']}, token ids for {record['same_ids']} of "
+        f"{record['answers_read_by_llama'][0]['tokens']:,} of those that llama-server read. "
+        f"Template equal for {record['same_template']}, token ids for {record['same_ids']} of "
         f"{record['prompts']} conversations. {provenance(FILE_QUALITY)}"
     )
     return f"{table(head, rows, (0, 7))}\n\n{said}"
