@@ -177,10 +177,12 @@ def beside_others(name: str) -> str:
 
 
 def quantised() -> str:
-    """GGUF files beside llama.cpp: its server, asked as ours is, and its bare loop."""
+    """GGUF files beside llama.cpp: its server, asked as ours is, and its bare loop; OpenVINO's
+    exports of as many bits where they ran."""
     bare = json.loads((HERE / "peers" / "quantised" / "llama_bench.json").read_text())
     speeds = bare["tokens_per_second"]
     loops = {("w1", "decode_tps"): "tg128", ("w4", "prefill_tps"): "pp2048"}
+    servers = ("llama.cpp", "openvino")
     rows = []
     for source, record in beside.records("quantised").items():
         weights = record["settings"]["weights"]
@@ -188,13 +190,14 @@ def quantised() -> str:
             loop = loops.get((one.workload, one.measure))
             other = speeds[f"{one.model}-{weights}"][loop] if loop else None
             ours = one.values["moebius"]
-            row = [f"{weights.upper()}: {one.label}", number(ours), number(one.values[one.best])]
+            row = [f"{weights.upper()}: {one.label}", number(ours)]
+            row += [number(one.values[key]) if key in one.values else "" for key in servers]
             row += [one.spread, "" if other is None else number(other)]
             rows.append([*row, "" if other is None else f"{ours / other:.2f} ×"])
     commands = [
         f"`{beside.command(record['settings'])}`" for record in beside.records("quantised").values()
     ]
-    head = ["", "Moebius", "llama-server", "to it", "llama-bench", "to it"]
+    head = ["", "Moebius", "llama-server", "OpenVINO", "to the best server", "llama-bench", "to it"]
     said = f"{ZEN4}, {bare['started']}. Commands: {'; '.join(commands)}; `{bare['command']}`."
     return f"{table(head, rows)}\n\n{said}"
 

@@ -27,7 +27,12 @@ ENGINES = {
     "openvino": "OpenVINO",
     "transformers": "transformers",
 }
-MODELS = {"m1": "M1", "m2": "M2", "olmoe": "OLMoE"}
+MODELS = {
+    "m1": "M1",
+    "m2": "M2",
+    "olmoe": "OLMoE",
+    "qwen3-30b": "Qwen3-30B-A3B's sizes",
+}
 # What a record does not say of its machine: which generation of processor it was.
 MACHINES = {"avx512": "AMD EPYC (Zen 4), AVX-512 with bfloat16", "avx2": "AMD EPYC (Zen 3), AVX2"}
 # Records of in_turn.py, by the folder of their machine.
@@ -42,6 +47,7 @@ MEASURES = {
     ("w2", HEADLINE["w2"]): ("64 requests, 32 at a time", "tokens/s"),
     ("w3", HEADLINE["w3"]): ("32 requests with a common prefix of 1,024 tokens", "tokens/s"),
     ("w4", HEADLINE["w4"]): ("prefill of 2,048 tokens", "tokens/s"),
+    ("w5", HEADLINE["w5"]): ("8 requests at once", "tokens/s"),
 }
 
 

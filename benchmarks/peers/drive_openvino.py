@@ -1,4 +1,5 @@
-"""OpenVINO GenAI's ContinuousBatchingPipeline on the exported model (PEERS/models/NAME-ov)."""
+"""OpenVINO GenAI's ContinuousBatchingPipeline on the exported model (PEERS/models/NAME-ov, -ov-int8
+or -ov-int4)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from common import KV_CACHE_BYTES, MAX_STEP_TOKENS, Engine, Options, Stamps, Timing, serve
+from sizes import OPENVINO
 from workloads import Workload
 
 
@@ -26,7 +28,7 @@ def load(options: Options) -> Engine:
         "KV_CACHE_PRECISION": precision,
         "INFERENCE_NUM_THREADS": options.threads,
     }
-    exported = options.directory.with_name(f"{options.model}-ov")
+    exported = options.directory.with_name(OPENVINO[options.weights].format(options.model))
     pipeline = genai.ContinuousBatchingPipeline(str(exported), schedule, "CPU", properties)
     numbers = count()
 
@@ -53,7 +55,7 @@ def load(options: Options) -> Engine:
         run,
         {
             "version": genai.__version__,
-            "weights": f"fp16 file, {precision} products",
+            "weights": f"{exported.name}, {precision} products",
             "threads": options.threads,
         },
     )

@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pause import PauseClock
-from sizes import BF16, weights_of
+from sizes import BF16, OPENVINO
 
 HERE = Path(__file__).resolve().parent
 OURS = "moebius"
@@ -28,28 +28,24 @@ ANSWER_SECONDS = 1800
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A driver script, the virtual environment under PEERS that runs it (None: that of run.py), and
-    what it reads of a model in bfloat16; gguf: whether it runs GGUF files too."""
+    the names of the file or directory that it reads of a model, by how weights are stored."""
 
     script: str
     venv: str | None
-    files: Callable[[Path, str], Path]
-    gguf: bool = False
+    files: Mapping[str, str]
 
     def reads(self, models: Path, model: str, weights: str) -> Path:
-        """The model's file or directory."""
-        if weights == BF16:
-            return self.files(models, model)
-        return weights_of(models, model, weights)
+        """The model's file or directory; KeyError where it has no such weights."""
+        return models / self.files[weights].format(model)
 
 
+GGUF = {weights: f"{{}}-{weights}.gguf" for weights in ("q8_0", "q4_k_m")}
 PEERS: dict[str, Peer] = {
-    OURS: Peer("drive_moebius.py", None, lambda models, name: models / name, gguf=True),
-    "vllm": Peer("drive_vllm.py", "venv-vllm", lambda models, name: models / name),
-    "openvino": Peer("drive_openvino.py", "venv-ov", lambda models, name: models / f"{name}-ov"),
-    "llama.cpp": Peer(
-        "drive_llama.py", None, lambda models, name: models / f"{name}-bf16.gguf", gguf=True
-    ),
-    "transformers": Peer("drive_transformers.py", "venv-hf", lambda models, name: models / name),
+    OURS: Peer("drive_moebius.py", None, {BF16: "{}", **GGUF}),
+    "vllm": Peer("drive_vllm.py", "venv-vllm", {BF16: "{}"}),
+    "openvino": Peer("drive_openvino.py", "venv-ov", OPENVINO),
+    "llama.cpp": Peer("drive_llama.py", None, {BF16: "{}-bf16.gguf", **GGUF}),
+    "transformers": Peer("drive_transformers.py", "venv-hf", {BF16: "{}"}),
 }
 
 

@@ -28,7 +28,7 @@ from common import peers_folder
 from drivers import HERE, PEERS, Driver, DriverError, Setting
 from pause import Disturbance, wait_until_calm, watch
 from report import summarize, table
-from sizes import BF16, SIZES, stored, weights_of
+from sizes import BF16, OPENVINO, SIZES, stored, weights_of
 from workloads import NAMES, workload
 
 from moebius.errors import MoebiusError
@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument(
         "--weights",
         default=BF16,
-        help="bf16, or the type of PEERS/models/MODEL-TYPE.gguf: q8_0, q4_k_m (moebius, llama.cpp)",
+        choices=OPENVINO,
+        help="bf16, or the type of PEERS/models/MODEL-TYPE.gguf (moebius, llama.cpp), beside which "
+        "openvino has an export of as many bits",
     )
     parser.add_argument("--reps", type=int, default=3, help="repetitions of each workload")
     parser.add_argument("--threads", type=int, default=2)
@@ -284,8 +286,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     given.json = given.json or peers_folder() / "results.json"
-    if given.weights != BF16 and (others := [p for p in given.peers if not PEERS[p].gguf]):
-        sys.exit(f"run.py: {', '.join(others)} run no GGUF files; name others with --peers")
+    if others := [peer for peer in given.peers if given.weights not in PEERS[peer].files]:
+        sys.exit(f"run.py: {', '.join(others)} run no {given.weights}; name others with --peers")
     try:
         check_target(given.json, json_record)
     except MoebiusError as error:

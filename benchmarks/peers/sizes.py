@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BF16 = "bf16"
+# OpenVINO's exports, by the weights that are compared: its own codes stand beside GGUF's.
+OPENVINO = {BF16: "{}-ov", "q8_0": "{}-ov-int8", "q4_k_m": "{}-ov-int4"}
 
 
 @dataclass(frozen=True, slots=True)

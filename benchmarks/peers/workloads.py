@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-NAMES = ("w1", "w2", "w3", "w4")
+NAMES = ("w1", "w2", "w3", "w4", "w5")
 
 # Lengths come from one stream and never change; token ids come from one stream per draw.
 _LENGTHS_SEED = 1234
@@ -74,4 +74,6 @@ def _full(name: str, vocab: int, ids: random.Random) -> Workload:
         )
     if name == "w4":
         return Workload(name, [Request(tokens(2048), 1)], concurrency=1)
+    if name == "w5":
+        return Workload(name, [Request(tokens(128), 128) for _ in range(8)], concurrency=8)
     raise ValueError(f"there is no workload {name!r}; there are {', '.join(NAMES)}")
