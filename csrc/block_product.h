@@ -15,7 +15,7 @@
 namespace moebius {
 namespace MOEBIUS_ISA {
 
-constexpr int PIECE = 256;               // blocks, a multiple of the lanes
+constexpr int PIECE = 272;               // blocks, a multiple of the lanes; three rows of 90
 constexpr int ROOM = PIECE + BLOCK_LANES;  // what is read of a piece's last lanes may lie behind it
 
 // Of a piece's blocks: the sums of integers for M rows of x, and the scales as they are stored.
@@ -26,15 +26,16 @@ template <int M> struct Piece {
     alignas(64) uint16_t least[ROOM];
 };
 
+// Of `count` blocks; up to so many as are readable, some that nobody asked for are found on the way.
 template <Format f, int M>
-INLINE void find_integers(const uint8_t* w, int count, const QuantisedRow* x, int first, int blocks, Piece<M>& piece) {
+INLINE void find_integers(const uint8_t* w, int count, int readable, const QuantisedRow* x, int first, int blocks, Piece<M>& piece) {
     using B = Block<f>;
     uint8_t last[BLOCK_LANES * B::BYTES];
     int at = first;
     for (int t = 0; t < count; t += BLOCK_LANES, w += BLOCK_LANES * B::BYTES) {
-        if (count - t < BLOCK_LANES) {  // filled up with zeros
+        if (readable - t < BLOCK_LANES) {  // filled up with zeros
             memset(last, 0, sizeof last);
-            memcpy(last, w, size_t(count - t) * B::BYTES);
+            memcpy(last, w, size_t(readable - t) * B::BYTES);
             w = last;
         }
         dots_of_16<f, M, ROOM>(w, x, at, blocks, piece.dots[0] + t, piece.minima[0] + t);
@@ -98,6 +99,33 @@ INLINE V add_blocks(const Piece<M>& piece, int i, int at, const QuantisedRow& x,
     return lanes;
 }
 
+// The products of rows of at most eight blocks of 256 with all rows of x: as many as have room in the lanes at once.
+template <Format f, int M>
+INLINE void add_short_rows(const Piece<M>& piece, const QuantisedRow* x, int rows, int blocks, float* c, int ldc) {
+    using B = Block<f>;
+    const int log = blocks <= 2 ? 1 : blocks <= 4 ? 2 : 3, size = 1 << log, at_once = BLOCK_LANES / size;
+    const Spread by_row(log, blocks);
+    V d_x[M];
+    for (int i = 0; i < M; i++) {
+        float scales[BLOCK_LANES];
+        for (int lane = 0; lane < BLOCK_LANES; lane++) scales[lane] = x[i].scales[lane & (size - 1)];
+        d_x[i] = load(scales);
+    }
+    for (int r = 0, at = 0; r < rows; r += at_once, at += at_once * blocks) {
+        const V d_w = spread(scales_from<f>(piece.scales + at), by_row);
+        V least = zero();
+        if constexpr (B::MINIMUM_AT >= 0) least = spread(load(reinterpret_cast<const f16*>(piece.least + at)), by_row);
+        for (int i = 0; i < M; i++) {
+            V lanes = fma(spread(floats(piece.dots[i] + at), by_row), mul(d_w, d_x[i]), zero());
+            if constexpr (B::MINIMUM_AT >= 0)
+                lanes = fma(sub(zero(), spread(floats(piece.minima[i] + at), by_row)), mul(least, d_x[i]), lanes);
+            float sums[BLOCK_LANES];
+            store(sums, sum_groups(add(lanes, zero()), log));  // with the empty lanes' zeros, which make 0 of -0
+            for (int g = 0; g < min_of(at_once, rows - r); g++) c[size_t(i) * ldc + r + g] = sums[g << log];
+        }
+    }
+}
+
 // M rows of x by n of w.
 template <Format f, int M>
 INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int blocks, const GroupScales& groups, float* c, int ldc) {
@@ -109,7 +137,7 @@ INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int b
             for (int i = 0; i < M; i++) lanes[i] = zero();
             for (int first = 0; first < blocks; first += PIECE) {
                 const int count = min_of(PIECE, blocks - first);
-                find_integers<f>(w + size_t(first) * Block<f>::BYTES, count, x, first, blocks, piece);
+                find_integers<f>(w + size_t(first) * Block<f>::BYTES, count, (n - j) * blocks - first, x, first, blocks, piece);
                 for (int i = 0; i < M; i++) lanes[i] = add_blocks<f>(piece, i, 0, x[i], first, count, groups, j * blocks + first, lanes[i]);
             }
             for (int i = 0; i < M; i++) c[size_t(i) * ldc + j] = reduce_add(lanes[i]);
@@ -119,7 +147,12 @@ INLINE void rows_by_blocks(const QuantisedRow* x, const uint8_t* w, int n, int b
     const int rows = PIECE / blocks;
     for (int j = 0; j < n; j += rows, w += rows * row_bytes) {
         const int some = min_of(rows, n - j);
-        find_integers<f>(w, some * blocks, x, 0, blocks, piece);
+        find_integers<f>(w, some * blocks, (n - j) * blocks, x, 0, blocks, piece);
+        if constexpr (Block<f>::ELEMENTS == 256)
+            if (blocks <= 8) {
+                add_short_rows<f>(piece, x, some, blocks, c + j, ldc);
+                continue;
+            }
         for (int r = 0; r < some; r++)
             for (int i = 0; i < M; i++)
                 c[size_t(i) * ldc + j + r] = reduce_add(add_blocks<f>(piece, i, r * blocks, x[i], 0, blocks, groups, (j + r) * blocks, zero()));

@@ -14,9 +14,10 @@
 namespace moebius {
 namespace {
 
-constexpr size_t CHUNK = 128 << 10;  // bytes of weights that one item reads
+constexpr size_t CHUNK = 128 << 10;  // bytes of weights that one item reads, at most
 
-int columns_of(size_t row_bytes) { return int(std::clamp<size_t>(CHUNK / row_bytes / 16 * 16, 16, MOST_COLUMNS)); }
+int divided_up(int a, int b) { return (a + b - 1) / b; }
+int rounded_up(int a, int b) { return divided_up(a, b) * b; }
 
 struct Level {
     const char* name;
@@ -95,13 +96,20 @@ size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context)
     return threads() * of_a_thread + most_tile_bytes(widest) + (splits * attention + Scratch::SPARE) * sizeof(float);
 }
 
+// Columns of an item, of so many in all: as many threads as there are have as many items each.
+int Ops::item_columns(size_t row_bytes, int columns) const {
+    const int most = int(std::clamp<size_t>(CHUNK / row_bytes / 16 * 16, 16, MOST_COLUMNS));
+    const int items = rounded_up(divided_up(columns, most), threads());
+    return std::min(most, rounded_up(divided_up(columns, items), 16));
+}
+
 void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide) {
     std::lock_guard<std::mutex> only(one_caller_);
     const size_t size = size_of(l.dtype);
     const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     auto chunks_of = [&](const Matrix& w) {
         if (by_panels(rows, {w.format})) return 0;
-        return (w.rows + columns_of(w.row_bytes()) - 1) / columns_of(w.row_bytes());
+        return divided_up(w.rows, item_columns(w.row_bytes(), w.rows));
     };
     int chunks = 0;
     for (const Linear::Layer& layer : l.layers) chunks += chunks_of(layer.weight);
@@ -112,7 +120,7 @@ void Ops::linear(const Linear& l, const void* x, int rows, void* out, bool wide)
         const Linear::Layer* layer = l.layers.data();
         for (int here; chunk >= (here = chunks_of(layer->weight)); layer++) chunk -= here;
         const Matrix& w = layer->weight;
-        const int columns = columns_of(w.row_bytes()), column = chunk * columns, n = std::min(columns, w.rows - column);
+        const int columns = item_columns(w.row_bytes(), w.rows), column = chunk * columns, n = std::min(columns, w.rows - column);
         float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < m; i++) x_rows[i] = at(x, (first + i) * (l.in * size));
@@ -166,7 +174,7 @@ void Ops::plan_products(int columns_in_all, const Takes& takes, const RowBytes& 
     products_.clear();
     for (int e = 0; e < experts; e++) {
         if (starts_[e] == starts_[e + 1] || !takes(e)) continue;
-        const int columns = columns_of(row_bytes(e));
+        const int columns = item_columns(row_bytes(e), columns_in_all);
         for (int first = starts_[e]; first < starts_[e + 1]; first += ROW_BLOCK)
             for (int column = 0; column < columns_in_all; column += columns)
                 products_.push_back({e, first, std::min(ROW_BLOCK, starts_[e + 1] - first), column,

@@ -285,6 +285,7 @@ private:
     void fetch(const Experts& e) const;
     // Each sorted pair's row of its expert, to the pair's place in out.
     void pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out);
+    int item_columns(size_t row_bytes, int columns) const;
     // Of experts that `takes`. row_bytes(e) is what one column of expert e's products reads.
     template <class Takes, class RowBytes> void plan_products(int columns_in_all, const Takes& takes, const RowBytes& row_bytes);
     // What a product found, with its bias, to its place in out; of experts, gated, to the sorted pairs' rows of inner, or from

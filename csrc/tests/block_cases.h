@@ -67,7 +67,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 template <class T> void test_block_products(Ops& ops, Ops& portable, Format format) {
     const int elements = FORMAT_SIZES[format].elements;
-    for (int blocks : {1, 2, 3, 17, 260}) {
+    for (int blocks : {1, 2, 3, 4, 6, 8, 17, 260}) {
         const int outputs = one_of({1, 5, 16, 33}), rows = blocks > 200 ? one_of({2, 9}) : one_of({1, 2, 3, 5, 9, 17, 26, 70});
         const Blocks weights(format, outputs, blocks);
         const Linear l{Number<T>::dtype, blocks * elements, outputs, {{weights.matrix, nullptr, 0}}};

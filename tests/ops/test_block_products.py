@@ -41,8 +41,9 @@ def assert_bits(found: Tensor, wanted: Tensor, what: str = "") -> None:
 
 
 # (rows, outputs, blocks): one block and more than sixteen lanes, more than a kernel finds at once,
-# outputs and rows that no tile divides.
-SHAPES = [(1, 1, 1), (1, 35, 3), (2, 7, 16), (3, 50, 2), (5, 17, 33), (14, 16, 1), (1, 2, 301)]
+# outputs and rows that no tile divides; rows that share the lanes, and do not fill their share.
+SHAPES = [(1, 1, 1), (2, 7, 16), (3, 50, 2), (5, 17, 33), (14, 16, 1), (1, 2, 301)]
+SHAPES += [(1, 35, 3), (1, 70, 4), (2, 9, 5), (1, 13, 8), (3, 19, 7), (1, 5, 9)]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
