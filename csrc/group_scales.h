@@ -6,8 +6,26 @@
 namespace moebius {
 namespace MOEBIUS_ISA {
 
+#if defined(__AVX512F__)
+// Where in what so many blocks share each of sixteen is, `skipped` after the first one's beginning.
+INLINE __m512i places_of(int skipped, int blocks) {
+    const __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_srl_epi32(_mm512_add_epi32(from, _mm512_set1_epi32(skipped)), _mm_cvtsi32_si128(__builtin_ctz(blocks)));
+}
+INLINE __m128i some_bytes(const void* p, int n) { return _mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), p); }
+#endif
+INLINE bool is_power_of_two(int n) { return (n & (n - 1)) == 0; }
+
 // Half of what E8M0 scales stand for, as codes of E2M1 are twice theirs; NaN for 255.
 INLINE V half_scales(const uint8_t* p, int n) {
+#if defined(__AVX512F__)
+    const __m128i bytes = some_bytes(p, n);
+    const __m512i e = _mm512_cvtepu8_epi32(bytes), normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    const __m512i powers = _mm512_mask_sllv_epi32(normal, small, _mm512_set1_epi32(0x00200000), e);
+    const __mmask16 nan = _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(char(0xff)));
+    return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(powers, nan, _mm512_set1_epi32(0x7fc00000)))};
+#else
     uint16_t e[16] = {};
     uint32_t nan = 0;
     for (int i = 0; i < n; i++) {
@@ -22,6 +40,7 @@ INLINE V half_scales(const uint8_t* p, int n) {
         v = load(lanes);
     }
     return v;
+#endif
 }
 
 template <class T> INLINE V first_of(const T* p, int n) { return n == 16 ? load(p) : load_some(p, n); }
@@ -38,10 +57,7 @@ INLINE V some_of(const void* plane, ScaleType type, size_t i, int n) {
 // Lane i is the one of v that block `skipped + i` has where so many blocks share one.
 INLINE V each_for(V v, int skipped, int blocks) {
 #if defined(__AVX512F__)
-    if ((blocks & (blocks - 1)) == 0) {
-        const __m512i places = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(skipped));
-        return {_mm512_permutexvar_ps(_mm512_srl_epi32(places, _mm_cvtsi32_si128(__builtin_ctz(blocks))), v.v)};
-    }
+    if (is_power_of_two(blocks)) return {_mm512_permutexvar_ps(places_of(skipped, blocks), v.v)};
 #endif
     float from[16], to[16];
     store(from, v);
@@ -68,6 +84,14 @@ INLINE int zero_of_group(const GroupScales& g, int block) { return g.zeros ? g.z
 
 // dots - (offset + zero) * sums of `count` blocks, as floats.
 INLINE V floats_less_zeros(const int32_t* dots, const int32_t* sums, int offset, const GroupScales& g, int first, int count) {
+#if defined(__AVX512F__)
+    if (is_power_of_two(g.blocks)) {
+        const int group = first / g.blocks, skipped = first - group * g.blocks, groups = (skipped + count - 1) / g.blocks + 1;
+        const __m512i zeros = _mm512_cvtepi8_epi32(some_bytes(g.zeros + group, groups));
+        const __m512i all = _mm512_add_epi32(_mm512_permutexvar_epi32(places_of(skipped, g.blocks), zeros), _mm512_set1_epi32(offset));
+        return {_mm512_cvtepi32_ps(_mm512_sub_epi32(ints(dots), _mm512_mullo_epi32(all, ints(sums))))};
+    }
+#endif
     alignas(64) int32_t less[16] = {};
     for (int i = 0; i < count; i++) less[i] = dots[i] - (offset + g.zeros[(first + i) / g.blocks]) * sums[i];
     return floats(less);
