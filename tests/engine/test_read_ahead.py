@@ -36,7 +36,7 @@ def test_a_plan_reads_nothing_and_an_engine_each_file_once(
     config = EngineConfig(**SMALL)
     prepare(tiny_model, config)
     assert read == []
-    prepared = prepare(tiny_model, config, read_ahead=True)
+    prepared = prepare(tiny_model, config, ahead=True)
     [file] = tiny_model.glob("*.safetensors")
     assert read == [[(0, file.stat().st_size)]]
     load_engine(tiny_model, config, prepared=prepared).close()
@@ -47,7 +47,7 @@ def test_a_plan_reads_nothing_and_an_engine_each_file_once(
 def test_what_is_held_in_part_is_not_read_as_a_whole(
     tiny_model: Path, read: list[Sequence[Span]], options: dict[str, object]
 ) -> None:
-    prepare(tiny_model, EngineConfig(**SMALL, **options), read_ahead=True)
+    prepare(tiny_model, EngineConfig(**SMALL, **options), ahead=True)
     assert read == []
 
 
@@ -56,7 +56,7 @@ def test_what_there_is_no_room_for_is_not_read(
 ) -> None:
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(1000, 2000, "cgroup"))
     with pytest.raises(MemoryPlanError):
-        prepare(tiny_model, EngineConfig(**SMALL), read_ahead=True)
+        prepare(tiny_model, EngineConfig(**SMALL), ahead=True)
     assert read == []
 
 

@@ -47,7 +47,11 @@ class _Ahead:
         self._reader = reader
 
     def __call__(self, x_TD: Tensor) -> None:
-        self._ops.host(self._ask, [self._router.guess(x_TD)], [])
+        router = self._router
+        linear = self._ops.prepare_linear((router.held(), router.bias), dtype=x_TD.dtype)
+        logits_TE = self._ops.logits(x_TD, linear)
+        _, ids_TK = self._ops.route(logits_TE, router.config, router.selection_bias)
+        self._ops.host(self._ask, [ids_TK], [])
 
     def _ask(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
         (ids_TK,) = inputs

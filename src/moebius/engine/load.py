@@ -177,16 +177,12 @@ class Prepared:
 
 @uncollected()
 def prepare(
-    directory: Path,
-    config: EngineConfig,
-    share: ExpertShare | None = None,
-    *,
-    read_ahead: bool = False,
+    directory: Path, config: EngineConfig, share: ExpertShare | None = None, *, ahead: bool = False
 ) -> Prepared:
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
     share: the rank to plan for, where several share the experts; None: of config.ranks the one that
-    has least memory, as if all were on this host. read_ahead: an engine will be made of it, and the
+    has least memory, as if all were on this host. ahead: an engine will be made of it, and the
     system may begin to read weights that there is room for.
     """
     if share is None and config.ranks > 1:
@@ -209,16 +205,10 @@ def prepare(
     weight_bytes = replace(weight_bytes, nodes=() if memory is None else memory.nodes)
     available, available_of = _room(device, share, sources, weights)
     loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
-    if read_ahead and quantized is None and weight_bytes.total <= available:
+    if ahead and quantized is None and weight_bytes.total <= available:
         loader.read_ahead(ranks)
     decoder = bare_decoder(checkpoint.config, ops, dtype, ranks, cold=config.mmap_cold)
-    workspace = plan_workspace(
-        decoder,
-        config.block_size,
-        step_rows(config),
-        config.max_model_len or checkpoint.config.context,
-        kv_dtype,
-    )
+    workspace = _workspace(decoder, config, kv_dtype)
     plan = plan_memory(
         checkpoint.config,
         config,
@@ -246,6 +236,11 @@ def prepare(
         loader=loader,
         quantized=quantized,
     )
+
+
+def _workspace(decoder: Decoder, config: EngineConfig, kv_dtype: torch.dtype) -> Workspace:
+    context = config.max_model_len or decoder.config.context
+    return plan_workspace(decoder, config.block_size, step_rows(config), context, kv_dtype)
 
 
 def _ops(
@@ -336,7 +331,7 @@ def load_engine(
 
     prefix_key: the launch's, by which the front hashes prompts too; None: one that nobody knows.
     """
-    prepared = prepared or prepare(directory, config, read_ahead=True)
+    prepared = prepared or prepare(directory, config, ahead=True)
     plan = prepared.plan
     if prepared.quantized is not None:
         prepared.quantized.make(bytes_bar)

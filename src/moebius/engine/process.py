@@ -259,7 +259,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     if ranks > 1:
         placement = None if launch.held is None else Placement.of(launch.held)
         share = ExpertShare(launch.rank, ranks, placement, launch.neighbours, here.memory)
-    prepared = prepare(directory, config, share, read_ahead=True)
+    prepared = prepare(directory, config, share, ahead=True)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
     engine = load_engine(

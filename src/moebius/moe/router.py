@@ -56,23 +56,13 @@ class Router(Weighted):
         self.selection_bias = where(config.selection_bias, experts, kind=torch.float32)
         self.noise_weight = where(config.learned_noise, experts, width)
 
-    def prepared(self, dtype: torch.dtype) -> PreparedLinear:
-        """As Linear's."""
+    def forward(self, x_TD: Tensor) -> Routing:
         layer = (self.held(), self.bias)
         if self._prepared is None or not self._prepared.is_of(layer):
-            self._prepared = self.ops.prepare_linear(layer, dtype=dtype)
-        return self._prepared
-
-    def guess(self, x_TD: Tensor) -> Tensor:
-        """The experts (T, K) that it would choose for rows that are not quite its own."""
-        logits_TE = self.ops.logits(x_TD, self.prepared(x_TD.dtype))
-        return self.ops.route(logits_TE, self.config, self.selection_bias)[1]
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        prepared = self.prepared(x_TD.dtype)
+            self._prepared = self.ops.prepare_linear(layer, dtype=x_TD.dtype)
         if self.limits is not None and self.limits.jitter and self.training:
             x_TD = jittered(x_TD, self.limits.jitter, self.share)
-        logits_TE = self.ops.logits(x_TD, prepared)
+        logits_TE = self.ops.logits(x_TD, self._prepared)
         if self.noise_weight is not None and self.limits is not None and self.training:
             noise = self.ops.prepare_linear((self.noise_weight, None))
             logits_TE = noisy(logits_TE, self.ops.logits(x_TD, noise), self.share)

@@ -80,10 +80,10 @@ class WeightList(ParameterModule, nn.ParameterList):
         bare = torch.get_default_device().type == "meta"
         made = torch.empty(count, *shape, dtype=dtype).unbind() if bare else ()
         for index in range(count):
-            weight = None
+            self._set(str(index), None)
             if held is None or index in held:
-                weight = nn.Parameter(made[index] if bare else torch.empty(*shape, dtype=dtype))
-            self._set(str(index), weight)
+                weight = made[index] if bare else torch.empty(*shape, dtype=dtype)
+                self._set(str(index), nn.Parameter(weight))
 
     def _set(self, name: str, weight: nn.Parameter | None) -> None:
         """register_parameter without its checks, which take longer than all else of a load."""
