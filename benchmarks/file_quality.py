@@ -151,8 +151,13 @@ class Pair:
     second: Answers
     rms: float
 
-    def record(self, asked: Asked, baseline: Baseline, text: Tokenizer, end: int) -> dict[str, Any]:
-        """Where they part, and how far apart the baseline finds the two tokens."""
+    def record(
+        self, asked: Asked, baseline: Baseline, text: Tokenizer, ends: frozenset[int]
+    ) -> dict[str, Any]:
+        """Where they part, and how far apart the baseline finds the two tokens.
+
+        Of an answer that is over the token is the likeliest of those that end one.
+        """
         parted = []
         same_tokens = 0
         for prompt, ours, theirs in zip(asked.prompts, self.first, self.second, strict=True):
@@ -161,9 +166,10 @@ class Pair:
                 continue
             at = next(i for i in range(len(ours) + 1) if ours[i : i + 1] != theirs[i : i + 1])
             same_tokens += at
-            one, other = ((each[at:] or [end])[0] for each in (ours, theirs))
             ids = prompt + ours[:at]
-            [[row_V]] = baseline.rows(Reading([*ids, one], len(ids) - 1))
+            [[row_V]] = baseline.rows(Reading([*ids, 0], len(ids) - 1))
+            end = max(ends, key=lambda token: float(row_V[token]))
+            one, other = ((each[at:] or [end])[0] for each in (ours, theirs))
             gap = float(row_V[one] - row_V[other])
             parted.append(
                 {
@@ -247,7 +253,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     for label in ANSWERED:
         rms = math.hypot(distances[label].gap_rms, distances["llama.cpp"].gap_rms)
         pair = Pair([without_end(each, ends) for each in answers[label]], theirs, rms)
-        pairs[label] = pair.record(asked, baseline, text, min(ends))
+        pairs[label] = pair.record(asked, baseline, text, ends)
     return {
         "processor": processor(),
         "file": given.file.name,

@@ -99,7 +99,7 @@ SCHEDULES = (
         "one_answer_quantised.json",
         ZEN4,
         "2026-11-28",
-        f"{PYTHON} benchmarks/one_answer.py --quantised",
+        f"{PYTHON} benchmarks/one_answer.py --quantised --seed 16 --seconds 2300",
     ),
     Source(
         "one_answer_avx2.json", ZEN3, "2026-11-25", f"{PYTHON} benchmarks/one_answer.py --seed 41"
