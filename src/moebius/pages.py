@@ -5,6 +5,7 @@ import mmap
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -69,29 +70,34 @@ def populate(
     spans: Sequence[Span],
     *,
     write: bool,
-    keep: object,
+    owner: object,
     idle: Callable[[], bool] = lambda: True,
 ) -> None:
     """Fault in pages of a mapping, on a thread of its own, without changing what they hold, while
     it is `idle`: a virtual machine's host may take seconds to find a gigabyte, and steps that run
     meanwhile would wait.
 
-    spans are of whole pages, counted from address, which is page-aligned; `keep` holds the mapping
-    alive until it is done. Only Linux can; elsewhere nothing is done.
+    spans are of whole pages, counted from address, which is page-aligned. The mapping lives as long
+    as `owner`; once nobody has that any more, the thread ends. Only Linux can; elsewhere nothing is
+    done.
     """
     if sys.platform != "linux":
         return
 
-    def run(keep: object) -> None:
-        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    alive = weakref.ref(owner)
+
+    def run() -> None:
         for first, last in spans:
             for start in range(first, last, HUGE):
-                while not idle():
+                while not idle() and alive() is not None:
                     time.sleep(0.05)
-                if not _advise(address + start, min(HUGE, last - start), advice):
+                mapping = alive()  # held while the system works on it
+                if mapping is None or not _advise(address + start, min(HUGE, last - start), advice):
                     return
+                del mapping
 
-    threading.Thread(target=run, args=(keep,), name="populate", daemon=True).start()
+    threading.Thread(target=run, name="populate", daemon=True).start()
 
 
 def _advise(address: int, nbytes: int, advice: int) -> bool:

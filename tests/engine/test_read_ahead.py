@@ -23,7 +23,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Span]]:
     """The spans of files that are read into memory, as somebody asks for it."""
     asked: list[Sequence[Span]] = []
 
-    def populate(address: int, spans: Sequence[Span], *, write: bool, keep: object) -> None:
+    def populate(address: int, spans: Sequence[Span], *, write: bool, owner: object) -> None:
         asked.append(spans)
 
     monkeypatch.setattr(mapped, "populate", populate)

@@ -313,5 +313,5 @@ def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> tor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)
-    populate(buffer.data_ptr(), [(0, len(region))], write=True, keep=region, idle=idle)
+    populate(buffer.data_ptr(), [(0, len(region))], write=True, owner=region, idle=idle)
     return buffer

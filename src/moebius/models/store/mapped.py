@@ -44,7 +44,7 @@ class MappedFiles:
             huge = (-(-start // _HUGE) * _HUGE, stop // _HUGE * _HUGE)
             _advise(region, "MADV_HUGEPAGE", huge)
             _advise(region, "MADV_WILLNEED", (start, stop))
-        populate(_address(region), pages, write=False, keep=region)
+        populate(_address(region), pages, write=False, owner=region)
 
     def release(self, file: Path, spans: Iterable[Span]) -> None:
         """Give pages back that lie wholly within these bytes; they are read anew at a next use."""
@@ -105,7 +105,7 @@ class MappedFiles:
                 all_of_it = (0, len(region))
                 _advise(region, "MADV_HUGEPAGE", all_of_it)
                 _advise(region, "MADV_WILLNEED", all_of_it)
-                populate(_address(region), [all_of_it], write=False, keep=region)
+                populate(_address(region), [all_of_it], write=False, owner=region)
         return self._maps[file]
 
 
