@@ -169,7 +169,8 @@ class Pair:
             ids = prompt + ours[:at]
             [[row_V]] = baseline.rows(Reading([*ids, 0], len(ids) - 1))
             end = max(ends, key=lambda token: float(row_V[token]))
-            one, other = ((each[at:] or [end])[0] for each in (ours, theirs))
+            one = ours[at] if at < len(ours) else end
+            other = theirs[at] if at < len(theirs) else end
             gap = float(row_V[one] - row_V[other])
             parted.append(
                 {

@@ -116,7 +116,9 @@ class Text:
             apart.append(coded.divergence(log_q_LV))
             same.append(log_q_LV.argmax(-1) == coded.codes_LV.argmax(-1))
             nats.append(-log_q_LV.gather(1, target_L[:, None])[:, 0])
-        apart_T, same_T, nats_T = (torch.cat(each).double() for each in (apart, same, nats))
+        apart_T = torch.cat(apart).double()
+        same_T = torch.cat(same).double()
+        nats_T = torch.cat(nats).double()
         error = float(apart_T.std()) / len(apart_T) ** 0.5
         return Said(
             float(apart_T.mean()), error, float(same_T.mean()), math.exp(float(nats_T.mean()))

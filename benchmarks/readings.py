@@ -115,7 +115,8 @@ class Distance:
     def add(self, log_p_LV: Tensor, reference_LV: Tensor, target_L: Tensor) -> None:
         self.figures.add(log_p_LV, reference_LV, target_L)
         top_L2 = reference_LV.topk(2).indices
-        before_L, after_L = (x_LV.gather(1, top_L2) @ _GAP for x_LV in (reference_LV, log_p_LV))
+        before_L = reference_LV.gather(1, top_L2) @ _GAP
+        after_L = log_p_LV.gather(1, top_L2) @ _GAP
         self.moved += (after_L - before_L).tolist()
 
     @property

@@ -209,12 +209,16 @@ def quantised() -> str:
     speeds = bare["tokens_per_second"]
     loops = {("w1", "decode_tps"): "tg128", ("w4", "prefill_tps"): "pp2048"}
     servers = ("llama.cpp", "openvino")
-    rows = []
+    found: dict[str, list[beside.Comparison]] = {}
     for source, record in beside.records("quantised").items():
-        weights = record["settings"]["weights"]
-        for one in beside.comparisons(source, record):
-            loop = loops.get((one.workload, one.measure))
-            other = speeds[f"{one.model}-{weights}"][loop] if loop else None
+        of_type = found.setdefault(record["settings"]["weights"], [])
+        of_type += beside.comparisons(source, record)
+    rows = []
+    for weights in sorted(found):
+        newest, _ = beside.latest(found[weights])
+        for one in newest:
+            loop = loops.get((one.workload, one.measure), "")
+            other = speeds.get(f"{one.model}-{weights}", {}).get(loop)
             ours = one.values["moebius"]
             row = [f"{weights.upper()}: {one.label}", number(ours)]
             row += [number(one.values[key]) if key in one.values else "" for key in servers]

@@ -51,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
         "nn",
         "moe",
         "models",
+        "progress",
         "quantize",
     },
     "front": {"errors", "request", "text", "engine"},

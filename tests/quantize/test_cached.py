@@ -325,4 +325,4 @@ def test_who_waits_at_a_terminal_sees_how_far_it_is(
     options = {"kv_cache_memory_bytes": 2**22, "max_model_len": 64}
     with LLM(str(model), quantization="q8_0", **options):
         pass
-    assert ("quantizing to q8_0" in screen.getvalue()) == terminal
+    assert ("quantising to q8_0" in screen.getvalue()) == terminal

@@ -339,27 +339,27 @@ def test_the_bundled_recipe_keeps_its_promises() -> None:
     assert recipe.training.z_loss > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("bundled", "qwen3_moe"),
-        ("tiny", "qwen3_moe"),
-        ("switch", "qwen3_moe"),
-        ("gshard", "moebius"),
-        ("st_moe", "qwen3_moe"),
-        ("olmoe", "olmoe"),
-        ("deepseek", "dots1"),
-        ("finetune", None),
-    ],
-)
+RECIPES = {
+    "bundled": "qwen3_moe",
+    "tiny": "qwen3_moe",
+    "switch": "qwen3_moe",
+    "gshard": "moebius",
+    "st_moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "deepseek": "dots1",
+    "finetune": None,
+    "blocks": "qwen3_moe",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), RECIPES.items())
 def test_the_recipes_that_come_along(name: str, kind: str | None) -> None:
     recipe = read_recipe(ROOT / "recipes" / f"{name}.toml")
     assert (None if recipe.model is None else decoder(recipe).model_type) == kind
 
 
 def test_no_recipe_is_left_out() -> None:
-    names = {"tiny", "bundled", "switch", "gshard", "st_moe", "olmoe", "deepseek", "finetune"}
-    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == names
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == set(RECIPES)
 
 
 @pytest.mark.case("C13")
