@@ -12,7 +12,7 @@ from moebius.ops.cpu import CpuOps
 from ops.formats.blocks import BLOCKS, random_matrix, with_halves
 from ops.int8_products import product
 from ops.levels import LEVELS, level
-from ops.test_block_products import DTYPES, activations, assert_bits, logits
+from ops.quantised_products import DTYPES, activations, assert_bits, logits
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

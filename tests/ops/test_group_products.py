@@ -12,7 +12,13 @@ from moebius.ops.cpu import CpuOps
 from moebius.ops.formats import Integers, format_named
 from ops.int8_products import product
 from ops.levels import LEVELS, bits, level
-from ops.test_block_products import DTYPES, activations, assert_bits, logits
+from ops.quantised_products import (
+    DTYPES,
+    activations,
+    assert_bits,
+    assert_on_every_level,
+    logits,
+)
 
 NAMES = [
     "mxfp4_planes",
@@ -57,10 +63,7 @@ def test_every_level_has_the_arithmetics_bits(name: str) -> None:
         for rows, outputs, columns in SHAPES:
             x = activations(rows, columns, dtype)
             matrix = random_matrix(name, outputs, columns)
-            wanted = product(x, matrix)
-            assert ((wanted.out - wanted.exact).abs() <= wanted.bound).all()
-            for isa in LEVELS:
-                assert_bits(logits(level(isa, 2), x, matrix), wanted.out, f"{isa} {x.shape}")
+            assert_on_every_level(x, matrix)
 
 
 @pytest.mark.parametrize("name", NAMES)
