@@ -42,7 +42,7 @@ CORE = (
 )
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
-# What only training uses, and where experts are to lie.
+# What only training uses, and where experts lie.
 NOT_CORE = {
     "nn/packed.py",
     "moe/training.py",
@@ -51,6 +51,8 @@ NOT_CORE = {
     "moe/noise.py",
     "moe/health.py",
     "moe/placement.py",
+    "moe/ranks.py",
+    "moe/share.py",
 }
 
 _NOT_CODE = {

@@ -1,4 +1,4 @@
-"""How a layer's tokens get to their experts and back; over several ranks see moebius.moe.ranks."""
+"""How a layer's tokens get to their experts and back; over several ranks: all_to_all.py."""
 
 from typing import Protocol
 
