@@ -21,6 +21,7 @@ from moebius.files import (
     begins_with,
     check_apart,
     check_target,
+    short_name,
     signed,
     write_file,
 )
@@ -206,3 +207,11 @@ def test_two_outputs_are_two_files(tmp_path: Path) -> None:
             check_apart(output_json=one, plot=None, trace=other)
     check_apart(output_json=there, plot=new, trace=None)
     check_apart(output_json=Path("/dev/null"), plot=Path("/dev/null"))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("some/folder/m.gguf", "folder/m.gguf"), ("m.gguf", "m.gguf"), ("/m.gguf", "/m.gguf")],
+)
+def test_a_short_name_is_a_path_that_could_have_been_given(path: str, name: str) -> None:
+    assert short_name(Path(path)) == name

@@ -184,8 +184,8 @@ def _flush(path: Path) -> None:
 
 @cache
 def short_name(path: Path) -> str:
-    """`directory/file`, for messages."""
-    return f"{path.parent.name}/{path.name}"
+    """`directory/file`, for messages; the file alone where it was named without a directory."""
+    return Path(*path.parts[-2:]).as_posix()
 
 
 def package_table(name: str) -> dict[str, Any]:
