@@ -150,7 +150,7 @@ RECOVERIES = (
     Source(
         "recovery_hosts.json",
         ZEN4,
-        "2026-11-28",
+        "2026-11-29",
         f"{PYTHON} benchmarks/recovery.py --hosts 2 --ranks 3",
     ),
 )
