@@ -15,8 +15,8 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
-from schedule import seeded_snapshot_bugs as _
-from schedule.seeding import BUGS, bug
+from schedule.seeded_snapshot_bugs import BUGS
+from schedule.seeding import bug
 
 __all__ = ["BUGS"]
 

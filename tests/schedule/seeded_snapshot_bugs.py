@@ -9,7 +9,9 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import GroupSpec
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.states import StatePool
-from schedule.seeding import bug, bug_of_states
+from schedule.seeding import BUGS, bug, bug_of_states
+
+__all__ = ["BUGS"]
 
 # ----------------------------------------------------------------------------------------------------- where they are taken
 

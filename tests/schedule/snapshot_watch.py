@@ -21,6 +21,8 @@ class SnapshotWatch:
     unused   those on the way through a prompt that nobody has started from
     unsure   those of either kind: somebody may have asked for one at a place where there is one
              anyway
+    silent   ids of requests that have read in this step what was withdrawn
+    awaited  by waiting requests: where they part from those ahead, and who these are
     """
 
     def __init__(self, checker: Checker) -> None:
@@ -29,6 +31,8 @@ class SnapshotWatch:
         self._used: dict[bytes, int] = {}
         self._unused: set[bytes] = set()
         self._unsure: set[bytes] = set()
+        self._silent: set[str] = set()
+        self._awaited: dict[str, tuple[int, set[str]]] = {}
 
     def _found(self) -> Mapping[bytes, int]:
         states = self._checker.pool.states
@@ -41,6 +45,8 @@ class SnapshotWatch:
         for chunk in plan.chunks:
             self._check_boundary(chunk, self._checker.tracks[chunk.request_id], plan)
         self._check_evicted(plan)
+        self._check_awaited(plan)
+        self._silent.clear()
         for chunk in plan.chunks:
             if chunk.states is not None and chunk.states.restore is not None:
                 digest = self._digest(chunk, chunk.start)
@@ -105,12 +111,12 @@ class SnapshotWatch:
         states = checker.pool.states
         assert states is not None
         found = self._found()
-        gone = self._known - found.keys()
-        gone = {d for d in gone if all(d in blocks for blocks in checker.pool.cached)}
+        all_gone = self._known - found.keys()
+        gone = {d for d in all_gone if all(d in blocks for blocks in checker.pool.cached)}
         gone -= self._replaced(plan.chunks)
         if not gone:
             return
-        if states._free and not (plan.preempted or plan.expired):
+        if states._free and gone == all_gone and not (plan.preempted or plan.expired):
             checker.broken("I13", "a snapshot was evicted while a slot was free")
         stayed = {d for d in self._known & found.keys() if not states._refs[found[d]]}
         lasting = self._known - self._unused - self._unsure
@@ -119,6 +125,30 @@ class SnapshotWatch:
         oldest = min((self._used[d] for d in stayed & lasting), default=checker.step)
         if any(self._used[d] > oldest for d in gone & lasting):
             checker.broken("I13", "a snapshot went before one that was used longer ago")
+
+    def _check_awaited(self, plan: StepPlan) -> None:
+        """Who is waited for stops where the waiting one parts from it, if every block counts."""
+        pool = self._checker.pool
+        assert pool.states is not None
+        chunks = {chunk.request_id: chunk for chunk in plan.chunks}
+        for name, (end, ahead) in self._awaited.items():
+            there = [chunks[one] for one in ahead & chunks.keys()]
+            passed = [chunk for chunk in there if chunk.start < end < chunk.end]
+            if pool.states.spec.apart == 1 and len(passed) == len(ahead):
+                self._checker.broken("I13", f"a chunk passes over {end}, as {name} waits")
+        self._awaited.clear()
+        waiting = (name for name, why in plan.waiting.items() if why == "prefix_in_flight")
+        for name in waiting:
+            hashes = self._checker.tracks[name].hashes
+            part = {one: self._shared(one, hashes) for one in chunks if one != name}
+            end = max(part.values()) * pool.block_size
+            ahead = {one for one in part if part[one] * pool.block_size == end > chunks[one].end}
+            if ahead:
+                self._awaited[name] = (end, ahead)
+
+    def _shared(self, name: str, hashes: Sequence[bytes]) -> int:
+        """Blocks that are alike at the beginning."""
+        return sum(a == b for a, b in zip(self._checker.tracks[name].hashes, hashes, strict=False))
 
     def _replaced(self, chunks: Sequence[Chunk]) -> set[bytes]:
         """What was behind the prompts of sequences that take a later snapshot there."""
@@ -148,7 +178,7 @@ class SnapshotWatch:
             track = checker.tracks.get(chunk.request_id)
             saves = chunk.states is not None and chunk.states.save is not None
             given_up = chunk.samples and not drawn.get(chunk.request_id)
-            if track is None or not saves or given_up or not track.request.publishes:
+            if track is None or not saves or given_up or chunk.request_id in self._silent:
                 continue
             digest = self._digest(chunk, chunk.end)
             if digest not in found and checker._sharers[digest] == 1:
@@ -171,17 +201,20 @@ class SnapshotWatch:
         states = self._checker.pool.states
         assert states is not None
         size = self._checker.pool.block_size
-        prompt = len(track.request.prompt_ids)
-        passing = chunk.end % (size * states.spec.interval) == 0 and chunk.end < prompt
+        regular = chunk.end % (size * states.spec.interval) == 0
         shared = self._checker._sharers[digest] > 1 or track.request.num_preemptions
         self._unused.discard(digest)
         self._unsure.discard(digest)
-        if passing and chunk.end != self._turn(track):
-            (self._unsure if shared else self._unused).add(digest)
+        if regular and shared:
+            self._unsure.add(digest)
+        elif regular and self._turn(track) != chunk.end < len(track.request.prompt_ids):
+            self._unused.add(digest)
 
     def withdrawn(self) -> None:
         """A request has failed: what derives from it is gone."""
         self._known &= self._found().keys()
+        tracks = self._checker.tracks
+        self._silent |= {name for name, track in tracks.items() if not track.request.publishes}
 
     def nothing_lost(self) -> None:
         """Between the halves of a step none goes, and none comes."""

@@ -157,7 +157,7 @@ def test_a_hit_is_the_longest_boundary_at_which_all_groups_resume(data):
     snapshots = data.draw(st.sets(st.integers(1, 6))) if has_state else set(range(1, 7))
     for count in snapshots if has_state else ():
         owned = pool.states.open(None)
-        pool.states.place(owned, hashes[count - 1])
+        pool.states.place(owned, "lasting", hashes[count - 1])
         pool.states.settle(owned, lineage)
         pool.states.free(owned)
 
@@ -218,17 +218,6 @@ def test_a_running_request_waits_for_the_budget_of_the_next_step():
 # ----------------------------------------------------------------------------------------------------- recurrent states
 
 
-def test_snapshots_are_taken_at_the_prompts_last_block_and_every_so_many():
-    scheduler = make_scheduler(size=2, budget=64, groups=states(20, interval=3))
-    request = make_request("a", range(1, 16), max_tokens=8)
-    scheduler.add(request)
-    plans = drain(scheduler)
-    taken = [c.end for plan in plans for c in plan.chunks if c.states and c.states.save is not None]
-    # Every 6 positions, and 14: behind it the prompt's last token is left to compute.
-    assert taken == [6, 12, 14, 18]
-    assert len(scheduler.pool.states.cached[0]) == 4
-
-
 def test_a_hit_starts_from_a_snapshot_and_pins_it_for_its_step():
     scheduler = make_scheduler(size=2, groups=states(2, interval=8))
     scheduler.add(make_request("a", range(1, 16), max_tokens=1))
@@ -266,7 +255,7 @@ def test_a_sequence_waits_for_its_slots():
 
 def test_a_hit_waits_for_a_slot_beside_its_snapshot():
     """The only other slot is another sequence's: the snapshot itself is not given up for it."""
-    scheduler = make_scheduler(size=2, groups=states(2, interval=8))
+    scheduler = make_scheduler(size=8, groups=states(2))
     scheduler.add(make_request("a", range(1, 16), max_tokens=1))
     drain(scheduler)
     scheduler.add(make_request("other", [99], max_tokens=3))

@@ -56,11 +56,11 @@ class StatePool(Places):
     ) -> OwnedStates | None:
         """Slots for a sequence that starts at `position` from `snapshot`, or from zeros; None if
         there are too few. The next turn of its chat will start at `turn`."""
+        evictable = snapshot in self._evictable
+        if self.num_free - evictable < self.spec.slots_per_sequence:
+            return None
         if snapshot is not None:
             self._share((snapshot,))  # nobody may take it before it was copied
-        if self.num_free < self.spec.slots_per_sequence:
-            self._release(() if snapshot is None else (snapshot,))
-            return None
         slot = self._take()
         scratch = tuple(self._take() for _ in range(self.spec.scratch))
         owned = OwnedStates(slot, scratch, prompt, {position, turn}, restore=snapshot)
