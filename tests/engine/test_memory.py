@@ -349,9 +349,7 @@ def test_states_and_request_caches_are_planned_for_all_that_may_run() -> None:
     rows = {name: (amount, remark) for name, amount, remark in made.rows()}
     # 14,672 tokens, of which a prompt's fill 4 of the 8 slots for snapshots: in chunks of 2,048.
     assert made.max_model_len == 917 * 16
-    words = (
-        "16 slots of 4.9 KiB: 4 sequences, 2 snapshots each, and one every 4,096 tokens of a prompt"
-    )
+    words = "16 slots of 4.9 KiB: 4 sequences, 2 snapshots each, and one every 4,096 tokens"
     assert rows["states"] == ("78.1 KiB", words)
     assert rows["request caches"] == ("2.7 KiB", "4, written once a request")
     alone = windowed_plan(CacheSizes((), 0, state=5000), max_num_seqs=4)
@@ -377,7 +375,7 @@ def test_states_get_half_of_a_small_cache_and_blocks_the_rest() -> None:
     assert states is not None and (states.interval, states.apart) == (4096 // 16, 16)
     rows = {name: remark for name, _, remark in made.rows()}
     assert rows["states"] == (
-        "24 slots of 61.4 MiB: 8 sequences, 2 snapshots each, and one every 4,096 tokens of a prompt"
+        "24 slots of 61.4 MiB: 8 sequences, 2 snapshots each, and one every 4,096 tokens"
     )
 
 
@@ -390,7 +388,7 @@ def test_one_sequence_as_long_as_was_asked_for_goes_before_snapshots() -> None:
     assert (
         windowed_plan(QWEN, max_model_len=32_768, kv_cache_memory_bytes=705 * 2**20).num_slots == 1
     )
-    with pytest.raises(MemoryPlanError, match="one sequence of 32,768 tokens needs 640.0 MiB"):
+    with pytest.raises(MemoryPlanError, match=r"one sequence of 32,768 tokens needs 640\.0 MiB"):
         windowed_plan(QWEN, max_model_len=32_768, kv_cache_memory_bytes=700 * 2**20)
 
 

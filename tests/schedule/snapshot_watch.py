@@ -160,10 +160,16 @@ class SnapshotWatch:
         return replaced
 
     def _behind_prompt(self, track: Track, end: int) -> list[bytes]:
-        """Hashes of where snapshots of an answer may have been, before `end`."""
+        """Hashes of where the last full block of an answer was, before it was at `end`; but for
+        the regular ones among them."""
         size = self._checker.pool.block_size
-        first = -(-len(track.request.prompt_ids) // size)
-        return track.hashes[first - 1 : max(first, end // size) - 1]
+        counts = range(-(-len(track.request.prompt_ids) // size), end // size)
+        return [track.hashes[count - 1] for count in counts if not self._regular(count)]
+
+    def _regular(self, count: int) -> bool:
+        """Whether there is a snapshot behind so many blocks of everything that is long enough."""
+        states = self._checker.pool.states
+        return states is not None and count % states.spec.interval == 0
 
     def updated(self, plan: StepPlan, drawn: Mapping[str, Sequence[int]]) -> None:
         """Snapshots of computed chunks can be found; none but what they replace is gone."""
@@ -189,7 +195,9 @@ class SnapshotWatch:
 
     def _check_replaced(self, chunk: Chunk, track: Track) -> None:
         """A sequence keeps one snapshot behind its prompt, and not a row of them."""
-        if track.request.num_preemptions or track.request.asked.output_ids:
+        size = self._checker.pool.block_size
+        regular = self._regular(chunk.end // size)
+        if regular or track.request.num_preemptions or track.request.asked.output_ids:
             return
         sharers = self._checker._sharers
         for digest in self._behind_prompt(track, chunk.end):
@@ -198,16 +206,13 @@ class SnapshotWatch:
 
     def _note(self, chunk: Chunk, track: Track, digest: bytes) -> None:
         self._used[digest] = self._checker.step
-        states = self._checker.pool.states
-        assert states is not None
-        size = self._checker.pool.block_size
-        regular = chunk.end % (size * states.spec.interval) == 0
+        regular = self._regular(chunk.end // self._checker.pool.block_size)
         shared = self._checker._sharers[digest] > 1 or track.request.num_preemptions
         self._unused.discard(digest)
         self._unsure.discard(digest)
         if regular and shared:
             self._unsure.add(digest)
-        elif regular and self._turn(track) != chunk.end < len(track.request.prompt_ids):
+        elif regular and self._turn(track) != chunk.end:
             self._unused.add(digest)
 
     def withdrawn(self) -> None:

@@ -78,5 +78,5 @@ class CacheSizes:
         slots = f"{spec.num_slots:,} slots of {human_bytes(self.state)}"
         if not each:
             return f"{slots}, without snapshots"
-        every = f"one every {spec.interval * block_size:,} tokens of a prompt"
+        every = f"one every {spec.interval * block_size:,} tokens"
         return f"{slots}: {running:,} sequences, {each} snapshots each, and {every}"

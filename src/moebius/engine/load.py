@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from moebius import machine
-from moebius.engine.client import EngineInfo
 from moebius.engine.cache_sizes import CacheSizes
+from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.engine import Engine

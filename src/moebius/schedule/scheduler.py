@@ -346,9 +346,9 @@ class Scheduler:
             return "no_blocks"
         if len(self._running) >= self.config.max_num_seqs:
             return "no_seats"
+        computing = self.pool.claimant(request)  # which is to stop where a snapshot is of use
         if not draft.budget:
             return "no_budget"
-        computing = self.pool.claimant(request)
         if computing is not None and computing.id in draft.chunks:
             return "prefix_in_flight"
         # At least one new block a group is needed, whatever the cache holds.

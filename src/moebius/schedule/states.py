@@ -5,7 +5,7 @@ under the hash of the tokens before it: *snapshots*. A prefix hit, or a preempte
 again from the longest. Where they are taken, and which goes first: docs/prefix-cache.md.
 
 lasting   where the next turn of a chat will begin, and where prompts part: least recently used
-passing   every so many tokens of a prompt: the first to go, until somebody has started from it
+passing   every so many tokens: the first to go, until somebody has started from it
 rolling   the last full block of an answer, so far: the next takes its place
 """
 
@@ -63,11 +63,7 @@ class StatePool(Places):
             self._share((snapshot,))  # nobody may take it before it was copied
         slot = self._take()
         scratch = tuple(self._take() for _ in range(self.spec.scratch))
-        owned = OwnedStates(slot, scratch, prompt, {position, turn}, restore=snapshot)
-        entry = None if snapshot is None else self._entries[snapshot]
-        if entry is not None and position >= prompt:  # it was preempted: this is its own
-            owned.rolling = entry.hash
-        return owned
+        return OwnedStates(slot, scratch, prompt, {position, turn}, restore=snapshot)
 
     def want(self, owned: OwnedStates, position: int) -> int:
         """Ask a sequence for a snapshot at `position`, and get to know where there will be one: a
@@ -94,9 +90,9 @@ class StatePool(Places):
             return None
         if position in owned.wanted:
             return "lasting"
-        if position >= owned.prompt:
-            return "rolling"
-        return None if position % (self.spec.interval * self._block_size) else "passing"
+        if not position % (self.spec.interval * self._block_size):
+            return "passing"
+        return "rolling" if position >= owned.prompt else None
 
     def place(self, owned: OwnedStates, kind: Kind | None, digest: bytes) -> StateSlots:
         """The slots of the next chunk; with a `kind`, one for a snapshot, if it is to be had."""
