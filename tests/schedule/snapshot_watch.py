@@ -18,9 +18,12 @@ class SnapshotWatch:
 
     known    all that could be found when last looked at
     used     the step in which each was last taken or started from
-    unused   those on the way through a prompt that nobody has started from
-    unsure   those of either kind: somebody may have asked for one at a place where there is one
-             anyway
+    first    those that go first: on the way through a text, and nobody has started from them; or a
+             sequence that did has a later one, and so on
+    unsure   those of which that cannot be told: several requests have the same tokens
+    gone_on  those from which a sequence has gone on, or that were taken because several will
+    starts   where each running request started
+    behind   by a request, its snapshot before its answer; by a snapshot, that of the same answer
     silent   ids of requests that have read in this step what was withdrawn
     awaited  by waiting requests: where they part from those ahead, and who these are
     """
@@ -29,10 +32,13 @@ class SnapshotWatch:
         self._checker = checker
         self._known: set[bytes] = set()
         self._used: dict[bytes, int] = {}
-        self._unused: set[bytes] = set()
+        self._first: set[bytes] = set()
         self._unsure: set[bytes] = set()
         self._silent: set[str] = set()
         self._awaited: dict[str, tuple[int, set[str]]] = {}
+        self._gone_on: set[bytes] = set()
+        self._starts: dict[str, bytes] = {}
+        self._twins: dict[bytes, bytes] = {}
 
     def _found(self) -> Mapping[bytes, int]:
         states = self._checker.pool.states
@@ -48,12 +54,17 @@ class SnapshotWatch:
         self._check_awaited(plan)
         self._silent.clear()
         for chunk in plan.chunks:
+            if not chunk.start:
+                self._starts.pop(chunk.request_id, None)
             if chunk.states is not None and chunk.states.restore is not None:
-                digest = self._digest(chunk, chunk.start)
+                digest = self._starts[chunk.request_id] = self._digest(chunk, chunk.start)
                 self._used[digest] = self._checker.step
-                self._unused.discard(digest)
+                self._first.discard(digest)
                 self._unsure.discard(digest)
         self._known = set(self._found())
+        for memory in (self._gone_on, self._first, self._unsure):
+            memory &= self._known
+        self._twins = {one: two for one, two in self._twins.items() if one in self._known}
 
     def _digest(self, chunk: Chunk, position: int) -> bytes:
         count = position // self._checker.pool.block_size
@@ -119,8 +130,8 @@ class SnapshotWatch:
         if states._free and gone == all_gone and not (plan.preempted or plan.expired):
             checker.broken("I13", "a snapshot was evicted while a slot was free")
         stayed = {d for d in self._known & found.keys() if not states._refs[found[d]]}
-        lasting = self._known - self._unused - self._unsure
-        if stayed & self._unused and gone & lasting:
+        lasting = self._known - self._first - self._unsure
+        if stayed & self._first and gone & lasting:
             checker.broken("I13", "a snapshot went before one that nobody has started from")
         oldest = min((self._used[d] for d in stayed & lasting), default=checker.step)
         if any(self._used[d] > oldest for d in gone & lasting):
@@ -178,6 +189,12 @@ class SnapshotWatch:
             return
         found = self._found()
         replaced = self._replaced(plan.chunks)
+        chunks = [chunk for chunk in plan.chunks if chunk.states and chunk.start]
+        self._restored = {
+            self._starts.get(chunk.request_id)
+            for chunk in chunks
+            if chunk.states.restore is not None
+        }
         if self._known - found.keys() - replaced:
             checker.broken("I13", "a snapshot is gone that nothing has replaced")
         for chunk in plan.chunks:
@@ -205,15 +222,39 @@ class SnapshotWatch:
                 self._checker.broken("I13", f"{track.request.id} keeps a snapshot it has replaced")
 
     def _note(self, chunk: Chunk, track: Track, digest: bytes) -> None:
+        """What a new snapshot is, and what it makes of others."""
         self._used[digest] = self._checker.step
-        regular = self._regular(chunk.end // self._checker.pool.block_size)
-        shared = self._checker._sharers[digest] > 1 or track.request.num_preemptions
-        self._unused.discard(digest)
+        self._first.discard(digest)
         self._unsure.discard(digest)
-        if regular and shared:
+        turn = self._turn(track)
+        prompt = len(track.request.prompt_ids)
+        start = self._starts.get(chunk.request_id)
+        sure = self._checker._sharers[digest] == 1 and not track.request.num_preemptions
+        regular = self._regular(chunk.end // self._checker.pool.block_size)
+        if not sure:
             self._unsure.add(digest)
-        elif regular and self._turn(track) != chunk.end:
-            self._unused.add(digest)
+            self._unsure |= {start, self._twins.get(start)} - {None} if start else set()
+        elif chunk.end == turn:
+            self._go_beyond(start)
+        elif regular:
+            self._first.add(digest)
+        elif chunk.end >= prompt and turn:
+            before = track.hashes[turn // self._checker.pool.block_size - 1]
+            if before in self._found():
+                self._twins.update({digest: before, before: digest})
+        else:
+            self._gone_on.add(digest)
+
+    def _go_beyond(self, start: bytes | None) -> None:
+        found = self._found()
+        if start not in found or start in self._gone_on:
+            return
+        self._gone_on.add(start)
+        for digest in (start, self._twins.get(start)):
+            if digest in found and digest not in self._restored:
+                self._first.add(digest)
+            elif digest in found:
+                self._unsure.add(digest)
 
     def withdrawn(self) -> None:
         """A request has failed: what derives from it is gone."""

@@ -156,8 +156,8 @@ def test_a_hit_is_the_longest_boundary_at_which_all_groups_resume(data):
             pool._release((place,))
     snapshots = data.draw(st.sets(st.integers(1, 6))) if has_state else set(range(1, 7))
     for count in snapshots if has_state else ():
-        owned = pool.states.open(None)
-        pool.states.place(owned, "lasting", hashes[count - 1])
+        owned = pool.states.open()
+        pool.states.place(owned, "parting", hashes[count - 1])
         pool.states.settle(owned, lineage)
         pool.states.free(owned)
 
@@ -178,7 +178,7 @@ def test_a_hit_is_the_longest_boundary_at_which_all_groups_resume(data):
             block == NO_BLOCK or pool.cached[group][hashes[i]] == block
             for i, block in enumerate(table)
         )
-    assert hit.snapshot == (pool.states.snapshot(hashes[best - 1]) if has_state and best else None)
+    assert hit.snapshot == (hashes[best - 1] if has_state and best else b"")
     check_pool(pool, [])
 
 

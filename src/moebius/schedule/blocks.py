@@ -23,13 +23,13 @@ class Hit(NamedTuple):
     """A cached prefix of `num_blocks` blocks behind which every group can resume.
 
     tables     each group's blocks of it, NO_BLOCK before the group's window
-    snapshot   the slot of the state at its end, where the model has states
+    snapshot   the hash of the state at its end, where the model has states; empty: from zeros
     seen       blocks that somebody has computed, with a snapshot behind them or without
     """
 
     num_blocks: int
     tables: "tuple[array[int], ...]"
-    snapshot: int | None = None
+    snapshot: bytes = b""
     seen: int = 0
 
 
@@ -112,9 +112,7 @@ class BlockPool(Places):
             first = spec.first_block(limit * self.block_size, self.block_size)
             found = [cached[digest] for digest in islice(hashes, first, limit)]
             tables.append(array("i", [NO_BLOCK] * first + found))
-        snapshot = None
-        if self.states is not None and limit:
-            snapshot = self.states.snapshot(hashes[limit - 1])
+        snapshot = hashes[limit - 1] if self.states is not None and limit else b""
         return Hit(limit, tuple(tables), snapshot, seen)
 
     def _resumable(self, hashes: Sequence[bytes], limit: int) -> int:
@@ -190,8 +188,8 @@ class BlockPool(Places):
             request.states = self._open_states(request, hit, self.states)
             if request.states is None:
                 return False
-            if hit.snapshot is not None:
-                lineages |= self.states.lineages((hit.snapshot,))
+            if request.states.restore is not None:
+                lineages |= self.states.lineages((request.states.restore,))
         if self.groups.request_slots is not None:
             request.request_slot = self._request_slots.pop()
         self._share(held)
@@ -204,8 +202,8 @@ class BlockPool(Places):
         return True
 
     def _open_states(self, request: Request, hit: Hit, states: StatePool) -> OwnedStates | None:
-        """Slots, and where lasting snapshots are wanted: where the next turn of the chat will start
-        (or the same prompt again), and where others went on with other tokens."""
+        """Slots, and where snapshots are wanted: where the next turn of the chat will start (or the
+        same prompt again), and where others went on with other tokens."""
         size = self.block_size
         start = hit.num_blocks * size
         prompt = len(request.prompt_ids)
