@@ -405,7 +405,7 @@ class _(StatePool):
 @bug_of_states("what several sequences went on from goes with the first of them")
 class _(StatePool):
     def _entered(self, owned, digest):
-        self._shared.discard(owned.start)
+        self._followed.discard(owned.start)
         super()._entered(owned, digest)
 
 

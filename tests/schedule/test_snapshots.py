@@ -173,6 +173,35 @@ def test_those_on_the_way_go_first_until_somebody_has_started_from_one():
     assert 16 in kept(scheduler, long) and 8 not in kept(scheduler, long)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_a_chat_has_gone_beyond_goes_before_what_others_have_left(keeps):
+    """Seven slots: one for who runs, two for an idle chat, two for the last turn of a busy one, and
+    two for its next."""
+    scheduler = scheduler_of(7)
+    idle = serve(scheduler, "idle", text(22, 500), max_tokens=8, generation_start=18)
+    busy = serve(scheduler, "0", text(22), max_tokens=8, generation_start=18)
+    for turn in range(1, 6):
+        history = [*busy.prompt_ids, *busy.output_ids] if keeps else [*busy.prompt_ids[:-4]]
+        prompt = [*history, *text(8, 100 * turn)]
+        busy = serve(scheduler, str(turn), prompt, max_tokens=8, generation_start=len(prompt) - 4)
+        assert busy.num_cached_tokens >= len(history) - SIZE, "each turn computes what is new"
+        assert kept(scheduler, idle) == [16, 28]
+
+
+def test_where_several_went_on_is_kept_for_the_next():
+    """A document under many questions: what is asked last goes first, and not the document."""
+    scheduler = scheduler_of(5)
+    document = text(40)
+    found = []
+    for number in range(8):
+        prompt = [*document, *text(8, 200 + 20 * number)]
+        asked = serve(scheduler, str(number), prompt, max_tokens=8, generation_start=46)
+        follows = [*prompt, *asked.output_ids, *text(8, 600)]
+        serve(scheduler, f"{number} again", follows, max_tokens=1, generation_start=len(follows))
+        found.append(asked.num_cached_tokens)
+    assert found == [0, 0, 40, 40, 40, 40, 40, 40]
+
+
 def test_a_snapshot_goes_with_the_last_block_before_it():
     scheduler = scheduler_of(blocks=8)
     first = serve(scheduler, "a", text(22), max_tokens=1)

@@ -51,7 +51,7 @@ class StatePool(Places):
         super().__init__(spec.num_slots, 1)
         self.spec = spec
         self._block_size = block_size
-        self._shared: set[bytes] = set()  # snapshots from which several went on, or one so far
+        self._followed: set[bytes] = set()  # a sequence went on from them, or several will
         self._twins: dict[bytes, bytes] = {}  # before and behind an answer: one of two is of use
 
     def snapshot(self, digest: bytes) -> int | None:
@@ -138,14 +138,14 @@ class StatePool(Places):
         if owned.kind == "passing":
             self._goes_first(digest)
         elif owned.kind == "parting":
-            self._shared.add(digest)
+            self._followed.add(digest)
         elif owned.kind == "rolling":
             self.drop(owned.rolling)
             owned.rolling = digest
             if owned.behind in self._cached[0]:
                 self._twins.update({digest: owned.behind, owned.behind: digest})
-        elif owned.start in self._cached[0] and owned.start not in self._shared:
-            self._shared.add(owned.start)
+        elif owned.start in self._cached[0] and owned.start not in self._followed:
+            self._followed.add(owned.start)
             self._goes_first(owned.start)
             self._goes_first(self._twins.get(owned.start, b""))
 
@@ -158,7 +158,7 @@ class StatePool(Places):
         entry = self._entries[place]
         super()._forget(place)
         assert entry is not None
-        self._shared.discard(entry.hash)
+        self._followed.discard(entry.hash)
         self._twins.pop(entry.hash, None)
 
     def drop(self, digest: bytes) -> None:
