@@ -134,14 +134,15 @@ class BlockPool(Places):
         """The running request that is about to compute what this waiting request could use next.
 
         Looks only at blocks beyond those found the last time, so that a wait costs O(1) a step;
-        where there are only windows, or states, at all of its blocks that somebody claims.
+        where there are only windows, or states, at all of its blocks. With states the running one
+        is asked to stop where both part.
         """
         limit = self._readable_blocks(request)
         if not (limit and self._claims):
             return None
         hashes = self._hash_blocks(request, limit)
         if self.states is not None:
-            return self._ahead(request, self.states)
+            return self._ahead(request, self.states) if self.states.num_free else None
         if not self._full:
             claimed = (self._claims.get(digest) for digest in islice(hashes, limit))
             return next((owner for owner in claimed if owner is not None), None)
@@ -153,8 +154,8 @@ class BlockPool(Places):
         return self._claims.get(hashes[request.num_awaited_blocks])
 
     def _ahead(self, request: Request, states: StatePool) -> Request | None:
-        """The running request that goes along with this one for longest, from now on. It is asked
-        for a snapshot where they part, if that saves enough."""
+        """Who goes along with this request for longest, if a snapshot where they part saves enough,
+        and can still be had."""
         hashes = request.block_hashes
         for shared in range(self._readable_blocks(request), 0, -1):
             owner = self._claims.get(hashes[shared - 1])
@@ -163,7 +164,7 @@ class BlockPool(Places):
             saved = shared - self.match(request).num_blocks
             end = shared * self.block_size
             assert owner.states is not None, "only running requests claim"
-            if saved < states.spec.apart or end < owner.num_computed_tokens or not states.num_free:
+            if saved < states.spec.apart or end < owner.num_computed_tokens:
                 return None
             if end > owner.num_computed_tokens:
                 end = states.want(owner.states, end)

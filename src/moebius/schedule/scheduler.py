@@ -346,7 +346,7 @@ class Scheduler:
             return "no_blocks"
         if len(self._running) >= self.config.max_num_seqs:
             return "no_seats"
-        computing = self.pool.claimant(request)  # which is to stop where a snapshot is of use
+        computing = self.pool.claimant(request)  # with states it is asked to stop for this one
         if not draft.budget:
             return "no_budget"
         if computing is not None and computing.id in draft.chunks:
