@@ -289,12 +289,10 @@ def plan_memory(
     half of what is left after weights and workspace.
     """
     wanted = engine.max_model_len
-    most = model.context
-    length = wanted or most
-    if length > most:
-        raise ConfigError(
-            f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}"
-        )
+    length = wanted or model.context
+    if length > model.context:
+        most = f"{model.context} positions; use at most {model.context}"
+        raise ConfigError(f"max_model_len = {wanted} is beyond the model's {most}")
     if recorded is None:
         itemsize = _FLOAT32 if dtype == "float32" else 2
         workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize, ranks)
