@@ -112,6 +112,7 @@ def layouts(names: Names | None = None) -> tuple[Layout, ...]:
             embedding="token_embd.weight",
             norm="output_norm.weight",
             head="output.weight",
+            centred=False,
         )
         for experts in ({}, _FUSED, _APART)
     )

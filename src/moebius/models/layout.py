@@ -81,6 +81,7 @@ class Layout:
     names      by their role in a layer (moebius.nn.spec.Parameter), where the checkpoint has
                another name than most: see USUAL. A role that is in neither is the tensor's name
     layer      stands before these; {i} is the layer's number
+    centred    zero-centred norms are stored as such; else the 1 has been added to their weights
     embedding, norm, head   whole names. embedding is the head's, where that alone is stored and
                             serves as both
     """
@@ -90,6 +91,7 @@ class Layout:
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    centred: bool = True
 
     @property
     def prefix(self) -> str:
@@ -98,7 +100,7 @@ class Layout:
 
     def source(self, number: int, parameter: Parameter) -> "Source":
         """Where a parameter of layer `number` is."""
-        name, shape, role, expert, experts, float32 = parameter
+        name, shape, role, expert, experts, float32, _ = parameter
         role = role or name
         stored = self.names.get(role) or USUAL.get(role) or role
         before = self.layer.replace("{i}", str(number))
@@ -133,7 +135,7 @@ class Source(NamedTuple):
 
     shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32
     stays so in any model. expert is whose it is in which layer, where it belongs to one of several
-    experts.
+    experts. added is what a parameter is more than what is stored.
     """
 
     parameter: str
@@ -144,10 +146,19 @@ class Source(NamedTuple):
     start: int = 0
     float32: bool = False
     expert: tuple[int, int] | None = None
+    added: float = 0.0
 
 
 def _whole(parameter: str, name: str, *shape: int) -> Source:
     return Source(parameter, shape, name, shape)
+
+
+def _of_norm(source: Source, config: ModelConfig, layout: Layout) -> Source:
+    """A norm's weight, as all of the model's are held."""
+    if config.norm == "rounded":
+        return source
+    added = 1.0 if config.norm == "zero-centred" and layout.centred else 0.0
+    return source._replace(float32=True, added=added)
 
 
 def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
@@ -160,7 +171,8 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
         if layer not in parameters:
             parameters[layer] = tuple(layer.parameters(width))
         for parameter in parameters[layer]:
-            yield layout.source(number, parameter)
-    yield _whole("norm.weight", layout.norm, width)
+            source = layout.source(number, parameter)
+            yield _of_norm(source, config, layout) if parameter.norm else source
+    yield _of_norm(_whole("norm.weight", layout.norm, width), config, layout)
     if not config.tie_word_embeddings:
         yield _whole("lm_head.weight", layout.head, config.vocab_size, width)

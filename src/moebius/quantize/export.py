@@ -31,13 +31,16 @@ _KEPT = "float32"
 
 
 class RowRange(NamedTuple):
-    """Rows of a stored tensor, from `first` on; order: which of them stands where, None for all
-    where they are."""
+    """Rows of a stored tensor, from `first` on.
+
+    order: which of them stands where, None for all where they are. added: to each number.
+    """
 
     stored: StoredTensor
     first: int
     rows: int
     order: Sequence[int] | None
+    added: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,10 @@ class Target:
         )
 
     def _pieces(self, rows: Rows) -> Iterator[memoryview]:
-        for stored, first, count, order in self.parts:
-            yield from rows.pieces(stored, self.format, first=first, rows=count, order=order)
+        for stored, first, count, order, added in self.parts:
+            yield from rows.pieces(
+                stored, self.format, first=first, rows=count, order=order, added=added
+            )
 
 
 @dataclass(slots=True)
@@ -202,7 +207,7 @@ def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> 
     first = source.start
     if source.entry is not None:
         first += source.entry * source.stored_shape[1]
-    return RowRange(stored, first, rows, order)
+    return RowRange(stored, first, rows, order, source.added)
 
 
 def _order(source: Source, config: ModelConfig) -> Sequence[int] | None:

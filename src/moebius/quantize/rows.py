@@ -50,19 +50,20 @@ class Rows:
         first: int = 0,
         rows: int | None = None,
         order: Sequence[int] | None = None,
+        added: float = 0.0,
     ) -> Iterator[memoryview]:
         """The bytes of a tensor's rows in `format`.
 
         The tensor is taken as rows of its last dimension, however many others it has; a vector as
         rows of one number. first, rows: those of them that are wanted. order: which of these stands
-        where.
+        where. added: to each number, of what lies in one plane.
         """
         count = _rows(stored) - first if rows is None else rows
         if stored.parts:
             yield from self._of_planes(stored, format, first, count, order)
             return
         matrix = self._matrix(stored).rows(first, first + count)
-        if matrix.format.name == format and order is None:
+        if matrix.format.name == format and order is None and not added:
             yield from _as_they_are(matrix)
             self._done(stored)
             return
@@ -71,7 +72,7 @@ class Rows:
         for start in range(0, count, at_once):
             stop = min(start + at_once, count)
             wanted = range(start, stop) if order is None else order[start:stop]
-            waiting.append(self._pool.submit(self._encoded, matrix, wanted, format, stored))
+            waiting.append(self._pool.submit(self._encoded, matrix, wanted, format, stored, added))
             if len(waiting) > 2 * self._threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -109,7 +110,12 @@ class Rows:
         self._files.release(stored.file, [(stored.start, stored.stop)])
 
     def _encoded(
-        self, matrix: Matrix, rows: Sequence[int], format: str, stored: StoredTensor
+        self,
+        matrix: Matrix,
+        rows: Sequence[int],
+        format: str,
+        stored: StoredTensor,
+        added: float,
     ) -> memoryview:
         # Threads of our own compute pieces; torch's beside them would only wait.
         with TorchThreads(1):
@@ -117,7 +123,7 @@ class Rows:
                 x_RK = matrix.rows(rows.start, rows.stop).widened(torch.float32)
             else:
                 x_RK = matrix.take(torch.tensor(rows), torch.float32)
-            return _bytes(_in_format(x_RK, format, stored))
+            return _bytes(_in_format(x_RK + added if added else x_RK, format, stored))
 
     def _matrix(self, stored: StoredTensor) -> Matrix:
         """A tensor of any number of dimensions as a matrix, where it lies."""

@@ -316,7 +316,7 @@ def _converted(weight: Weight, source: Source, wanted: str, device: torch.device
     """A copy in the format `wanted`. Raises WeightsError for planes that contradict each other."""
     try:
         if wanted in NUMBER_BYTES:
-            return _copied(weight, wanted, device)
+            return _copied(weight, wanted, device, source.added)
         assert isinstance(weight, Matrix)
         format = weight.format
         planes = weight.planes
@@ -339,12 +339,13 @@ def _taken(decoder: Decoder, source: Source) -> Weight:
     return weight
 
 
-def _copied(weight: Weight, wanted: str, device: torch.device) -> Tensor:
-    """A copy in the plain numbers `wanted`, on a device."""
+def _copied(weight: Weight, wanted: str, device: torch.device, added: float) -> Tensor:
+    """A copy in the plain numbers `wanted`, on a device, with what is added to each."""
     dtype = getattr(torch, wanted)
     if isinstance(weight, Matrix):
         return weight.widened(dtype).to(device)
-    return weight.to(device, dtype, copy=True)
+    copy = weight.to(device, dtype, copy=True)
+    return copy.add_(added) if added else copy
 
 
 def _put(module: nn.Module, leaf: str, weight: Weight, *, requires_grad: bool) -> None:

@@ -53,9 +53,10 @@ def planned_weight(
 
     near: what could be mapped is copied instead.
 
-    Numbers of that very dtype are mapped, and matrices in one of `formats`, which widen to it
-    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype. Devices
-    other than the CPU hold copies, in which quantised matrices stay what they are too.
+    Numbers of that very dtype are mapped, unless something is to be added to them, and matrices in
+    one of `formats`, which widen to it exactly. Vectors (norms, biases) take kilobytes: they always
+    have the model's dtype. Devices other than the CPU hold copies, in which quantised matrices stay
+    what they are too.
     """
     wanted = "float32" if source.float32 else dtype
     count = math.prod(source.shape)
@@ -68,7 +69,8 @@ def planned_weight(
 
     format = str(stored.format)
     here = device == "cpu"
-    if (format == wanted or read(format)) and (here or format not in NUMBER_BYTES):
+    same = format == wanted and not source.added
+    if (same or read(format)) and (here or format not in NUMBER_BYTES):
         nbytes = stored.nbytes * count // math.prod(stored.shape)
         if stored.start % NUMBER_BYTES.get(format, 1) == 0:
             return PlannedWeight(name, here and not near, format, count, nbytes, here and near)

@@ -24,6 +24,8 @@ def _stored_tensors(
     for source in wanted:
         kept = torch.float32 if source.float32 else dtype
         value = state[source.parameter].detach().to(device="cpu", dtype=kept).contiguous()
+        if source.added:
+            value = value - source.added
         if source.entry is None:
             tensors[source.name] = value
             continue
