@@ -22,7 +22,7 @@ from ops.levels import bits
 
 MAX_TOKENS = 24
 BLOCK_SIZE = 4
-BLOCKS = 41  # one more than batches have
+BLOCKS = 81  # one more than batches have
 CPU = torch.device("cpu")
 
 
@@ -33,7 +33,8 @@ def runner(decoder: Decoder) -> Runner:
 
 
 class Batches:
-    """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9."""
+    """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9, and as many 40
+    further on for a second group of layers."""
 
     def __init__(self, seed: object) -> None:
         self._rng = random.Random(repr(seed))
@@ -52,7 +53,8 @@ class Batches:
             self._computed[s] += count
         ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
         blocks = [range(10 * s, 10 * s + -(-self._computed[s] // BLOCK_SIZE)) for s in some]
-        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE)
+        others = [[[40 + block for block in table] for table in blocks]]
+        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others)
 
 
 def load(held: dict[str, Any], directory: Path, dtype: torch.dtype, placement: Placement) -> None:

@@ -12,7 +12,7 @@ from moebius.errors import ConfigError, require_word
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.mixer import Mixer
-from moebius.nn.spec import Parameter, Parameters
+from moebius.nn.spec import Norm, Parameter, Parameters
 from moebius.ops.cache_spec import CacheSpec
 
 Norms = Literal["pre", "sandwich"]
@@ -41,17 +41,17 @@ class LayerSpec:
         """Those of moebius.models.decoder.Layer."""
         sandwich = self.norms == "sandwich"
         if self.mixer is not None:
-            yield Parameter("input_layernorm.weight", (hidden_size,))
+            yield Parameter("input_layernorm.weight", (hidden_size,), norm=True)
             for parameter in self.mixer.parameters(hidden_size):
                 yield parameter.within("self_attn.")
             if sandwich:
-                yield Parameter("mixer_output_norm.weight", (hidden_size,))
+                yield Parameter("mixer_output_norm.weight", (hidden_size,), norm=True)
         if self.feed_forward is not None:
-            yield Parameter("post_attention_layernorm.weight", (hidden_size,))
+            yield Parameter("post_attention_layernorm.weight", (hidden_size,), norm=True)
             for parameter in self.feed_forward.parameters(hidden_size):
                 yield parameter.within("mlp.")
             if sandwich:
-                yield Parameter("mlp_output_norm.weight", (hidden_size,))
+                yield Parameter("mlp_output_norm.weight", (hidden_size,), norm=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,10 @@ class ModelConfig:
     context        longest sequence, in tokens, that positions were made for
     layers         what each is made of
     embedding_multiplier, logits_divisor   what embeddings are multiplied by, and logits divided
+    norm             how an RMSNorm meets its weight: `rounded` before the product with one of the
+                     model's dtype; `float32`, a weight and a product in float32 (gpt-oss); or
+                     `zero-centred`, the same with a weight that checkpoints hold less 1
+                     (Qwen3-Next)
     logits_softcap   c * tanh(logits / c), where given
     unpublished      what no published model_type has, so that the model can be trained and
                      measured, but not served
@@ -73,6 +77,7 @@ class ModelConfig:
     context: int
     layers: tuple[LayerSpec, ...]
     norm_eps: float = 1e-6
+    norm: Norm = "rounded"
     tie_word_embeddings: bool = False
     embedding_multiplier: float = 1.0
     logits_divisor: float = 1.0
@@ -83,6 +88,7 @@ class ModelConfig:
         for name in ("hidden_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_word("norm", self.norm, Norm)
         if not self.norm_eps >= 0:
             raise ConfigError(
                 f"norm_eps (rms_norm_eps) is {self.norm_eps}; it must not be negative"

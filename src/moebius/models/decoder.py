@@ -3,8 +3,9 @@
 Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Layer(nn.Module):
         self.multiplier = spec.residual_multiplier
 
         def norm() -> RMSNorm:
-            return RMSNorm(place.ops, place.hidden_size, place.norm_eps, dtype=place.dtype)
+            return RMSNorm(place.ops, place.hidden_size, place.norm_eps, dtype=place.norm_dtype)
 
         sandwich = spec.norms == "sandwich"
         self.self_attn: MixerModule | None = None
@@ -94,14 +95,17 @@ class Decoder(nn.Module):
         if ranks is not None:
             ranks.require(config.experts)
         self.ranks = ranks
-        place = Place(ops, config.hidden_size, config.norm_eps, dtype)
+        self.dtype = dtype
+        """What is computed in: biases have it, matrices may be stored in another, and norms'
+        weights are as ModelConfig.norm says."""
+        place = Place(ops, config.hidden_size, config.norm_eps, dtype, norm=config.norm)
         with torch.device(device):
             self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
                 Layer(spec, replace(place, layer=number), ranks)
                 for number, spec in enumerate(config.layers)
             )
-            self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=dtype)
+            self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=place.norm_dtype)
             self.lm_head: Linear | None = None
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
@@ -122,10 +126,10 @@ class Decoder(nn.Module):
                 found[number] = layer.mlp.router
         return found
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in: norms and biases have it, matrices may be stored in another."""
-        return self.norm.weight.dtype
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -18,11 +18,27 @@ GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 @dataclass(frozen=True, slots=True)
 class Stacked:
     """One tensor for all experts, (E, parts * rows, columns): a parameter is one of the parts of
-    its expert's entry."""
+    its expert's entry.
+
+    interleaved   the parts' rows take turns; else one part stands behind the other
+    transposed    plain numbers are stored as (E, columns, parts * rows); quantised matrices are not
+    """
 
     name: str
     part: int = 0
     parts: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+    def source(self, parameter: str, shape: tuple[int, ...], name: str, experts: int) -> "Source":
+        """Of a parameter of this shape in the tensor `name`."""
+        rows = self.parts * shape[0]
+        columns = shape[1:]
+        turned = self.transposed and len(shape) == 2
+        stored = (experts, *columns, rows) if turned else (experts, rows, *columns)
+        first = self.part if self.interleaved else self.part * shape[0]
+        step = self.parts if self.interleaved else 1
+        return Source(parameter, shape, name, stored, start=first, step=step, transposed=turned)
 
 
 Names = Mapping[str, str | Stacked]
@@ -48,6 +64,19 @@ def stacked(gate_up: str, down: str) -> Names:
         "mlp.experts.up_proj": Stacked(gate_up, 1, 2),
         "mlp.experts.down_proj": Stacked(down),
     }
+
+
+def transposed(gate_up: str, down: str) -> Names:
+    """The same with biases, columns first, and rows of gate and up that take turns."""
+    names: dict[str, str | Stacked] = {
+        "mlp.experts.down_proj": Stacked(down, transposed=True),
+        "mlp.experts.down_bias": Stacked(f"{down}_bias"),
+    }
+    for part, which in enumerate(("gate", "up")):
+        whole = Stacked(gate_up, part, 2, interleaved=True, transposed=True)
+        names[f"mlp.experts.{which}_proj"] = whole
+        names[f"mlp.experts.{which}_bias"] = replace(whole, name=f"{gate_up}_bias")
+    return names
 
 
 def dense(name: str, projections: tuple[str, str, str] = GATE_UP_DOWN) -> Names:
@@ -81,6 +110,7 @@ class Layout:
     names      by their role in a layer (moebius.nn.spec.Parameter), where the checkpoint has
                another name than most: see USUAL. A role that is in neither is the tensor's name
     layer      stands before these; {i} is the layer's number
+    centred    zero-centred norms are stored as such; else the 1 has been added to their weights
     embedding, norm, head   whole names. embedding is the head's, where that alone is stored and
                             serves as both
     """
@@ -90,6 +120,7 @@ class Layout:
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    centred: bool = True
 
     @property
     def prefix(self) -> str:
@@ -98,7 +129,7 @@ class Layout:
 
     def source(self, number: int, parameter: Parameter) -> "Source":
         """Where a parameter of layer `number` is."""
-        name, shape, role, expert, experts, float32 = parameter
+        name, shape, role, expert, experts, float32, _ = parameter
         role = role or name
         stored = self.names.get(role) or USUAL.get(role) or role
         before = self.layer.replace("{i}", str(number))
@@ -107,10 +138,8 @@ class Layout:
         if isinstance(stored, str):
             theirs = before + stored.replace("{e}", str(expert))
             return Source(ours, shape, theirs, shape, None, 0, float32, whose)
-        rows = shape[0]
-        whole = (experts, stored.parts * rows, *shape[1:])
-        first = stored.part * rows
-        return Source(ours, shape, before + stored.name, whole, expert, first, float32, whose)
+        found = stored.source(ours, shape, before + stored.name, experts)
+        return found._replace(entry=expert, float32=float32, expert=whose)
 
 
 def switched(layout: Layout) -> Layout | None:
@@ -128,12 +157,13 @@ def switched(layout: Layout) -> Layout | None:
 
 
 class Source(NamedTuple):
-    """Where a parameter's values are: a whole tensor, or rows start to stop of entry `entry` of a
-    stacked one.
+    """Where a parameter's values are: a whole tensor, or some rows of entry `entry` of a stacked
+    one, every step-th from `start` on.
 
     shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32
     stays so in any model. expert is whose it is in which layer, where it belongs to one of several
-    experts.
+    experts. added is what a parameter is more than what is stored. transposed: the entry is stored
+    columns first, so that its rows are what stands below one another.
     """
 
     parameter: str
@@ -144,10 +174,45 @@ class Source(NamedTuple):
     start: int = 0
     float32: bool = False
     expert: tuple[int, int] | None = None
+    added: float = 0.0
+    step: int = 1
+    transposed: bool = False
+
+    @property
+    def scattered(self) -> bool:
+        """Whether its numbers do not lie one after another."""
+        return self.step != 1 or self.transposed
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Start, stop and step of its rows among those of its entry, or of the whole tensor."""
+        return self.start, self.start + self.shape[0] * self.step, self.step
+
+    @property
+    def of_codes(self) -> "Source":
+        """The same where the tensor is a quantised matrix, whose rows lie as rows."""
+        if not self.transposed:
+            return self
+        entries, columns, rows = self.stored_shape
+        return self._replace(stored_shape=(entries, rows, columns), transposed=False)
+
+    @property
+    def in_order(self) -> "Source":
+        """The same where the tensor is written anew: row by row, one part behind the other."""
+        start = self.start * self.shape[0] if self.step > 1 else self.start
+        return self.of_codes._replace(start=start, step=1)
 
 
 def _whole(parameter: str, name: str, *shape: int) -> Source:
     return Source(parameter, shape, name, shape)
+
+
+def _of_norm(source: Source, config: ModelConfig, layout: Layout) -> Source:
+    """A norm's weight, as all of the model's are held."""
+    if config.norm == "rounded":
+        return source
+    added = 1.0 if config.norm == "zero-centred" and layout.centred else 0.0
+    return source._replace(float32=True, added=added)
 
 
 def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
@@ -160,7 +225,8 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
         if layer not in parameters:
             parameters[layer] = tuple(layer.parameters(width))
         for parameter in parameters[layer]:
-            yield layout.source(number, parameter)
-    yield _whole("norm.weight", layout.norm, width)
+            source = layout.source(number, parameter)
+            yield _of_norm(source, config, layout) if parameter.norm else source
+    yield _of_norm(_whole("norm.weight", layout.norm, width), config, layout)
     if not config.tie_word_embeddings:
         yield _whole("lm_head.weight", layout.head, config.vocab_size, width)

@@ -108,7 +108,7 @@ class GQA:
                 yield Parameter(f"{name}_proj.bias", (size,))
             if self.qk_norm != "none" and name != "v":
                 normed = size if self.qk_norm == "full" else self.head_dim
-                yield Parameter(f"{name}_norm.weight", (normed,))
+                yield Parameter(f"{name}_norm.weight", (normed,), norm=True)
         yield Parameter("o_proj.weight", (hidden_size, self.out_size))
         if self.output_bias:
             yield Parameter("o_proj.bias", (hidden_size,))
@@ -171,7 +171,7 @@ class Attention(ParameterModule):
             if spec.qk_norm == "none":
                 return None
             normed = size if spec.qk_norm == "full" else spec.head_dim
-            return RMSNorm(place.ops, normed, place.norm_eps, dtype=place.dtype)
+            return RMSNorm(place.ops, normed, place.norm_eps, dtype=place.norm_dtype)
 
         self.q_proj = linear(place.hidden_size, spec.q_size, spec.qkv_bias)
         self.k_proj = linear(place.hidden_size, spec.k_size, spec.qkv_bias)

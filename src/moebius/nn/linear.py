@@ -164,7 +164,10 @@ class Linear(Weighted):
 
 
 class RMSNorm(ParameterModule):
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467).
+
+    dtype: the weight's, which the product with it is rounded as: see Ops.rms_norm.
+    """
 
     def __init__(self, ops: Ops, size: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()

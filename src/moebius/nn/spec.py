@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from moebius.nn.rope import RopeConfig, Rotary
 from moebius.ops import Ops
+
+Norm = Literal["rounded", "float32", "zero-centred"]
 
 
 class Parameter(NamedTuple):
@@ -18,6 +20,7 @@ class Parameter(NamedTuple):
     role      what layouts of checkpoints call it by: its name, but for an expert's number
     expert    the expert whose matrix it is, of `experts`; None for what belongs to no one expert
     float32   it stays float32 in a model of any dtype
+    norm      it is an RMSNorm's weight, and held as the model's norms are (ModelConfig.norm)
     """
 
     name: str
@@ -26,6 +29,7 @@ class Parameter(NamedTuple):
     expert: int | None = None
     experts: int = 1
     float32: bool = False
+    norm: bool = False
 
     def within(self, prefix: str) -> "Parameter":
         """The same parameter, seen from a module that has this one's under `prefix`."""
@@ -44,7 +48,13 @@ class Place:
     norm_eps: float
     dtype: torch.dtype
     layer: int = 0
+    norm: Norm = "rounded"
     rotaries: dict[tuple[RopeConfig | None, int], Rotary] = field(default_factory=dict)
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """Of norms' weights."""
+        return self.dtype if self.norm == "rounded" else torch.float32
 
     def rotary(self, rope: RopeConfig | None, head_dim: int) -> Rotary:
         """The rotation of heads of this size; None turns nothing (NoPE)."""

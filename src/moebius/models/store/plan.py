@@ -51,11 +51,13 @@ def planned_weight(
 ) -> PlannedWeight:
     """How `source` is held on `device` by a model that computes in `dtype`.
 
-    near: what could be mapped is copied instead.
+    near: what could be mapped is copied instead. Rows that are scattered in a tensor are copied, as
+    they are stored.
 
-    Numbers of that very dtype are mapped, and matrices in one of `formats`, which widen to it
-    exactly. Vectors (norms, biases) take kilobytes: they always have the model's dtype. Devices
-    other than the CPU hold copies, in which quantised matrices stay what they are too.
+    Numbers of that very dtype are mapped, unless something is to be added to them, and matrices in
+    one of `formats`, which widen to it exactly. Vectors (norms, biases) take kilobytes: they always
+    have the model's dtype. Devices other than the CPU hold copies, in which quantised matrices stay
+    what they are too.
     """
     wanted = "float32" if source.float32 else dtype
     count = math.prod(source.shape)
@@ -68,8 +70,11 @@ def planned_weight(
 
     format = str(stored.format)
     here = device == "cpu"
-    if (format == wanted or read(format)) and (here or format not in NUMBER_BYTES):
+    same = format == wanted and not source.added
+    if (same or read(format)) and (here or format not in NUMBER_BYTES):
         nbytes = stored.nbytes * count // math.prod(stored.shape)
+        if source.scattered:
+            return PlannedWeight(name, False, format, count, nbytes)
         if stored.start % NUMBER_BYTES.get(format, 1) == 0:
             return PlannedWeight(name, here and not near, format, count, nbytes, here and near)
     if stored.repacking is not None and read(stored.repacking.format):

@@ -24,11 +24,14 @@ def _stored_tensors(
     for source in wanted:
         kept = torch.float32 if source.float32 else dtype
         value = state[source.parameter].detach().to(device="cpu", dtype=kept).contiguous()
+        if source.added:
+            value = value - source.added
         if source.entry is None:
             tensors[source.name] = value
             continue
         stacked = tensors.setdefault(source.name, torch.empty(source.stored_shape, dtype=dtype))
-        stacked[source.entry, source.start : source.start + source.shape[0]] = value
+        entry = stacked[source.entry]
+        (entry.t() if source.transposed else entry)[slice(*source.rows)] = value
     return tensors
 
 
