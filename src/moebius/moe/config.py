@@ -8,7 +8,7 @@ import torch
 from moebius.errors import ConfigError, require_word
 from moebius.nn.spec import Parameter, Parameters
 from moebius.ops import Feature, Operation, Use
-from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.config import Activation, ActivationWord, ClampedSwiGLU, RouterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,10 @@ class FeedForwardConfig:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ConfigError(f"the feed-forward width is {self.width}; it must be at least 1")
-        require_word("the feed-forward's activation", self.activation, Activation)
+        if not isinstance(self.activation, ClampedSwiGLU):
+            require_word("the feed-forward's activation", self.activation, ActivationWord)
+        elif not self.gated:
+            raise ConfigError("ClampedSwiGLU joins two matrices; these experts have only a gate")
         if self.router is None and self.shared_width:
             raise ConfigError(
                 "a shared expert (shared_width) stands beside those of a router; this feed-forward "

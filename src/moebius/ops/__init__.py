@@ -14,7 +14,13 @@ Legend of shape suffixes, used in all of the numerical code:
 from moebius.ops.capability import Capability, Feature, Operation, Use
 from moebius.ops.formats import FORMATS, Format
 from moebius.ops.interface import Ops
-from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
+from moebius.ops.prepared import (
+    AttentionPlan,
+    LayerCache,
+    PreparedExperts,
+    PreparedLinear,
+    StatePlan,
+)
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.select import select_ops
 from moebius.ops.steps import ExpertWeights, Pair, Rotation, RouterTally
@@ -38,6 +44,7 @@ __all__ = [
     "Rotation",
     "RouterTally",
     "Shaping",
+    "StatePlan",
     "Use",
     "Weight",
     "select_ops",

@@ -27,6 +27,10 @@ class Operation(StrEnum):
     EXPERT_ROWS = "expert_rows"
     COMBINE = "combine"
     ADD_GATED = "add_gated"
+    CAUSAL_CONV = "causal_conv"
+    GATED_DELTA = "gated_delta"
+    GATED_NORM = "gated_norm"
+    GATE_HEADS = "gate_heads"
     SAMPLING = "sampling"
 
 

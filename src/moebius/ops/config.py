@@ -1,4 +1,4 @@
-"""What operations are configured with: how a router chooses, and a feed-forward's nonlinearity."""
+"""What operations are configured with: how a router chooses, nonlinearities, sizes of heads."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,91 @@ Score = Literal["softmax", "sigmoid", "logits"]
 Weight = Literal["raw", "renorm", "softmax", "sigmoid"]
 GroupScore = Literal["max", "top2"]
 GroupFill = Literal["zero", "never"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+ActivationWord = Literal["silu", "gelu", "gelu_tanh", "relu"]
+# What the gates of a recurrent layer's output, or of attention's heads, go through.
+GateFunction = Literal["silu", "sigmoid", "softplus"]
 # What activations become where they meet quantised weights.
 Activations = Literal["int8", "float"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClampedSwiGLU:
+    """The nonlinearity of gpt-oss (arXiv 2508.10925): (u + 1) * g * sigmoid(alpha * g).
+
+    g is what the gate matrix gives, at most `limit`; u what the other gives, between -limit and
+    limit.
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "limit"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"the feed-forward's {name} is {value}; it must be positive")
+
+
+Activation = ActivationWord | ClampedSwiGLU
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSizes:
+    """The heads of a gated delta layer.
+
+    key_heads, value_heads   of the former there may be fewer, each shared by as many value heads
+    key_dim, value_dim       sizes K and V of a head
+    tiled                    value head h has key head h mod key_heads (GGUF's order of heads);
+                             else neighbours share one
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    tiled: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("key_heads", "value_heads", "key_dim", "value_dim"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} of a gated delta layer is {value}; it must be positive")
+        if self.value_heads % self.key_heads:
+            raise ConfigError(
+                f"{self.value_heads} value heads of a gated delta layer cannot share "
+                f"{self.key_heads} key heads"
+            )
+
+    @property
+    def qkv_size(self) -> int:
+        """C: queries, keys and values of a token, side by side."""
+        return 2 * self.key_heads * self.key_dim + self.out_size
+
+    @property
+    def out_size(self) -> int:
+        return self.value_heads * self.value_dim
+
+    def key_head(self, value_head: int) -> int:
+        if self.tiled:
+            return value_head % self.key_heads
+        return value_head // (self.value_heads // self.key_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadGates:
+    """Where the gates of attention's heads lie in a row: head h's begin at start + h * stride.
+
+    single     one gate for all values of a head; else one for each
+    function   what they go through
+    """
+
+    start: int
+    stride: int
+    single: bool = False
+    function: GateFunction = "sigmoid"
+
+    def __post_init__(self) -> None:
+        require_word("the function of heads' gates", self.function, GateFunction)
 
 
 @dataclass(frozen=True, slots=True)

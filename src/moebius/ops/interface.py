@@ -20,14 +20,15 @@ from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.program import Given, Program, Trace
+from moebius.ops.recurrent import RecurrentOps
 from moebius.ops.sampling import SamplerOps
 from moebius.ops.sources import Source, Wanted
 from moebius.ops.steps import ExpertWeights, Pair, Rotation, RouterTally, Step
 from moebius.ops.weights import Weight
 
 
-class Ops(SamplerOps):
-    """What a backend computes: all of a step, and from its logits to tokens what SamplerOps has.
+class Ops(SamplerOps, RecurrentOps):
+    """What a backend computes: all of a step, with what RecurrentOps and SamplerOps have of it.
 
     name          names the backend in the fingerprint
     own_threads   it computes on threads of its own, beside which torch needs but one
@@ -133,8 +134,9 @@ class Ops(SamplerOps):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
 
-        Inside in float32; rounded before the product with the weight and after it. x may have more
-        dimensions than two.
+        Inside in float32; rounded before the product with the weight and after it. A weight may be
+        float32 where x is not, here and wherever a norm is: then rounded after it alone. x may have
+        more dimensions than two.
         """
 
     @abstractmethod
@@ -228,11 +230,15 @@ class Ops(SamplerOps):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        gated: bool = False,
     ) -> Tensor:
         """The step's queries (T, H, N); its keys and values go to the cache.
 
         qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
-        Queries and keys are normed per head where a weight is given, then rotated as by `rotary`.
+        gated: behind each query head stand N gates, left alone: (T, (2H + G) * N + G * Nv).
+        Queries and keys are normed per head where weights of one dtype are given, then rotated as
+        by `rotary`.
         slot_mapping_T: int64, block id * block_size + offset. Keys for an int8 cache are not
         rounded in between.
         """
@@ -314,8 +320,8 @@ class Ops(SamplerOps):
     def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
         """Gated feed-forward down(act(gate x) * up x) of each choice's expert, rounded: (R, K, D).
 
-        Without up it is down(act(gate x)). expert_ids_RK: int64; E stands for none, whose row holds
-        anything. Raises IndexError as `experts`.
+        Without up it is down(act(gate x)); ClampedSwiGLU joins the two otherwise. expert_ids_RK:
+        int64; E stands for none, whose row holds anything. Raises IndexError as `experts`.
         """
 
     @abstractmethod

@@ -52,6 +52,12 @@ class AttentionPlan:
     __slots__ = ()
 
 
+class StatePlan:
+    """What recurrent layers need to know of a step: its sequences' rows, and slots of states."""
+
+    __slots__ = ()
+
+
 def same(weights: Sequence[Weight | None], others: Sequence[Weight | None]) -> bool:
     """Whether both are the same objects in the same order; asked in each layer of each pass."""
     return len(weights) == len(others) and all(map(is_, weights, others))

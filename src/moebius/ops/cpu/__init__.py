@@ -20,6 +20,7 @@ from moebius.ops.cpu.linear import LinearOps
 from moebius.ops.cpu.pointwise import PointwiseOps
 from moebius.ops.cpu.program import Memory, RecordedProgram
 from moebius.ops.cpu.recorder import NotRecorded, Recorder, View, place
+from moebius.ops.cpu.recurrent import RecurrentOps
 from moebius.ops.cpu.sampling import SamplingOps
 from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.program import Given, Program, Trace
@@ -29,7 +30,7 @@ from moebius.ops.sources import Source, Wanted
 __all__ = ["CpuOps", "RecordedProgram"]
 
 
-class CpuOps(LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
+class CpuOps(LinearOps, PointwiseOps, AttentionOps, RecurrentOps, ExpertOps, SamplingOps):
     """C++ kernels on `threads` threads of a pool of their own."""
 
     def capability(self, use: Use) -> Capability | None:

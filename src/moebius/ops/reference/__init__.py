@@ -1,7 +1,8 @@
 """Every operation in plain PyTorch: the specification of the other backends, the fallback, and what
 training uses.
 
-Everything but the KV cache is differentiable. Nothing loops over tokens.
+Everything but the KV cache and kept states is differentiable. Nothing but the recurrence itself
+loops over tokens.
 """
 
 from moebius.ops.capability import Capability, Use
@@ -10,12 +11,15 @@ from moebius.ops.reference.experts import ExpertOps, activate
 from moebius.ops.reference.linear import LOGITS_ROWS, LinearOps
 from moebius.ops.reference.pointwise import PointwiseOps
 from moebius.ops.reference.program import ProgramOps
+from moebius.ops.reference.recurrent import RecurrentOps
 from moebius.ops.reference.sampling import SamplingOps
 
 __all__ = ["LOGITS_ROWS", "TILE", "ReferenceOps", "activate", "visible"]
 
 
-class ReferenceOps(ProgramOps, LinearOps, PointwiseOps, AttentionOps, ExpertOps, SamplingOps):
+class ReferenceOps(
+    ProgramOps, LinearOps, PointwiseOps, AttentionOps, RecurrentOps, ExpertOps, SamplingOps
+):
     """Plain PyTorch on any device, held to a tolerance, not to bits: torch picks its kernels by
     shape."""
 

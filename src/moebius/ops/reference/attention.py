@@ -98,6 +98,8 @@ class AttentionOps(Ops):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        gated: bool = False,
     ) -> Tensor:
         held = own(cache, ReferenceCache)
         rows = len(qkv_TI)
@@ -106,7 +108,7 @@ class AttentionOps(Ops):
         v_width = kv_heads * held.v.shape[3]
         q_width = qkv_TI.shape[1] - k_width - v_width
         q_TI, k_TI, v_TI = torch.split(qkv_TI, [q_width, k_width, v_width], dim=1)
-        q_THN = q_TI.view(rows, q_width // size, size)
+        q_THN = q_TI.unflatten(1, (-1, 2 * size if gated else size))[..., :size]
         k_TGN = k_TI.view(rows, kv_heads, size)
         v_TGN = v_TI.view(rows, kv_heads, held.v.shape[3])
         if q_norm_N is not None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.config import Activation, ActivationWord, ClampedSwiGLU, RouterConfig
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedExperts, own, same
 from moebius.ops.reference.linear import widened_for
@@ -27,7 +27,7 @@ class ReferenceExperts(PreparedExperts):
         return all(map(same, weights, self.weights))
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
+def activate(x: Tensor, activation: ActivationWord) -> Tensor:
     """The feed-forward's nonlinearity."""
     if activation == "silu":
         return F.silu(x)
@@ -70,6 +70,8 @@ class ExpertOps(Ops):
         *,
         on_disk: bool = False,
     ) -> PreparedExperts:
+        if isinstance(activation, ClampedSwiGLU) and not weights.up_FD:
+            raise ValueError("ClampedSwiGLU joins two matrices, and these experts have only a gate")
         return ReferenceExperts(weights, activation)
 
     def experts(
@@ -145,10 +147,20 @@ def _bias(biases: Sequence[Tensor | None], e: int) -> Tensor | None:
 
 def _inner(gate: Tensor, up: Tensor | None, activation: Activation, mask: Tensor | None) -> Tensor:
     """From an expert's gate and up to what down reads."""
-    inner = activate(gate, activation)
-    if up is not None:
-        inner = inner * up
+    if isinstance(activation, ClampedSwiGLU):
+        assert up is not None, "prepare_experts has seen to it"
+        inner = _clamped_swiglu(gate, up, activation)
+    else:
+        inner = activate(gate, activation)
+        if up is not None:
+            inner = inner * up
     return inner if mask is None else inner * mask
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor, settings: ClampedSwiGLU) -> Tensor:
+    g = gate.float().clamp(max=settings.limit)
+    u = up.float().clamp(-settings.limit, settings.limit)
+    return ((u + 1) * (g * torch.sigmoid(settings.alpha * g))).to(gate.dtype)
 
 
 def _one_expert(x_TD: Tensor, experts: ReferenceExperts, e: int, mask_TF: Tensor | None) -> Tensor:

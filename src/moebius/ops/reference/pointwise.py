@@ -11,6 +11,8 @@ class PointwiseOps(Ops):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x = x_TD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        if weight_D.dtype == torch.float32:
+            return (x * weight_D).to(x_TD.dtype)
         return x.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
     def add_rms_norm(

@@ -1,0 +1,235 @@
+"""Recurrent operations in plain PyTorch: token by token, all sequences of a step side by side.
+
+They are differentiable where no state is kept. Sequences are taken longest first, so that those
+which have a token left at a turn are always the first ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.ops.config import DeltaSizes, GateFunction, HeadGates
+from moebius.ops.interface import Ops
+from moebius.ops.prepared import StatePlan, own
+from moebius.ops.steps import Step, StepInputs
+
+# Added to the sum of squares that queries and keys are divided by the root of.
+_L2_EPS = 1e-6
+
+GATES: Mapping[GateFunction, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReferenceStatePlan(StatePlan):
+    """The B sequences of a step that bring rows, longest first.
+
+    starts     first row of each (B,)
+    slots      of their states (B,); None where none is kept
+    order      the rows turn by turn: the first token of each sequence, the second of each... (T,)
+    counts     how many sequences have a token at each turn
+    sequence   that each row is of (T,)
+    """
+
+    starts: Tensor
+    slots: Tensor | None
+    order: Tensor
+    counts: Sequence[int]
+    sequence: Tensor
+
+    def at_first(self, state: Tensor | None, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Each sequence's state (B, *row) before the step."""
+        if self.slots is None:
+            return torch.zeros((len(self.starts), *row), dtype=dtype, device=self.starts.device)
+        if state is None:
+            raise ValueError("the step's states are kept, and none are given")
+        if state.shape[1:] != tuple(row) or state.dtype != dtype:
+            raise ValueError(
+                f"states are {tuple(state.shape[1:])} in {state.dtype}; they must be {tuple(row)} "
+                f"in {dtype}"
+            )
+        return state[self.slots]
+
+    def keep(self, state: Tensor | None, after: Tensor) -> None:
+        """What the states are after the step."""
+        if state is not None and self.slots is not None:
+            state.index_copy_(0, self.slots, after)
+
+
+def _plan(
+    starts: Sequence[int], slots: Sequence[int] | None, device: torch.device | str
+) -> ReferenceStatePlan:
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    longest = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
+    counts = [0] * (lengths[longest[0]] if longest else 0)
+    for b in longest:
+        for turn in range(lengths[b]):
+            counts[turn] += 1
+    order = [starts[b] + turn for turn, n in enumerate(counts) for b in longest[:n]]
+    sequence = [0] * len(order)
+    for place, b in enumerate(longest):
+        sequence[starts[b] : starts[b + 1]] = [place] * lengths[b]
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return ReferenceStatePlan(
+        tensor([starts[b] for b in longest]),
+        None if slots is None else tensor([slots[b] for b in longest]),
+        tensor(order),
+        counts,
+        tensor(sequence),
+    )
+
+
+class RecurrentOps(Ops):
+    def plan_states(self, step: Step) -> StatePlan:
+        given = own(step, StepInputs)
+        require_states(given)
+        slots = None if given.states is None else given.states.slots
+        return _plan(given.query_start_host, slots, given.device)
+
+    def plan_documents(
+        self, starts: Sequence[int], device: torch.device | str = "cpu"
+    ) -> StatePlan:
+        return _plan(starts, None, device)
+
+    def causal_conv(
+        self,
+        x_TI: Tensor,
+        start: int,
+        weight_CJ: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        bias_C: Tensor | None = None,
+        *,
+        silu: bool = True,
+    ) -> Tensor:
+        planned = own(plan, ReferenceStatePlan)
+        channels, taps = weight_CJ.shape
+        x_TC = x_TI[:, start : start + channels]
+        before_BJC = planned.at_first(state, (taps - 1, channels), x_TI.dtype)
+        # All that is read: the states' rows, then the step's. Row t of its sequence, i rows
+        # earlier, lies i rows before it or, from the sequence's first row on, in its state.
+        read_PC = torch.cat((before_BJC.flatten(0, 1), x_TC))
+        states = len(before_BJC) * (taps - 1)
+        row_T = torch.arange(len(x_TI), device=x_TI.device)
+        since_T = row_T - planned.starts[planned.sequence]
+
+        def earlier(i: int | Tensor, row: Tensor, since: Tensor, sequence: Tensor) -> Tensor:
+            in_state = (sequence + 1) * (taps - 1) + since - i
+            return torch.where(since >= i, states + row - i, in_state)
+
+        sum_TC = torch.zeros_like(x_TC, dtype=torch.float32)
+        if bias_C is not None:
+            sum_TC = sum_TC + bias_C.float()
+        for tap in range(taps):
+            at_T = earlier(taps - 1 - tap, row_T, since_T, planned.sequence)
+            sum_TC = sum_TC + weight_CJ[:, tap].float() * read_PC[at_T].float()
+        out_TC = sum_TC.to(x_TI.dtype)
+        if planned.slots is not None:
+            back_J = torch.arange(taps - 2, -1, -1, device=x_TI.device)
+            sequence_B = torch.arange(len(planned.starts), device=x_TI.device)
+            rows_B = torch.bincount(planned.sequence, minlength=len(planned.starts))
+            last_B1 = (rows_B - 1).unsqueeze(1)
+            first_B1 = planned.starts.unsqueeze(1)
+            kept_BJ = earlier(back_J, first_B1 + last_B1, last_B1, sequence_B.unsqueeze(1))
+            planned.keep(state, read_PC[kept_BJ])
+        return F.silu(out_TC.float()).to(x_TI.dtype) if silu else out_TC
+
+    def gated_delta(
+        self,
+        qkv_TC: Tensor,
+        gates_TI: Tensor,
+        start: int,
+        decay_H: Tensor,
+        dt_bias_H: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: DeltaSizes,
+    ) -> Tensor:
+        planned = own(plan, ReferenceStatePlan)
+        heads = sizes.value_heads
+        q_THK, k_THK, v_THV = _delta_heads(qkv_TC, sizes)
+        b_TH, a_TH = gates_TI[:, start : start + 2 * heads].split(heads, dim=1)
+        beta_TH = torch.sigmoid(b_TH.float()).to(b_TH.dtype).float()
+        kept_TH = torch.exp(decay_H * F.softplus(a_TH.float() + dt_bias_H))
+        row = (heads, sizes.key_dim, sizes.value_dim)
+        state_BHKV = planned.at_first(state, row, torch.float32)
+        turns = [
+            torch.split(x[planned.order], list(planned.counts))
+            for x in (q_THK, k_THK, v_THV, beta_TH, kept_TH)
+        ]
+        outs = []
+        done: list[Tensor] = []
+        for q, k, v, beta, kept in zip(*turns, strict=True):
+            done.append(state_BHKV[len(q) :])
+            state_BHKV = state_BHKV[: len(q)] * kept[..., None, None]
+            u = beta.unsqueeze(-1) * (v - (state_BHKV * k.unsqueeze(-1)).sum(-2))
+            state_BHKV = state_BHKV + k.unsqueeze(-1) * u.unsqueeze(-2)
+            outs.append((state_BHKV * q.unsqueeze(-1)).sum(-2))
+        planned.keep(state, torch.cat([state_BHKV, *reversed(done)]))
+        if not outs:
+            return qkv_TC.new_zeros(0, sizes.out_size)
+        place_T = torch.argsort(planned.order)
+        return torch.cat(outs).flatten(1)[place_T].to(qkv_TC.dtype)
+
+    def gated_norm(
+        self,
+        x_TI: Tensor,
+        gate_TI: Tensor,
+        start: int,
+        weight_N: Tensor,
+        eps: float,
+        gate: GateFunction = "silu",
+    ) -> Tensor:
+        x_THN = x_TI.float().unflatten(1, (-1, len(weight_N)))
+        normed_THN = x_THN * torch.rsqrt(x_THN.square().mean(-1, keepdim=True) + eps)
+        if weight_N.dtype == torch.float32:
+            normed_THN = normed_THN * weight_N
+        else:
+            normed_THN = (normed_THN.to(x_TI.dtype) * weight_N).float()
+        gates_TI = gate_TI[:, start : start + x_TI.shape[1]].float()
+        return (normed_THN.flatten(1) * GATES[gate](gates_TI)).to(x_TI.dtype)
+
+    def gate_heads(self, x_THN: Tensor, gates_TI: Tensor, at: HeadGates) -> Tensor:
+        rows, heads, size = x_THN.shape
+        width = 1 if at.single else size
+        column_H = at.start + at.stride * torch.arange(heads, device=x_THN.device)
+        column_HN = column_H.unsqueeze(1) + torch.arange(width, device=x_THN.device)
+        gates_THN = gates_TI[:, column_HN.flatten()].view(rows, heads, width)
+        return x_THN * GATES[at.function](gates_THN.float()).to(x_THN.dtype)
+
+
+def require_states(step: StepInputs) -> None:
+    """ValueError where a step has no states for sequences that began before it."""
+    if step.states is not None:
+        return
+    for b, (start, stop) in enumerate(pairwise(step.query_start_host)):
+        if step.seq_lens_host[b] != stop - start:
+            raise ValueError(
+                f"a step without states brings the last {stop - start} tokens of a sequence of "
+                f"{step.seq_lens_host[b]}, whose state is nowhere"
+            )
+
+
+def _delta_heads(qkv_TC: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys (T, H, K) of each value head, of length 1, and its values (T, H, V)."""
+    keys = sizes.key_heads * sizes.key_dim
+    q_TI, k_TI, v_TI = qkv_TC.float().split([keys, keys, sizes.out_size], dim=1)
+    of_value_head = [sizes.key_head(h) for h in range(sizes.value_heads)]
+
+    def normed(x_TI: Tensor) -> Tensor:
+        x_TGK = x_TI.unflatten(1, (sizes.key_heads, sizes.key_dim))
+        x_TGK = x_TGK * torch.rsqrt(x_TGK.square().sum(-1, keepdim=True) + _L2_EPS)
+        return x_TGK[:, of_value_head]
+
+    q_THK = normed(q_TI) * sizes.key_dim**-0.5
+    return q_THK, normed(k_TI), v_TI.unflatten(1, (sizes.value_heads, sizes.value_dim))
