@@ -27,7 +27,7 @@ def composed(
     """The tensors, but for each quantised matrix one under its weight's name, and not its parts.
 
     Raises WeightsError for a part that is missing, or has another shape or dtype than its scheme
-    says.
+    says, and for a matrix that is there in plain numbers too.
     """
     found = {
         name: tensor
@@ -40,9 +40,14 @@ def composed(
             scheme = _scheme(source, tensors, quantization)
             if scheme is not None:
                 matrices[source.name] = _matrix(source, tensors, scheme)
-    for matrix in matrices.values():
+    for name, matrix in matrices.items():
         for part in matrix.parts:
             found.pop(part.name, None)
+        if name in found:
+            raise WeightsError(
+                f"{short_name(matrix.file)}: tensor {name!r} is there in plain numbers, and as "
+                f"codes, {matrix.parts[0].name!r}; only one of them can be meant"
+            )
     return {**found, **matrices}
 
 
@@ -70,20 +75,20 @@ def _scheme(
 
 def _matrix(source: Source, tensors: Mapping[str, StoredTensor], scheme: Scheme) -> StoredTensor:
     codes = tensors[scheme.codes(source.name)]
+    shape = source.of_codes.stored_shape
     where = f"{short_name(codes.file)}: tensor {codes.name!r}"
     try:
-        parts = scheme.parts(source.name, source.stored_shape, tensors)
+        parts = scheme.parts(source.name, shape, tensors)
     except ValueError as cause:
         raise WeightsError(
-            f"{where} cannot hold the shape {list(source.stored_shape)} that config.json needs: "
-            f"{cause}"
+            f"{where} cannot hold the shape {list(shape)} that config.json needs: {cause}"
         ) from None
     planes = tuple(_checked(plane, tensors, where, parts) for plane in parts.planes)
     return replace(
         codes,
         name=source.name,
         format=parts.format,
-        shape=source.stored_shape,
+        shape=shape,
         parts=planes,
         repacking=parts.repacking,
     )
