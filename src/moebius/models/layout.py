@@ -18,11 +18,27 @@ GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 @dataclass(frozen=True, slots=True)
 class Stacked:
     """One tensor for all experts, (E, parts * rows, columns): a parameter is one of the parts of
-    its expert's entry."""
+    its expert's entry.
+
+    interleaved   the parts' rows take turns; else one part stands behind the other
+    transposed    plain numbers are stored as (E, columns, parts * rows); quantised matrices are not
+    """
 
     name: str
     part: int = 0
     parts: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+    def source(self, parameter: str, shape: tuple[int, ...], name: str, experts: int) -> "Source":
+        """Of a parameter of this shape in the tensor `name`."""
+        rows = self.parts * shape[0]
+        columns = shape[1:]
+        turned = self.transposed and len(shape) == 2
+        stored = (experts, *columns, rows) if turned else (experts, rows, *columns)
+        first = self.part if self.interleaved else self.part * shape[0]
+        step = self.parts if self.interleaved else 1
+        return Source(parameter, shape, name, stored, start=first, step=step, transposed=turned)
 
 
 Names = Mapping[str, str | Stacked]
@@ -109,10 +125,8 @@ class Layout:
         if isinstance(stored, str):
             theirs = before + stored.replace("{e}", str(expert))
             return Source(ours, shape, theirs, shape, None, 0, float32, whose)
-        rows = shape[0]
-        whole = (experts, stored.parts * rows, *shape[1:])
-        first = stored.part * rows
-        return Source(ours, shape, before + stored.name, whole, expert, first, float32, whose)
+        found = stored.source(ours, shape, before + stored.name, experts)
+        return found._replace(entry=expert, float32=float32, expert=whose)
 
 
 def switched(layout: Layout) -> Layout | None:
@@ -130,12 +144,13 @@ def switched(layout: Layout) -> Layout | None:
 
 
 class Source(NamedTuple):
-    """Where a parameter's values are: a whole tensor, or rows start to stop of entry `entry` of a
-    stacked one.
+    """Where a parameter's values are: a whole tensor, or some rows of entry `entry` of a stacked
+    one, every step-th from `start` on.
 
     shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32
     stays so in any model. expert is whose it is in which layer, where it belongs to one of several
-    experts. added is what a parameter is more than what is stored.
+    experts. added is what a parameter is more than what is stored. transposed: the entry is stored
+    columns first, so that its rows are what stands below one another.
     """
 
     parameter: str
@@ -147,6 +162,32 @@ class Source(NamedTuple):
     float32: bool = False
     expert: tuple[int, int] | None = None
     added: float = 0.0
+    step: int = 1
+    transposed: bool = False
+
+    @property
+    def scattered(self) -> bool:
+        """Whether its numbers do not lie one after another."""
+        return self.step != 1 or self.transposed
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Start, stop and step of its rows among those of its entry, or of the whole tensor."""
+        return self.start, self.start + self.shape[0] * self.step, self.step
+
+    @property
+    def of_codes(self) -> "Source":
+        """The same where the tensor is a quantised matrix, whose rows lie as rows."""
+        if not self.transposed:
+            return self
+        entries, columns, rows = self.stored_shape
+        return self._replace(stored_shape=(entries, rows, columns), transposed=False)
+
+    @property
+    def in_order(self) -> "Source":
+        """The same where the tensor is written anew: row by row, one part behind the other."""
+        start = self.start * self.shape[0] if self.step > 1 else self.start
+        return self.of_codes._replace(start=start, step=1)
 
 
 def _whole(parameter: str, name: str, *shape: int) -> Source:

@@ -37,10 +37,11 @@ class Matrix:
     def nbytes(self) -> int:
         return sum(plane.nbytes for plane in self.planes)
 
-    def rows(self, start: int, stop: int) -> "Matrix":
-        """Rows `start` to `stop`, a view."""
-        format, planes = self.format.select(self.planes, slice(start, stop))
-        return Matrix(format, (len(range(self.shape[0])[start:stop]), self.shape[1]), planes)
+    def rows(self, start: int, stop: int, step: int = 1) -> "Matrix":
+        """Rows `start` to `stop`, or every step-th of them, a view."""
+        chosen = slice(start, stop, step)
+        format, planes = self.format.select(self.planes, chosen)
+        return Matrix(format, (len(range(self.shape[0])[chosen]), self.shape[1]), planes)
 
     def take(self, rows_T: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows by their ids (int64), widened: (T, columns)."""

@@ -73,6 +73,14 @@ def iq4_nl(x_NP: Tensor) -> Tensor:
     return torch.cat((half_bytes(d_N.unsqueeze(1)), nibbles(codes_PN.t(), 16)), dim=1)
 
 
+def mxfp4_blocks(codes_RY: Tensor, scales_RG: Tensor) -> Tensor:
+    """GGUF's blocks of the codes and scales of Mxfp4Planes: (R, 17 * G). The numbers stay."""
+    pairs_NY = codes_RY.reshape(-1, 16)
+    codes_NP = torch.stack((pairs_NY & 15, pairs_NY >> 4), dim=-1).flatten(1)
+    blocks_NY = torch.cat((scales_RG.reshape(-1, 1), nibbles(codes_NP, 16)), dim=1)
+    return blocks_NY.view(len(codes_RY), -1)
+
+
 def mxfp4(x_NP: Tensor) -> Tensor:
     """The scale is the power of two by which the largest number lies within 4 to 8 (OCP
     Microscaling Formats 1.0, 6.3); what is beyond 6 becomes 6."""

@@ -9,7 +9,8 @@ without it.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from moebius.files import anyone
 from moebius.gguf.reader import Value
 from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, lay_out, write_gguf
+from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, Store, StoredTensor, fingerprint
 from moebius.models.store.gguf import block_type
 from moebius.progress import Progress, silent
@@ -106,7 +108,8 @@ class Quantized:
             for tensor, start in zip(tensors, layout.starts, strict=True)
         }
         store = QuantizedStore(planned, layout.head, original.dtype)
-        checkpoint = replace(original, store=store, tensors=planned)
+        sources = tuple(each.in_order if each.scattered else each for each in original.sources)
+        checkpoint = replace(original, store=store, tensors=planned, sources=sources)
         return cls(file, checkpoint, original, chosen)
 
     def make(self, progress: Progress = silent) -> None:
@@ -190,13 +193,32 @@ def _formats(original: Checkpoint, recipe: Recipe) -> dict[str, str]:
 def _to_write(
     original: Checkpoint, formats: Mapping[str, str], rows: Rows | None
 ) -> list[TensorToWrite]:
-    """What goes into the file; `rows` None where nothing is to be read yet."""
+    """What goes into the file; `rows` None where nothing is to be read yet.
+
+    Parameters whose rows are scattered lie row by row there, one behind the other.
+    """
+    scattered: defaultdict[str, list[Source]] = defaultdict(list)
+    for source in original.sources:
+        if source.scattered:
+            scattered[source.name].append(source)
     found = []
     for name, format in formats.items():
         stored = original.tensors[name]
-        pieces = partial(rows.pieces, stored, format) if rows else tuple
-        found.append(TensorToWrite(name, block_type(format), stored.shape, pieces))
+        parts = sorted(scattered[name], key=lambda each: (each.entry or 0, each.start))
+        shape = parts[0].in_order.stored_shape if parts else stored.shape
+        pieces = partial(_pieces, rows, stored, parts, format) if rows else tuple
+        found.append(TensorToWrite(name, block_type(format), shape, pieces))
     return found
+
+
+def _pieces(
+    rows: Rows, stored: StoredTensor, parts: Sequence[Source], format: str
+) -> Iterator[memoryview]:
+    """The bytes of a tensor; parts: the parameters that it is made of anew, where it is."""
+    if not parts:
+        yield from rows.pieces(stored, format)
+    for source in parts:
+        yield from rows.of(source, stored, format)
 
 
 def _stamp(file: Path) -> int:

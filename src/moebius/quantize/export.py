@@ -30,27 +30,23 @@ from moebius.quantize.vocabulary import vocabulary_metadata
 _KEPT = "float32"
 
 
-class RowRange(NamedTuple):
-    """Rows of a stored tensor, from `first` on.
+class Part(NamedTuple):
+    """A parameter, the tensor that holds it, and which of its rows stands where in the file; None:
+    all where they are."""
 
-    order: which of them stands where, None for all where they are. added: to each number.
-    """
-
+    source: Source
     stored: StoredTensor
-    first: int
-    rows: int
     order: Sequence[int] | None
-    added: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor of the file, and the rows that it is made of."""
+    """A tensor of the file, and the parameters that it is made of."""
 
     name: str
     shape: tuple[int, ...]
     format: str
-    parts: tuple[RowRange, ...]
+    parts: tuple[Part, ...]
 
     def to_write(self, rows: Rows) -> TensorToWrite:
         return TensorToWrite(
@@ -58,10 +54,8 @@ class Target:
         )
 
     def _pieces(self, rows: Rows) -> Iterator[memoryview]:
-        for stored, first, count, order, added in self.parts:
-            yield from rows.pieces(
-                stored, self.format, first=first, rows=count, order=order, added=added
-            )
+        for source, stored, order in self.parts:
+            yield from rows.of(source, stored, self.format, order)
 
 
 @dataclass(slots=True)
@@ -150,8 +144,9 @@ def _described(
         targets = _targets(checkpoint, recipe, names, permute=False)
         stored = checkpoint.store.tensors.get(ROPE_DIVISORS)
         if stored is not None:
-            whole = RowRange(stored, 0, stored.shape[0], None)
-            targets.append(Target(ROPE_DIVISORS, stored.shape, _KEPT, (whole,)))
+            whole = Source(ROPE_DIVISORS, stored.shape, ROPE_DIVISORS, stored.shape)
+            part = Part(whole, stored, None)
+            targets.append(Target(ROPE_DIVISORS, stored.shape, _KEPT, (part,)))
         more = []
     else:
         found = gguf_keys(checkpoint.config_json)
@@ -184,7 +179,7 @@ def _targets(
         wanted, origin = found[0]
         format = _format(recipe, origin, checkpoint)
         order = _order(origin, checkpoint.config) if permute else None
-        pieces = tuple(_part(checkpoint.tensors[each.name], each, order) for _, each in found)
+        pieces = tuple(Part(each, checkpoint.tensors[each.name], order) for _, each in found)
         targets.append(Target(name, wanted.stored_shape, format, pieces))
     return targets
 
@@ -198,16 +193,6 @@ def _format(recipe: Recipe, source: Source, checkpoint: Checkpoint) -> str:
     # Rows that are no whole blocks; a router is worth float32.
     rows_do_not_fit = matrix and ".router." not in source.parameter
     return stored if rows_do_not_fit and isinstance(format_named(stored), Dense) else _KEPT
-
-
-def _part(stored: StoredTensor, source: Source, order: Sequence[int] | None) -> RowRange:
-    """Where a parameter's rows lie; of a vector each number is a row."""
-    vector = len(stored.shape) == 1
-    rows = stored.shape[0] if vector else source.shape[0]
-    first = source.start
-    if source.entry is not None:
-        first += source.entry * source.stored_shape[1]
-    return RowRange(stored, first, rows, order, source.added)
 
 
 def _order(source: Source, config: ModelConfig) -> Sequence[int] | None:

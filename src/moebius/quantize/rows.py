@@ -12,11 +12,13 @@ from torch import Tensor
 
 from moebius.errors import WeightsError
 from moebius.files import short_name
+from moebius.models.layout import Source
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
 from moebius.ops import FORMATS, Matrix
-from moebius.ops.formats import BlockFormat, Dense, format_named
+from moebius.ops.formats import BlockFormat, Dense, Mxfp4Planes, format_named
 from moebius.ops.threads import TorchThreads, default_threads
+from moebius.quantize.blocks_of_32 import mxfp4_blocks
 from moebius.quantize.encode import encoded
 
 # Numbers that a thread turns into bytes at a time: an expert's matrix is work for several threads.
@@ -42,101 +44,104 @@ class Rows:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def pieces(
+    def pieces(self, stored: StoredTensor, format: str) -> Iterator[memoryview]:
+        """The bytes of a whole tensor in `format`: of rows of its last dimension, however many
+        others it has; of a vector each number is a row."""
+        if stored.parts:
+            for entry in range(math.prod(stored.shape[:-2])):
+                yield self._of_planes(stored, format, entry, slice(None))
+            return
+        columns = stored.shape[-1] if len(stored.shape) > 1 else 1
+        matrix = self._matrix(stored, 0, (math.prod(stored.shape) // columns, columns))
+        if matrix.format.name == format:
+            yield from _as_they_are(matrix)
+        else:
+            yield from self._converted(matrix, range(matrix.shape[0]), format, stored)
+        self._done(stored)
+
+    def of(
         self,
+        source: Source,
         stored: StoredTensor,
         format: str,
-        *,
-        first: int = 0,
-        rows: int | None = None,
         order: Sequence[int] | None = None,
+    ) -> Iterator[memoryview]:
+        """The bytes of a parameter in `format`; order: which of its rows stands where."""
+        entry = source.entry or 0
+        rows = range(*source.rows)
+        wanted = rows if order is None else [rows[row] for row in order]
+        if stored.parts:
+            chosen = slice(*source.rows) if order is None else torch.tensor(wanted)
+            yield self._of_planes(stored, format, entry, chosen)
+            return
+        shape = source.stored_shape if source.entry is None else source.stored_shape[1:]
+        columns = shape[-1] if len(source.shape) > 1 else 1
+        matrix = self._matrix(stored, entry, (math.prod(shape) // columns, columns))
+        if source.transposed:
+            (plane,) = matrix.planes
+            matrix = Matrix.of(plane.t())
+        same = matrix.format.name == format and order is None
+        if same and not (source.scattered or source.added):
+            yield from _as_they_are(matrix.rows(*source.rows))
+        else:
+            yield from self._converted(matrix, wanted, format, stored, source.added)
+        self._done(stored)
+
+    def _converted(
+        self,
+        matrix: Matrix,
+        wanted: Sequence[int],
+        format: str,
+        stored: StoredTensor,
         added: float = 0.0,
     ) -> Iterator[memoryview]:
-        """The bytes of a tensor's rows in `format`.
+        """These rows of a matrix in another format, with what is added to each number."""
 
-        The tensor is taken as rows of its last dimension, however many others it has; a vector as
-        rows of one number. first, rows: those of them that are wanted. order: which of these stands
-        where. added: to each number, of what lies in one plane.
-        """
-        count = _rows(stored) - first if rows is None else rows
-        if stored.parts:
-            yield from self._of_planes(stored, format, first, count, order)
-            return
-        matrix = self._matrix(stored).rows(first, first + count)
-        if matrix.format.name == format and order is None and not added:
-            yield from _as_they_are(matrix)
-            self._done(stored)
-            return
+        def encode(rows: Sequence[int]) -> memoryview:
+            # Threads of our own compute pieces; torch's beside them would only wait.
+            with TorchThreads(1):
+                if isinstance(rows, range):
+                    x_RK = matrix.rows(rows.start, rows.stop, rows.step).widened(torch.float32)
+                else:
+                    x_RK = matrix.take(torch.tensor(rows), torch.float32)
+                return _bytes(_in_format(x_RK + added if added else x_RK, format, stored))
+
         at_once = max(1, _PIECE // matrix.shape[1])
         waiting: deque[Future[memoryview]] = deque()
-        for start in range(0, count, at_once):
-            stop = min(start + at_once, count)
-            wanted = range(start, stop) if order is None else order[start:stop]
-            waiting.append(self._pool.submit(self._encoded, matrix, wanted, format, stored, added))
+        for start in range(0, len(wanted), at_once):
+            waiting.append(self._pool.submit(encode, wanted[start : start + at_once]))
             if len(waiting) > 2 * self._threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-        self._done(stored)
 
     def _of_planes(
-        self,
-        stored: StoredTensor,
-        format: str,
-        first: int,
-        count: int,
-        order: Sequence[int] | None,
-    ) -> Iterator[memoryview]:
-        """The same of a tensor whose matrices lie in several planes, one matrix after the other:
-        what planes have in common may be of all of a matrix's rows."""
+        self, stored: StoredTensor, format: str, entry: int, chosen: slice | Tensor
+    ) -> memoryview:
+        """Some rows of one of a tensor's matrices, which lie in several planes."""
         rows, columns = stored.shape[-2:]
         source = format_named(str(stored.format))
         shapes = source.planes(rows, columns)
-        for entry in range(first // rows, -(-(first + count) // rows)):
-            planes = tuple(
-                self._files.view(part, dtype, entry * math.prod(shape), shape)
-                for part, (dtype, shape) in zip(stored.parts, shapes, strict=True)
-            )
-            x_RK = source.widened(planes, torch.float32)
-            start = max(first - entry * rows, 0)
-            wanted_RK = x_RK[start : min(first + count - entry * rows, rows)]
-            if order is not None:
-                assert count == rows, "rows of one matrix are reordered as a whole"
-                wanted_RK = wanted_RK[torch.tensor(order)]
-            yield _bytes(_in_format(wanted_RK, format, stored))
+        planes = tuple(
+            self._files.view(part, dtype, entry * math.prod(shape), shape)
+            for part, (dtype, shape) in zip(stored.parts, shapes, strict=True)
+        )
+        if isinstance(source, Mxfp4Planes) and format == "mxfp4":
+            codes, scales = (plane[chosen] for plane in planes)
+            return _bytes(mxfp4_blocks(codes, scales))
+        parted, some = source.select(planes, chosen)
+        return _bytes(_in_format(parted.widened(some, torch.float32), format, stored))
 
     def _done(self, stored: StoredTensor) -> None:
         """Pages of what was read are the system's again."""
         self._files.release(stored.file, [(stored.start, stored.stop)])
 
-    def _encoded(
-        self,
-        matrix: Matrix,
-        rows: Sequence[int],
-        format: str,
-        stored: StoredTensor,
-        added: float,
-    ) -> memoryview:
-        # Threads of our own compute pieces; torch's beside them would only wait.
-        with TorchThreads(1):
-            if isinstance(rows, range):
-                x_RK = matrix.rows(rows.start, rows.stop).widened(torch.float32)
-            else:
-                x_RK = matrix.take(torch.tensor(rows), torch.float32)
-            return _bytes(_in_format(x_RK + added if added else x_RK, format, stored))
-
-    def _matrix(self, stored: StoredTensor) -> Matrix:
-        """A tensor of any number of dimensions as a matrix, where it lies."""
+    def _matrix(self, stored: StoredTensor, entry: int, shape: tuple[int, int]) -> Matrix:
+        """One entry of a tensor as a matrix of this shape, where it lies."""
         format = format_named(str(stored.format))
-        columns = stored.shape[-1] if len(stored.shape) > 1 else 1
-        rows = _rows(stored)
-        ((dtype, shape),) = format.planes(rows, columns)
-        return Matrix(format, (rows, columns), (self._files.view(stored, dtype, 0, shape),))
-
-
-def _rows(stored: StoredTensor) -> int:
-    """Of all of a tensor's matrices; of a vector each number is one."""
-    return math.prod(stored.shape[:-1]) if len(stored.shape) > 1 else stored.shape[0]
+        ((dtype, plane),) = format.planes(*shape)
+        view = self._files.view(stored, dtype, entry * math.prod(plane), plane)
+        return Matrix(format, shape, (view,))
 
 
 def _in_format(x_RK: Tensor, name: str, stored: StoredTensor) -> Tensor:

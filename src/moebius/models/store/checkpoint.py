@@ -200,6 +200,7 @@ def _match(
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
         raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
+    wanted = tuple(each.of_codes if tensors[each.name].parts else each for each in wanted)
     shapes = dict.fromkeys((source.name, source.stored_shape) for source in wanted)
     for name, shape in shapes:
         _check_stored(tensors[name], name, shape, store)

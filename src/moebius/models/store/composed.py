@@ -70,20 +70,20 @@ def _scheme(
 
 def _matrix(source: Source, tensors: Mapping[str, StoredTensor], scheme: Scheme) -> StoredTensor:
     codes = tensors[scheme.codes(source.name)]
+    shape = source.of_codes.stored_shape
     where = f"{short_name(codes.file)}: tensor {codes.name!r}"
     try:
-        parts = scheme.parts(source.name, source.stored_shape, tensors)
+        parts = scheme.parts(source.name, shape, tensors)
     except ValueError as cause:
         raise WeightsError(
-            f"{where} cannot hold the shape {list(source.stored_shape)} that config.json needs: "
-            f"{cause}"
+            f"{where} cannot hold the shape {list(shape)} that config.json needs: {cause}"
         ) from None
     planes = tuple(_checked(plane, tensors, where, parts) for plane in parts.planes)
     return replace(
         codes,
         name=source.name,
         format=parts.format,
-        shape=source.stored_shape,
+        shape=shape,
         parts=planes,
         repacking=parts.repacking,
     )

@@ -266,12 +266,12 @@ def _spans_of(source: Source, stored: StoredTensor) -> list[tuple[StoredTensor, 
     """The bytes of a source in its files: of an entry of several planes, all of it."""
     if source.entry is None:
         return [(plane, (plane.start, plane.stop)) for plane in stored.planes]
-    if not stored.parts:
+    if not (stored.parts or source.scattered):
         row_bytes = (stored.stop - stored.start) // math.prod(stored.shape[:2])
         first = stored.start + row_bytes * _first_row(source)
         return [(stored, (first, first + row_bytes * source.shape[0]))]
     found = []
-    for plane in stored.parts:
+    for plane in stored.planes:
         nbytes = (plane.stop - plane.start) // stored.shape[0]
         first = plane.start + source.entry * nbytes
         found.append((plane, (first, first + nbytes)))
@@ -288,6 +288,8 @@ def _view(files: _Files, source: Source, stored: StoredTensor) -> Weight:
     format = format_named(str(stored.format))
     if stored.parts:
         return _of_planes(files, source, stored, format)
+    if source.scattered:
+        return _scattered(files, source, stored, format)
     first_row = _first_row(source)
     if isinstance(format, Dense):
         skipped = first_row * math.prod(source.stored_shape[2:])
@@ -307,9 +309,16 @@ def _of_planes(files: _Files, source: Source, stored: StoredTensor, format: Form
         for plane, (dtype, shape) in zip(stored.parts, shapes, strict=True)
     ]
     whole = Matrix(format, (rows, columns), tuple(planes))
-    if source.shape[0] == rows:
-        return whole
-    return whole.rows(source.start, source.start + source.shape[0])
+    return whole if source.shape[0] == rows else whole.rows(*source.rows)
+
+
+def _scattered(files: _Files, source: Source, stored: StoredTensor, format: Format) -> Tensor:
+    """Plain numbers that do not lie one after another, where they lie."""
+    assert isinstance(format, Dense), "quantised matrices of one plane lie row by row"
+    shape = stored.shape[1:]
+    entry = files.view(stored, format.dtype, (source.entry or 0) * math.prod(shape), shape)
+    rows = entry.t() if source.transposed else entry
+    return rows[slice(*source.rows)]
 
 
 def _converted(weight: Weight, source: Source, wanted: str, device: torch.device) -> Weight:
@@ -325,7 +334,7 @@ def _converted(weight: Weight, source: Source, wanted: str, device: torch.device
             format = format.target
     except ValueError as cause:
         raise WeightsError(f"tensor {source.name!r} cannot be repacked: {cause}") from None
-    return Matrix(format, weight.shape, tuple(plane.to(device) for plane in planes))
+    return Matrix(format, weight.shape, tuple(plane.contiguous().to(device) for plane in planes))
 
 
 def _taken(decoder: Decoder, source: Source) -> Weight:
@@ -344,7 +353,7 @@ def _copied(weight: Weight, wanted: str, device: torch.device, added: float) -> 
     dtype = getattr(torch, wanted)
     if isinstance(weight, Matrix):
         return weight.widened(dtype).to(device)
-    copy = weight.to(device, dtype, copy=True)
+    copy = weight.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return copy.add_(added) if added else copy
 
 

@@ -51,7 +51,8 @@ def planned_weight(
 ) -> PlannedWeight:
     """How `source` is held on `device` by a model that computes in `dtype`.
 
-    near: what could be mapped is copied instead.
+    near: what could be mapped is copied instead. Rows that are scattered in a tensor are copied, as
+    they are stored.
 
     Numbers of that very dtype are mapped, unless something is to be added to them, and matrices in
     one of `formats`, which widen to it exactly. Vectors (norms, biases) take kilobytes: they always
@@ -72,6 +73,8 @@ def planned_weight(
     same = format == wanted and not source.added
     if (same or read(format)) and (here or format not in NUMBER_BYTES):
         nbytes = stored.nbytes * count // math.prod(stored.shape)
+        if source.scattered:
+            return PlannedWeight(name, False, format, count, nbytes)
         if stored.start % NUMBER_BYTES.get(format, 1) == 0:
             return PlannedWeight(name, here and not near, format, count, nbytes, here and near)
     if stored.repacking is not None and read(stored.repacking.format):

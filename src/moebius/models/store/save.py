@@ -30,7 +30,8 @@ def _stored_tensors(
             tensors[source.name] = value
             continue
         stacked = tensors.setdefault(source.name, torch.empty(source.stored_shape, dtype=dtype))
-        stacked[source.entry, source.start : source.start + source.shape[0]] = value
+        entry = stacked[source.entry]
+        (entry.t() if source.transposed else entry)[slice(*source.rows)] = value
     return tensors
 
 
