@@ -82,7 +82,7 @@ HYBRID: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 6,
-    "linear_value_head_dim": 10,
+    "linear_value_head_dim": 6,
 }
 SPARSE_HYBRID: dict[str, Any] = {
     **HYBRID,

@@ -1,34 +1,31 @@
-"""Qwen3.5, dense: the language model of qwen3_5, whose files name it so, or without what is of
-images."""
+"""Qwen3.5, dense: the language model of qwen3_5."""
 
-from collections.abc import Sequence
-
+from moebius.models import gguf_delta
 from moebius.models.config import ModelConfig
-from moebius.models.families.qwen3_next import linear_attention, mixers
+from moebius.models.delta_parts import linear_attention, mixers
 from moebius.models.family import Family
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, layouts
 from moebius.models.layout import Layout, Names
 from moebius.models.parts import decoder, feed_forward, layers
 from moebius.models.reading import ConfigReader
 
-PROJECTIONS = tuple(f"in_proj_{name}.weight" for name in ("qkv", "z", "b", "a"))
 UNUSED = ("mtp.*", "model.visual.*")
 """What predicts further tokens, and what sees images."""
 
 
-def layouts(*names: Names) -> Sequence[Layout]:
+def layouts_of(*names: Names) -> tuple[Layout, ...]:
     """Of files with images, then of language models saved alone; each with the names given."""
-    ours = linear_attention(*PROJECTIONS)
-    found = []
-    for before in ("model.language_model.", "model."):
-        for more in names:
-            layout = Layout(
-                {**ours, **more},
-                layer=before + "layers.{i}.",
-                embedding=before + "embed_tokens.weight",
-                norm=before + "norm.weight",
-            )
-            found.append(layout)
-    return found
+    ours = linear_attention("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    return tuple(
+        Layout(
+            {**ours, **more},
+            layer=before + "layers.{i}.",
+            embedding=before + "embed_tokens.weight",
+            norm=before + "norm.weight",
+        )
+        for before in ("model.language_model.", "model.")
+        for more in names
+    )
 
 
 def read(reader: ConfigReader) -> ModelConfig:
@@ -36,4 +33,15 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, each, norm="zero-centred")
 
 
-FAMILY = Family(read, tuple(layouts({})), UNUSED)
+GGUF = GgufArchitecture(
+    "qwen35",
+    (*USUAL_KEYS, *gguf_delta.KEYS),
+    fixed={"hidden_act": "silu", "attention_bias": False},
+    layouts=layouts(gguf_delta.NAMES),
+    partial=True,
+    read=gguf_delta.read,
+    write=gguf_delta.write_sectioned,
+    held=gguf_delta.held("apart", tiled=True),
+    moved=gguf_delta.moved,
+)
+FAMILY = Family(read, layouts_of({}), UNUSED, gguf=GGUF)

@@ -1,59 +1,21 @@
 """Qwen3-Next: gated delta nets, and every few layers attention whose heads have gates; zero-centred
-norms; many experts and a gated shared one. Qwen3.5 is made of the same."""
+norms; many experts and a gated shared one."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-
+from moebius.models import gguf_delta
 from moebius.models.config import ModelConfig
+from moebius.models.delta_parts import linear_attention, mixers, sparse
 from moebius.models.families.qwen2_moe import sparse_layers
 from moebius.models.family import Family
-from moebius.models.layout import FUSED, Layout, Names
-from moebius.models.parts import (
-    FULL,
-    LINEAR,
-    activation,
-    attention,
-    decoder,
-    experts,
-    feed_forward,
-    layer_types,
-    layers,
-    rope,
+from moebius.models.gguf_architecture import (
+    USUAL_KEYS,
+    GgufArchitecture,
+    Key,
+    expert_keys,
+    layouts,
 )
+from moebius.models.layout import FUSED, Layout
+from moebius.models.parts import decoder, feed_forward, layers
 from moebius.models.reading import ConfigReader
-from moebius.moe.config import FeedForwardConfig
-from moebius.nn.mixer import Mixer
-from moebius.nn.mixers.gated_delta import GatedDelta, Projections
-from moebius.ops.config import DeltaSizes, Weight
-
-
-def mixers(reader: ConfigReader, projections: Projections = "apart") -> Sequence[Mixer]:
-    """Each layer's: attention in those that layer_types says, or in every so many-th."""
-    interval = reader.integer("full_attention_interval", 4)
-    usual = [LINEAR if (i + 1) % interval else FULL for i in range(reader.num_layers)]
-    types = layer_types(reader, (FULL, LINEAR)) or usual
-    if LINEAR in types and activation(reader) != "silu":
-        raise reader.error(
-            f"hidden_act is {reader.get('hidden_act')!r}; gated delta nets are supported with silu"
-        )
-    full = attention(reader, rope=rope(reader, 0.25), qk_norm="head", output_gate=True, biases=True)
-    sizes = DeltaSizes(
-        key_heads=reader.integer("linear_num_key_heads"),
-        value_heads=reader.integer("linear_num_value_heads"),
-        key_dim=reader.integer("linear_key_head_dim"),
-        value_dim=reader.integer("linear_value_head_dim"),
-    )
-    delta = GatedDelta(sizes, reader.integer("linear_conv_kernel_dim", low=2), projections)
-    return [full if kind == FULL else delta for kind in types]
-
-
-def sparse(reader: ConfigReader, weight: Weight | None = None) -> FeedForwardConfig:
-    """Experts, and one that is always on behind a gate."""
-    return replace(
-        experts(reader, "num_experts", "moe_intermediate_size", weight=weight),
-        shared_width=reader.integer("shared_expert_intermediate_size"),
-        shared_gate=True,
-    )
 
 
 def read(reader: ConfigReader) -> ModelConfig:
@@ -65,11 +27,29 @@ def read(reader: ConfigReader) -> ModelConfig:
     return decoder(reader, each, norm="zero-centred")
 
 
-def linear_attention(*roles: str) -> Names:
-    """A gated delta net's parameters, which checkpoints have beside self_attn, not in it."""
-    usual = ("conv1d.weight", "A_log", "dt_bias", "norm.weight", "out_proj.weight")
-    return {f"self_attn.{role}": f"linear_attn.{role}" for role in (*roles, *usual)}
-
-
-NAMES = linear_attention("in_proj_qkvz.weight", "in_proj_ba.weight")
-FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), unused=("mtp.*",))
+GGUF = GgufArchitecture(
+    "qwen3next",
+    (
+        *USUAL_KEYS,
+        *expert_keys("num_experts", "moe_intermediate_size"),
+        Key("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+        *gguf_delta.KEYS,
+    ),
+    sparse=True,
+    fixed={
+        "hidden_act": "silu",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "attention_bias": False,
+    },
+    values={"expert_gating_func": 1, "expert_weights_norm": True},
+    layouts=layouts(gguf_delta.NAMES),
+    partial=True,
+    read=gguf_delta.read,
+    write=gguf_delta.write,
+    held=gguf_delta.held("gates grouped", tiled=False),
+    moved=gguf_delta.moved,
+)
+NAMES = linear_attention("in_proj_qkvz", "in_proj_ba")
+FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), ("mtp.*",), gguf=GGUF)
