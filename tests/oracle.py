@@ -75,6 +75,13 @@ FAMILY: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4,
         "logits_scaling": 2.5,
     },
+    "gpt_oss": {
+        "intermediate_size": 20,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 10,
+        "sliding_window": 4,
+    },
 }
 HYBRID: dict[str, Any] = {
     "full_attention_interval": 2,

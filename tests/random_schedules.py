@@ -51,6 +51,7 @@ WINDOWED: dict[str, tuple[str, dict[str, object]]] = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
+    "gpt-oss": ("gpt_oss", {"sliding_window": 16, "num_hidden_layers": 3}),
 }
 # Three kinds of layers, in unequal numbers: the whole past, a short window, a longer one.
 _FULL = GQA(4, 2, 16, value_dim=8, rope=RopeConfig(), sinks=True, softcap=5.0)

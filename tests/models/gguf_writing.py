@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "olmoe": "OLMOE",
     "dots1": "DOTS1",
     "granitemoe": "GRANITE_MOE",
+    "gpt_oss": "GPT_OSS",
 }
 PERMUTED = {"llama", "mistral", "mixtral", "granitemoe"}
 SUFFIXES = (".weight", ".bias")
@@ -55,7 +56,7 @@ def plain(_: str) -> Type:
 
 def stored(weight: Tensor, kind: Type, seed: int) -> NDArray[Any]:
     """A weight's bytes as the file has them; of RANDOM's types, random ones of about its size."""
-    array = weight.float().numpy()
+    array = weight.float().contiguous().numpy()
     if kind not in RANDOM:
         return gguf.quants.quantize(array, kind)
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -112,7 +113,7 @@ class Converter:
             change(writer)
         for name, tensor in self.stacked().items():
             again = [self.add(writer, part, place) for part, place in self.parts(name, tensor)]
-            self.put_back(name, torch.cat(again, dim=1) if len(again) > 1 else again[0])
+            self.put_back(name, self.joined(name, again))
         self.rope_freqs(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -138,6 +139,9 @@ class Converter:
             w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
             if "attention_factor" in rope:
                 w.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+            if "beta_fast" in rope:
+                w.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+                w.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
         if c.get("head_dim"):
             w.add_key_length(c["head_dim"])
             w.add_value_length(c["head_dim"])
@@ -169,15 +173,18 @@ class Converter:
             w.add_embedding_scale(c["embedding_multiplier"])
             w.add_residual_scale(c["residual_multiplier"])
             w.add_logit_scale(c["logits_scaling"])
+        if self.model_type == "gpt_oss":
+            w.add_sliding_window(c["sliding_window"])
+            w.add_expert_feed_forward_length(c["intermediate_size"])
 
     def stacked(self) -> dict[str, Tensor]:
         """The tensors, with those of all experts of a layer in one."""
         found: dict[str, Tensor] = {}
         experts: dict[str, list[str]] = {}
         for name, tensor in self.tensors.items():
-            if ".experts." in name:
-                before, _, rest = name.partition(".experts.")
-                _, _, projection = rest.partition(".")
+            before, _, rest = name.partition(".experts.")
+            expert, _, projection = rest.partition(".")
+            if expert.isdecimal():
                 experts.setdefault(f"{before}.experts.{projection}", []).append(name)
             else:
                 found[name] = tensor
@@ -201,12 +208,35 @@ class Converter:
             layer = name.split(".")[2]
             parts = zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True)
             return [(part, f"blk.{layer}.ffn_{kind}_exps.weight") for kind, part in parts]
+        if self.model_type == "gpt_oss" and ".experts." in name:
+            return self.gpt_oss_experts(name, tensor)
         known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        known += ".weight" if known.endswith("sinks") else ""
         if self.model_type == "mixtral" and ".experts." in name:
             known = name.removeprefix("model.").replace("block_sparse_moe", "feed_forward")
         place = self.names.get_name(known, SUFFIXES)
         assert place is not None, name
         return [(tensor, place)]
+
+    @staticmethod
+    def gpt_oss_experts(name: str, tensor: Tensor) -> list[tuple[Tensor, str]]:
+        """Rows out of columns, and what takes turns apart."""
+        layer = name.split(".")[2]
+        part = "bias" if name.endswith("_bias") else "weight"
+        rows = tensor if part == "bias" else tensor.transpose(1, 2)
+        if "down_proj" in name:
+            return [(rows, f"blk.{layer}.ffn_down_exps.{part}")]
+        return [
+            (rows[:, first::2], f"blk.{layer}.ffn_{which}_exps.{part}")
+            for first, which in enumerate(("gate", "up"))
+        ]
+
+    def joined(self, name: str, parts: list[Tensor]) -> Tensor:
+        """The way back of `parts`."""
+        if self.model_type == "gpt_oss" and ".experts." in name:
+            rows = torch.stack(parts, dim=2).flatten(1, 2) if len(parts) > 1 else parts[0]
+            return rows if name.endswith("_bias") else rows.transpose(1, 2)
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def add(self, writer: gguf.GGUFWriter, tensor: Tensor, place: str) -> Tensor:
         """The numbers that the file then holds, in the tensor's own order."""
@@ -217,6 +247,7 @@ class Converter:
         if "gate_inp_shexp" in place:
             written = written.squeeze(0)
         always = tensor.ndim == 1 or "_norm" in place or "ffn_gate_inp" in place
+        always = always or place.endswith(".bias")
         type_ = Type.F32 if always else self.type_of(place)
         self.seed += 1
         content = stored(written, type_, self.seed)

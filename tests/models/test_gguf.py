@@ -40,7 +40,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("groups", "dots1", {"n_group": 3, "topk_group": 2, "norm_topk_prob": False}),
     ("plain", "granitemoe", {}),
     ("tied", "granitemoe", {"tie_word_embeddings": True}),
-]
+    ("plain", "gpt_oss", {}),
+    ("three-layers", "gpt_oss", {"num_hidden_layers": 3, "attention_bias": False, "rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 150.0,
+        "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}}),
+]  # fmt: skip
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
 

@@ -181,7 +181,7 @@ def test_keys_and_configuration_say_the_same(
 
 
 UNWRITABLE: list[tuple[str, dict[str, Any], str]] = [
-    ("mistral", {"sliding_window": 4}, "has a sliding window, but llama.cpp has none for llama; load the model with --quantization"),
+    ("mistral", {"sliding_window": 4}, "has a sliding window in layer 0, but llama.cpp has none there for llama; load the model"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', but llama.cpp takes 'silu' for granted of llama"),
     ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is"),
     ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob is True"),

@@ -64,6 +64,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
                          "attention_bias": True, "tie_word_embeddings": True}),
     ("plain", "granitemoe", {}),
     ("k-all-tied", "granitemoe", {"num_experts_per_tok": 5, "tie_word_embeddings": True, "attention_bias": True}),
+    ("plain", "gpt_oss", {}),
+    ("clamped", "gpt_oss", {"swiglu_limit": 0.3, "swiglu_alpha": 1.1, "num_hidden_layers": 3, "num_attention_heads": 6,
+                            "num_key_value_heads": 3, "hidden_size": 96, "intermediate_size": 160, "head_dim": 14}),
+    ("k-all-full", "gpt_oss", {"num_experts_per_tok": 5, "layer_types": ["full_attention"] * 2, "attention_bias": False,
+                               "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    ("window-types", "gpt_oss", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6,
+                                 "num_key_value_heads": 1, "rope_parameters": {**YARN, "attention_factor": 1.2}}),
 ]  # fmt: skip
 PROMPTS = ([5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1], [9, 9, 33, 50, 64, 3, 28])
 
@@ -123,6 +130,7 @@ def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
     ("granitemoe", {}),
     ("dots1", {"hidden_size": 32, "moe_intermediate_size": 16}),
     ("llama", {"mlp_bias": True}),
+    ("gpt_oss", {}),
 ])  # fmt: skip
 def test_training_logits_and_gradients_equal_transformers(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
@@ -147,7 +155,8 @@ def test_training_logits_and_gradients_equal_transformers(
     for source in next(wanted for wanted in trained if all(s.name in grads for s in wanted)):
         theirs_grad = grads[source.name]
         if source.entry is not None:
-            theirs_grad = theirs_grad[source.entry, source.start : source.start + source.shape[0]]
+            entry = theirs_grad[source.entry]
+            theirs_grad = (entry.t() if source.transposed else entry)[slice(*source.rows)]
         grad = parameters[source.parameter].grad
         scale = grads[source.name].abs().max()
         assert (grad - theirs_grad).abs().max() <= 1e-4 * scale, source.parameter

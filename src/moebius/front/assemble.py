@@ -10,7 +10,7 @@ from moebius.errors import EngineError
 from moebius.front.results import CompletionOutput, EndReason
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams
-from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
+from moebius.text import HarmonyReader, IncrementalDecoder, StopMatcher, Tokenizer
 
 _END_REASONS: dict[FinishReason, EndReason] = {
     FinishReason.STOP: "stop",
@@ -67,16 +67,23 @@ class SequenceAssembler:
     may name special tokens, which it meets whether or not the text leaves them out.
 
     With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without
-    it stands alone.
+    it stands alone. reply: tells a chat's reply from what a model's format has around it, which is
+    left out; without, all of it is content.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, *, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        prompt_ids: Sequence[int] = (),
+        reply: HarmonyReader | None = None,
     ) -> None:
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
         self._matcher = StopMatcher(params.stop, tokenizer.split_special)
         self._params = params
         self._tokenizer = tokenizer
+        self._reply = reply
         self._held: deque[_Held] = deque()
         self._decoded = 0
         self._released = 0
@@ -134,11 +141,15 @@ class SequenceAssembler:
         if ender:
             self.stop_reason = token_id if token_id in self._params.stop_token_ids else None
             return self._match_special(token_id) if special else ""
-        text = self._decoder.push(token_id)
+        silent = self._reply is not None and self._reply.push(token_id) != "content"
+        # A character that is unfinished where the content is interrupted stays so.
+        text = self._decoder.flush() if silent else self._decoder.push(token_id)
         self._decoded += len(text)
         self._settle(text, held)
-        hidden = special and self._params.skip_special_tokens
-        return self._match_special(token_id) if hidden else self._match(text)
+        released = self._match(text)
+        if special and self._params.skip_special_tokens and not self.finished:
+            released += self._match_special(token_id)
+        return released
 
     def _settle(self, text: str, newest: _Held) -> None:
         """Set the end of each token whose bytes have become characters: any text settles all bytes

@@ -56,7 +56,8 @@ class ChoiceOpener:
         The prompt is checked and hashed once, and all choices share it. `ids` names the requests. A
         seed that is given serves every prompt alike, so that an answer does not depend on the
         prompt's place in a call; where none is given each prompt draws its own. `continues`: the
-        text continues the prompt's.
+        text continues the prompt's; else it replies to a chat, and is its content alone, unless
+        special tokens are wanted.
         """
         seed = secrets.randbits(64) if params.seed is None else params.seed
         first = EngineRequest.create(
@@ -75,8 +76,15 @@ class ChoiceOpener:
         )
         others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
         context: Sequence[int] = first.prompt_ids if continues else ()
+        harmony = self.tokenizer.harmony
         for request in chain((first,), others):
-            yield Choice(request, SequenceAssembler(self.tokenizer, params, prompt_ids=context))
+            reply = None
+            if harmony is not None and not continues and params.skip_special_tokens:
+                reply = harmony.reader(first.prompt_ids)
+            yield Choice(
+                request,
+                SequenceAssembler(self.tokenizer, params, prompt_ids=context, reply=reply),
+            )
 
 
 def choice_seed(seed: int, index: int) -> int:

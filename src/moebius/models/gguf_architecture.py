@@ -141,6 +141,7 @@ USUAL_NAMES: Names = {
     **layout.dense("ffn_{p}", GATE_UP_DOWN),
     **layout.shared("ffn_{p}_shexp", GATE_UP_DOWN),
     **{f"mlp.experts.{x}_proj": Stacked(f"ffn_{x}_exps.weight") for x in GATE_UP_DOWN},
+    **{f"mlp.experts.{x}_bias": Stacked(f"ffn_{x}_exps.bias") for x in GATE_UP_DOWN},
     "mlp.router.weight": "ffn_gate_inp.weight",
     "mlp.router.bias": "ffn_gate_inp.bias",
     "mlp.router.selection_bias": "exp_probs_b.bias",
@@ -168,6 +169,10 @@ def layouts(names: Names | None = None) -> tuple[Layout, ...]:
     )
 
 
+def _nowhere(_: int) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
     """How GGUF files have a family's models.
@@ -182,6 +187,9 @@ class GgufArchitecture:
     layouts   what tensors are called, the way that is written first
     permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand
               side by side (see `pair_rows`)
+    slides    whether a layer has the window that the file states
+    truncates yarn's range of dimensions is whole ones, as llama.cpp has it of every model; where
+              it is not, files mean what the model was trained with
     read      what else config.json has, told from keys that are not one by one its own
     write     these keys, from a config.json and what it describes
     held      a mixer of a config.json as it lies in such a file
@@ -197,6 +205,8 @@ class GgufArchitecture:
     present: Mapping[str, str] = field(default_factory=dict)
     layouts: tuple[Layout, ...] = field(default_factory=layouts)
     permuted: bool = False
+    slides: Callable[[int], bool] = _nowhere
+    truncates: bool = True
     read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read
     write: Callable[[ConfigReader, ModelConfig], Mapping[str, Value]] = _nothing_written
     held: Callable[[Mixer], Mixer] = _as_it_is

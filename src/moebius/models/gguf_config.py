@@ -162,7 +162,7 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     keys.check("rope.dimension_count", config["head_dim"])
     keys.check("attention.value_length", config["head_dim"])
     config |= architecture.read(keys, config)
-    config["rope_scaling"] = _rope_scaling(keys, config)
+    config["rope_scaling"] = _rope_scaling(keys, config, truncate=architecture.truncates)
     config["vocab_size"] = _embedding(model, where).shape[0]
     config["tie_word_embeddings"] = HEAD not in model.tensors
     return GgufConfig(config, architecture, _rope_divisors(model, where), keys.finish())
@@ -209,7 +209,9 @@ def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchite
     raise ConfigError(f"{where}: {name} with {'' if sparse else 'no '}experts is not supported")
 
 
-def _rope_scaling(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(
+    keys: _Keys, config: Mapping[str, Any], *, truncate: bool
+) -> dict[str, Any] | None:
     """config.json's object of that name; None where positions are as they are."""
     kind = keys.get("rope.scaling.type", "linear")
     # An older name of the same.
@@ -235,6 +237,7 @@ def _rope_scaling(keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | No
         "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
         "attention_factor": attention,
+        "truncate": truncate,
     }
 
 

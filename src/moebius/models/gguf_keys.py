@@ -37,7 +37,8 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     if architecture is None:
         raise ConfigError(f"GGUF files hold no {config.model_type} models; {_ADVICE}")
     reader = config_reader(config_json)
-    _check_fixed(architecture, config, reader)
+    _check_windows(architecture, config)
+    _check_fixed(architecture, reader)
     attention = config.attention
     rope = _rope(config)
     keys: dict[str, Value] = {
@@ -50,7 +51,7 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     keys["rope.dimension_count"] = rope.size(attention.head_dim)
     keys["attention.value_length"] = attention.head_dim
     keys["vocab_size"] = config.vocab_size
-    keys |= _rope_keys(rope)
+    keys |= _rope_keys(rope, architecture)
     named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
     named = {"general.architecture": architecture.name, **named}
     return GgufKeys(architecture, named, _divisors(rope, attention.head_dim))
@@ -80,15 +81,28 @@ def _rope(config: ModelConfig) -> RopeConfig:
     return rope
 
 
-def _check_fixed(architecture: GgufArchitecture, config: ModelConfig, reader: ConfigReader) -> None:
+def _check_windows(architecture: GgufArchitecture, config: ModelConfig) -> None:
+    """Raises ConfigError where llama.cpp has none in a layer, or one where there is none."""
+    for number, mixer in enumerate(config.mixers):
+        if not isinstance(mixer, GQA):
+            continue
+        slides = architecture.slides(number)
+        # One as long as the context cuts nothing off.
+        cuts = mixer.window is not None and mixer.window < config.context
+        if cuts and not slides:
+            raise ConfigError(
+                f"this model has a sliding window in layer {number}, but llama.cpp has none there "
+                f"for {architecture.name}; {_ADVICE}"
+            )
+        if slides and mixer.window is None:
+            raise ConfigError(
+                f"this model has no sliding window in layer {number}, but llama.cpp has one there "
+                f"for {architecture.name}; {_ADVICE}"
+            )
+
+
+def _check_fixed(architecture: GgufArchitecture, reader: ConfigReader) -> None:
     """Raises ConfigError where llama.cpp takes for granted what is not so."""
-    windows = [mixer.window for mixer in config.mixers if isinstance(mixer, GQA)]
-    # One as long as the context cuts nothing off.
-    if any(window is not None and window < config.context for window in windows):
-        raise ConfigError(
-            f"this model has a sliding window, but llama.cpp has none for {architecture.name}; "
-            f"{_ADVICE}"
-        )
     for key, wanted in architecture.fixed.items():
         value = reader.get(key)
         if key not in _WINDOWS and (value or None) != (wanted or None):
@@ -98,7 +112,7 @@ def _check_fixed(architecture: GgufArchitecture, config: ModelConfig, reader: Co
             )
 
 
-def _rope_keys(rope: RopeConfig) -> dict[str, int | float | str]:
+def _rope_keys(rope: RopeConfig, architecture: GgufArchitecture) -> dict[str, int | float | str]:
     """Of what scales positions; llama3's frequencies are a tensor."""
     if rope.scaling not in ("linear", "yarn"):
         return {}
@@ -107,8 +121,11 @@ def _rope_keys(rope: RopeConfig) -> dict[str, int | float | str]:
         "rope.scaling.factor": rope.factor,
     }
     if rope.scaling == "yarn":
-        if not rope.truncate:
-            raise ConfigError(f"rope truncate is false, but llama.cpp's yarn truncates; {_ADVICE}")
+        if rope.truncate != architecture.truncates:
+            told = str(rope.truncate).lower()
+            raise ConfigError(
+                f"rope truncate is {told}, which files of {architecture.name} cannot say; {_ADVICE}"
+            )
         _, attention = frequencies(rope, 2)
         keys |= {
             "rope.scaling.original_context_length": rope.original_max_position,

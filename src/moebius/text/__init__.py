@@ -3,6 +3,7 @@
 from moebius.text.chat import ChatTemplate
 from moebius.text.defaults import GenerationDefaults
 from moebius.text.gguf_tokenizer import tokenizer_from_gguf
+from moebius.text.harmony import HarmonyReader
 from moebius.text.model import ModelText, load_text, load_tokenizer
 from moebius.text.prompts import EncodedPrompt
 from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
@@ -12,6 +13,7 @@ __all__ = [
     "ChatTemplate",
     "EncodedPrompt",
     "GenerationDefaults",
+    "HarmonyReader",
     "IncrementalDecoder",
     "ModelText",
     "StopMatcher",

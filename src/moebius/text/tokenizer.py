@@ -16,6 +16,7 @@ from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
+from moebius.text.harmony import Harmony
 from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
 from moebius.text.special_tokens import Rename, SpecialGuard, strings_in
 
@@ -79,10 +80,14 @@ class Tokenizer:
         self.vocab_size = max([*vocab.values(), *added], default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        own_end = () if self.eos_id is None else (self.eos_id,)
-        self.end_ids = frozenset(end_ids).union(own_end)
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
+        ids = {token.content: i for i, token in added.items()}
+        self.harmony = Harmony.of(ids, self.templates, self.detokenizer)
+        """How replies to chats are read, of a model that gives them in this format."""
+        own_end = () if self.eos_id is None else (self.eos_id,)
+        stops = frozenset() if self.harmony is None else self.harmony.stops
+        self.end_ids = frozenset(end_ids).union(own_end, stops)
         self._guard = SpecialGuard(backend, vocab, rename)
         self._bound = TokenBound(backend, vocab)
         self._generation_prompts = GenerationPrompts()

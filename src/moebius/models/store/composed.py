@@ -27,7 +27,7 @@ def composed(
     """The tensors, but for each quantised matrix one under its weight's name, and not its parts.
 
     Raises WeightsError for a part that is missing, or has another shape or dtype than its scheme
-    says.
+    says, and for a matrix that is there in plain numbers too.
     """
     found = {
         name: tensor
@@ -40,9 +40,14 @@ def composed(
             scheme = _scheme(source, tensors, quantization)
             if scheme is not None:
                 matrices[source.name] = _matrix(source, tensors, scheme)
-    for matrix in matrices.values():
+    for name, matrix in matrices.items():
         for part in matrix.parts:
             found.pop(part.name, None)
+        if name in found:
+            raise WeightsError(
+                f"{short_name(matrix.file)}: tensor {name!r} is there in plain numbers, and as "
+                f"codes, {matrix.parts[0].name!r}; only one of them can be meant"
+            )
     return {**found, **matrices}
 
 
