@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebius.models.decoder import Decoder
 from moebius.nn.paged import PagedPast
-from moebius.ops.steps import StepInputs
+from moebius.ops import LayerCache
+from moebius.ops.steps import StateInputs, StepInputs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -82,6 +83,26 @@ FAMILY: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
     },
 }
+HYBRID: dict[str, Any] = {
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 6,
+}
+SPARSE_HYBRID: dict[str, Any] = {
+    **HYBRID,
+    "moe_intermediate_size": 14,
+    "shared_expert_intermediate_size": 18,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+}
+FAMILY |= {
+    "qwen3_next": {**SPARSE_HYBRID, "intermediate_size": 20},
+    "qwen3_5_moe_text": SPARSE_HYBRID,
+    "qwen3_5_text": {**HYBRID, "intermediate_size": 20},
+}
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
@@ -136,10 +157,14 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
     assert error <= tolerance, f"differs by {error:.2e} of the scale"
 
 
+# Of states, more than sequences that any test runs at a time.
+_SLOTS = 40
+
+
 class Server:
     """Runs a decoder through its paged cache, as an engine would, and keeps every row's logits.
 
-    The cache starts full of NaN: whatever is read before it is written shows.
+    The cache and the states start full of NaN: whatever is read before it is written shows.
     """
 
     def __init__(self, decoder: Decoder, block_size: int, num_blocks: int, seed: int = 0) -> None:
@@ -148,12 +173,22 @@ class Server:
         self.ops = decoder.ops
         self.caches = []
         for spec in config.caches(dtype):
+            if not spec.token:
+                self.caches.append(LayerCache())
+                continue
             size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
             memory = torch.full((size,), 255, dtype=torch.uint8)
             self.caches.append(self.ops.make_cache(memory, spec, block_size))
         self.free = torch.randperm(
             num_blocks, generator=torch.Generator().manual_seed(seed)
         ).tolist()
+        self.states = [
+            {
+                plane.name: torch.full((_SLOTS, *plane.shape), torch.nan, dtype=plane.dtype)
+                for plane in spec.state
+            }
+            for spec in config.caches(dtype)
+        ]
         self.blocks: dict[int, list[int]] = {}
         self.done: dict[int, int] = {}
         self.logits: dict[int, list[Tensor]] = {}
@@ -169,8 +204,17 @@ class Server:
                 table.append(self.free.pop())
             tables.append(table)
             self.done[sequence] = start + len(ids)
-        inputs = StepInputs.build([ids for _, ids in work], starts, tables, self.block_size)
-        past = PagedPast(self.ops, self.caches, [0] * len(self.caches), inputs, self.block_size)
+        states = None
+        if any(self.states):
+            slots = [_SLOTS - 1 - sequence for sequence, _ in work]
+            cleared = [slot for slot, start in zip(slots, starts, strict=True) if not start]
+            states = StateInputs(slots, cleared, (), ())
+            for plane in (plane for layer in self.states for plane in layer.values()):
+                plane[cleared] = 0
+        given = [ids for _, ids in work]
+        inputs = StepInputs.build(given, starts, tables, self.block_size, states=states)
+        groups = [0] * len(self.caches)
+        past = PagedPast(self.ops, self.caches, groups, inputs, self.block_size, self.states)
         hidden, _ = self.decoder(inputs.input_ids, inputs.positions, past)
         logits = self.decoder.logits(hidden)
         for (sequence, _), part in zip(

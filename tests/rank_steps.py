@@ -17,7 +17,7 @@ from moebius.models.store.load import Loader
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops.cpu import CpuOps
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import StateInputs, StepInputs
 from ops.levels import bits
 
 MAX_TOKENS = 24
@@ -28,12 +28,14 @@ CPU = torch.device("cpu")
 
 def runner(decoder: Decoder) -> Runner:
     specs = decoder.config.caches(decoder.dtype)
-    cache = KVCache(specs, decoder.ops, num_blocks=BLOCKS, block_size=BLOCK_SIZE, device=CPU)
+    cache = KVCache(
+        specs, decoder.ops, num_blocks=BLOCKS, block_size=BLOCK_SIZE, device=CPU, num_states=4
+    )
     return Runner(decoder, cache, CPU, StepRows(MAX_TOKENS, MAX_TOKENS))
 
 
 class Batches:
-    """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9."""
+    """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9, and slot s."""
 
     def __init__(self, seed: object) -> None:
         self._rng = random.Random(repr(seed))
@@ -52,7 +54,9 @@ class Batches:
             self._computed[s] += count
         ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
         blocks = [range(10 * s, 10 * s + -(-self._computed[s] // BLOCK_SIZE)) for s in some]
-        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE)
+        begun = [s for s, start in zip(some, starts, strict=True) if not start]
+        states = StateInputs(some, begun, (), ())
+        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, states=states)
 
 
 def load(held: dict[str, Any], directory: Path, dtype: torch.dtype, placement: Placement) -> None:

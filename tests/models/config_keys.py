@@ -34,12 +34,16 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
-from moebius.models.family import model_types
+from moebius.models.family import Family, _declared, model_types
 
 MODELS = Path(__file__).parent.parent.parent / "src" / "moebius" / "models"
 ROPE = MODELS / "rope_keys.json"
-OURS = {"moebius"}
-"""Types that transformers does not know."""
+TABLES = sorted(
+    kind
+    for kind in model_types()
+    if isinstance(declared := _declared(kind)[0], Family) and declared.keys is None
+)
+"""Types with a table: those that transformers knows, but for what holds a language model."""
 
 # What a decoder meets beside its own two files, from reading the configuration to the next token's
 # logits.
@@ -233,7 +237,7 @@ def _is_key(name: str, fields: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    for model_type in sys.argv[1:] or sorted(set(model_types()) - OURS):
+    for model_type in sys.argv[1:] or TABLES:
         table(model_type).write_text(as_json(derive(model_type)), encoding="utf-8")
     ROPE.write_text(as_json(rope_types()), encoding="utf-8")
     print(f"the tables are of transformers {transformers.__version__}")

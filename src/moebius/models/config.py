@@ -151,12 +151,12 @@ class ModelConfig:
 
     @property
     def attention(self) -> GQA:
-        """The sizes of attention that all layers share, whatever their windows. Raises ConfigError
-        where they do not."""
+        """The sizes of attention that all layers with attention share, whatever their windows.
+        Raises ConfigError where they do not."""
         found = [mixer for mixer in self.mixers if isinstance(mixer, GQA)]
         sizes = {(each.num_heads, each.num_kv_heads, each.head_dim) for each in found}
-        if len(found) < self.num_layers or len(sizes) > 1:
+        if len(sizes) != 1:
             raise ConfigError(
-                f"the layers of this {self.model_type} model do not all have attention of one size"
+                f"the layers of this {self.model_type} model do not have attention of one size"
             )
         return found[0]

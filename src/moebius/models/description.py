@@ -68,7 +68,7 @@ def describe_gguf(model: GgufModel) -> Description:
     """By its keys."""
     name = model.files[0].path.name
     found = gguf_config(model)
-    config = read_config(found.config_json, name).config
+    config = found.architecture.held_config(read_config(found.config_json, name).config)
     layers = []
     for layer in config.layers:
         mixer = layer.mixer

@@ -5,12 +5,17 @@ and a config.json the keys of a GGUF file. Facts as llama.cpp's converter has th
 src/llama-model.cpp of October 2026.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
+from moebius.errors import ConfigError
+from moebius.gguf import Value
 from moebius.models import layout
+from moebius.models.config import ModelConfig
 from moebius.models.layout import Layout, Names, Stacked, stacked
+from moebius.models.reading import ConfigReader
+from moebius.nn.mixer import Mixer
 
 GATE_UP_DOWN = ("gate", "up", "down")
 
@@ -38,12 +43,57 @@ class Key:
     kind     how it is stored: uint32, float32 or bool
     absent   what it means that the file has none, told from what config.json has by then;
              KeyError: every file has it
+    optional   config.json may have none, and then the file has none
     """
 
     config: str
     gguf: str
     kind: Literal["integer", "number", "flag"] = "integer"
     absent: Absent = required
+    optional: bool = False
+
+
+class FileKeys(Protocol):
+    """The keys of a file under its architecture's name."""
+
+    def get(self, key: str, default: Value) -> Value:
+        """Of a list, one for each layer, what they all are: ConfigError where they differ."""
+
+    def listed(self, key: str) -> list[Any] | None:
+        """A list as it is; None where there is none."""
+
+    def wrong(self, key: str, message: str) -> ConfigError:
+        """What is wrong with a key."""
+
+
+class Moved(NamedTuple):
+    """What of a parameter is otherwise in a file than in Hugging Face's checkpoints.
+
+    parameter       of the layer's mixer there, which it is made of
+    rows, columns   which of the latter's stands where; None: all where they are
+    exponential     the file holds -exp of the numbers
+    """
+
+    parameter: str
+    rows: Sequence[int] | None = None
+    columns: Sequence[int] | None = None
+    exponential: bool = False
+
+
+def _nothing_read(keys: FileKeys, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
+
+
+def _nothing_written(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Value]:
+    return {}
+
+
+def _as_it_is(mixer: Mixer) -> Mixer:
+    return mixer
+
+
+def _nothing_moved(mixer: Mixer, name: str) -> Moved | None:
+    return None
 
 
 def _head_size(config: Mapping[str, object]) -> int:
@@ -140,6 +190,11 @@ class GgufArchitecture:
     slides    whether a layer has the window that the file states
     truncates yarn's range of dimensions is whole ones, as llama.cpp has it of every model; where
               it is not, files mean what the model was trained with
+    read      what else config.json has, told from keys that are not one by one its own
+    write     these keys, from a config.json and what it describes
+    held      a mixer of a config.json as it lies in such a file
+    moved     what a parameter of that mixer, by its name, is made of, where it is otherwise there
+              than config.json's mixer has it
     """
 
     name: str
@@ -152,6 +207,18 @@ class GgufArchitecture:
     permuted: bool = False
     slides: Callable[[int], bool] = _nowhere
     truncates: bool = True
+    read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read
+    write: Callable[[ConfigReader, ModelConfig], Mapping[str, Value]] = _nothing_written
+    held: Callable[[Mixer], Mixer] = _as_it_is
+    moved: Callable[[Mixer, str], Moved | None] = _nothing_moved
+
+    def held_config(self, config: ModelConfig) -> ModelConfig:
+        """A model of a config.json, as it lies in such a file."""
+        layers = (
+            layer if layer.mixer is None else replace(layer, mixer=self.held(layer.mixer))
+            for layer in config.layers
+        )
+        return replace(config, layers=tuple(layers))
 
 
 def pair_rows(heads: int, head_dim: int) -> list[int]:

@@ -91,6 +91,14 @@ class _Keys:
             raise self.wrong(key, "differs from layer to layer, which is not supported")
         return value[0]
 
+    def listed(self, key: str) -> list[Any] | None:
+        """A list as it is; None where there is none."""
+        self._read.add(key)
+        value = self._metadata.get(self._before + key)
+        if value is not None and not isinstance(value, list):
+            raise self.wrong(key, f"is {value!r}; it must be a list")
+        return value
+
     def typed(self, key: Key) -> Any:
         """A key's value as config.json would have it. Raises ConfigError for another type."""
         value = self.get(key.gguf, 0)
@@ -153,6 +161,7 @@ def gguf_config(model: GgufModel) -> GgufConfig:
         keys.check(name, wanted)
     keys.check("rope.dimension_count", config["head_dim"])
     keys.check("attention.value_length", config["head_dim"])
+    config |= architecture.read(keys, config)
     config["rope_scaling"] = _rope_scaling(keys, config, truncate=architecture.truncates)
     config["vocab_size"] = _embedding(model, where).shape[0]
     config["tie_word_embeddings"] = HEAD not in model.tensors

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError
+from moebius.gguf import Value
 from moebius.models.config import ModelConfig
 from moebius.models.family import config_reader, family, model_config
 from moebius.models.gguf_architecture import GgufArchitecture, Key
@@ -19,12 +20,13 @@ _ADVICE = "load the model with --quantization instead"
 class GgufKeys(NamedTuple):
     """What a GGUF file says of a model.
 
-    keys           values by their whole names; of type int uint32, float float32, bool or str
+    keys           values by their whole names; of type int uint32, float float32, bool or str, and
+                   lists of these
     rope_divisors  the values of rope_freqs.weight, where the file needs one
     """
 
     architecture: GgufArchitecture
-    keys: Mapping[str, int | float | bool | str]
+    keys: Mapping[str, Value]
     rope_divisors: tuple[float, ...] | None
 
 
@@ -37,17 +39,22 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     reader = config_reader(config_json)
     _check_windows(architecture, config)
     _check_fixed(architecture, reader)
-    keys: dict[str, int | float | bool | str]
-    keys = {key.gguf: _value(key, reader, config) for key in architecture.keys}
-    keys |= architecture.values
-    keys["rope.dimension_count"] = config.attention.head_dim
-    keys["attention.value_length"] = config.attention.head_dim
-    keys["vocab_size"] = config.vocab_size
+    attention = config.attention
     rope = _rope(config)
+    keys: dict[str, Value] = {
+        key.gguf: _value(key, reader, config)
+        for key in architecture.keys
+        if not (key.optional and reader.get(key.config) is None)
+    }
+    keys |= architecture.values
+    keys |= architecture.write(reader, config)
+    keys["rope.dimension_count"] = rope.size(attention.head_dim)
+    keys["attention.value_length"] = attention.head_dim
+    keys["vocab_size"] = config.vocab_size
     keys |= _rope_keys(rope, architecture)
     named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
     named = {"general.architecture": architecture.name, **named}
-    return GgufKeys(architecture, named, _divisors(rope, config.attention.head_dim))
+    return GgufKeys(architecture, named, _divisors(rope, attention.head_dim))
 
 
 def _value(key: Key, reader: ConfigReader, config: ModelConfig) -> int | float | bool:

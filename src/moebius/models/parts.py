@@ -20,7 +20,8 @@ from moebius.ops.config import Activation, RouterConfig, Score, Weight
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-_OLD_LAYER_TYPES = {"attention": FULL}
+LINEAR = "linear_attention"
+_OLD_LAYER_TYPES = {"attention": FULL, "mamba": LINEAR}
 """What transformers 4 called them."""
 _ROPE_KEYS: Mapping[str, Sequence[str]] = read_json(Path(__file__).with_name("rope_keys.json"))
 _ACTIVATIONS: Mapping[str, Activation] = package_table("models/keys.toml")["activations"]

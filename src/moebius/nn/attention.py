@@ -18,6 +18,7 @@ from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Feature, Operation, PreparedLinear, Rotation, Use
 from moebius.ops.cache_spec import CacheSpec, key_value_spec
+from moebius.ops.config import HeadGates
 
 QKNorm = Literal["none", "head", "full"]
 
@@ -37,6 +38,8 @@ class GQA:
     scale         of the scores; None for 1 / sqrt(N)
     softcap       scores become c * tanh(scores / c) (Gemma 2, arXiv 2408.00118)
     sinks         one more key a head, without a value, whose score is learned (gpt-oss)
+    output_gate   each value of a head is multiplied by the sigmoid of a gate; the rows of a head's
+                  gates stand behind those of its queries (Qwen3-Next)
     """
 
     num_heads: int
@@ -52,9 +55,15 @@ class GQA:
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         require_word("qk_norm", self.qk_norm, QKNorm)
+        whole = self.qk_norm == "full" or self.clip_qkv is not None
+        if self.output_gate and (whole or self.value_dim not in (None, self.head_dim)):
+            raise ConfigError(
+                "output_gate goes with one size of heads, and with norms of single ones at most"
+            )
         for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +85,11 @@ class GQA:
         return self.num_heads * self.head_dim
 
     @property
+    def q_rows(self) -> int:
+        """Of q_proj: queries, and the gates behind them."""
+        return self.q_size * (2 if self.output_gate else 1)
+
+    @property
     def k_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
@@ -94,7 +108,7 @@ class GQA:
 
     @property
     def activations(self) -> int:
-        return self.q_size + self.k_size + self.v_size + self.out_size
+        return self.q_rows + self.k_size + self.v_size + self.out_size
 
     @property
     def scores(self) -> int:
@@ -102,7 +116,7 @@ class GQA:
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of Attention."""
-        for name, size in (("q", self.q_size), ("k", self.k_size), ("v", self.v_size)):
+        for name, size in (("q", self.q_rows), ("k", self.k_size), ("v", self.v_size)):
             yield Parameter(f"{name}_proj.weight", (size, hidden_size))
             if self.qkv_bias:
                 yield Parameter(f"{name}_proj.bias", (size,))
@@ -139,6 +153,8 @@ class GQA:
             yield Use(Operation.RMS_NORM_PART, dtype)
         if self.clip_qkv is not None:
             yield Use(Operation.CLIP, dtype)
+        if self.output_gate:
+            yield Use(Operation.GATE_HEADS, dtype)
 
     def build(self, place: Place) -> "Attention":
         return Attention(self, place)
@@ -162,6 +178,9 @@ class Attention(ParameterModule):
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
         self.scale = spec.score_scale
+        self.gates: HeadGates | None = None
+        if spec.output_gate:
+            self.gates = HeadGates(start=spec.head_dim, stride=2 * spec.head_dim)
         self._projections: PreparedLinear | None = None
 
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
@@ -173,7 +192,7 @@ class Attention(ParameterModule):
             normed = size if spec.qk_norm == "full" else spec.head_dim
             return RMSNorm(place.ops, normed, place.norm_eps, dtype=place.norm_dtype)
 
-        self.q_proj = linear(place.hidden_size, spec.q_size, spec.qkv_bias)
+        self.q_proj = linear(place.hidden_size, spec.q_rows, spec.qkv_bias)
         self.k_proj = linear(place.hidden_size, spec.k_size, spec.qkv_bias)
         self.v_proj = linear(place.hidden_size, spec.v_size, spec.qkv_bias)
         self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
@@ -203,6 +222,9 @@ class Attention(ParameterModule):
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:
         """What attention adds to the residual stream (T, D)."""
-        out_THN = past.attend(self, self._projected(x_TD), positions.rotation(self.rotary))
+        qkv_TI = self._projected(x_TD)
+        out_THN = past.attend(self, qkv_TI, positions.rotation(self.rotary))
+        if self.gates is not None:
+            out_THN = self.ops.gate_heads(out_THN, qkv_TI, self.gates)
         out_TD: Tensor = self.o_proj(out_THN.flatten(1))
         return out_TD
