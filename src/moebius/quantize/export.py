@@ -142,6 +142,7 @@ def _described(
         metadata = dict(checkpoint.store.metadata)
         for key in [key for key in metadata if key.startswith(("split.", "general.alignment"))]:
             del metadata[key]
+        _leave_out_predicting(metadata, checkpoint.config)
         whole = [(each, Part(each, checkpoint.tensors[each.name])) for each in checkpoint.sources]
         targets = _targets(checkpoint, recipe, whole)
         stored = checkpoint.store.tensors.get(ROPE_DIVISORS)
@@ -187,6 +188,13 @@ def _made_of(parameter: str, architecture: GgufArchitecture, config: ModelConfig
         heads = {"q_proj": mixer.num_heads, "k_proj": mixer.num_kv_heads}.get(name.split(".")[0])
         moved = None if heads is None else Moved(name, pair_rows(heads, mixer.head_dim))
     return None if moved is None else moved._replace(parameter=before + moved.parameter)
+
+
+def _leave_out_predicting(metadata: dict[str, Value], config: ModelConfig) -> None:
+    """Count no layers that predict further tokens: they are read by none, and not written."""
+    before = f"{metadata['general.architecture']}."
+    if metadata.pop(f"{before}nextn_predict_layers", 0):
+        metadata[f"{before}block_count"] = config.num_layers
 
 
 def _targets(
