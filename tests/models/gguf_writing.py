@@ -126,7 +126,8 @@ class Converter:
         w.add_block_count(c["num_hidden_layers"])
         w.add_context_length(c["max_position_embeddings"])
         w.add_embedding_length(c["hidden_size"])
-        w.add_feed_forward_length(c["intermediate_size"])
+        if "intermediate_size" in c:
+            w.add_feed_forward_length(c["intermediate_size"])
         w.add_head_count(c["num_attention_heads"])
         w.add_head_count_kv(c["num_key_value_heads"])
         w.add_layer_norm_rms_eps(c["rms_norm_eps"])
