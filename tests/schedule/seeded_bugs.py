@@ -1,5 +1,5 @@
 """Bugs seeded one at a time into the scheduler and the block pool: the simulation has to find every
-one of them.
+one of them. Those of snapshots are in a file of their own.
 
 Each is a subclass with one method done wrong, the way it could be written by mistake.
 """
@@ -7,7 +7,6 @@ Each is a subclass with one method done wrong, the way it could be written by mi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import replace
 
 from moebius.request.finish import FinishReason
@@ -16,16 +15,10 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
+from schedule import seeded_snapshot_bugs as _
+from schedule.seeding import BUGS, bug
 
-BUGS: dict[str, type[Scheduler] | type[BlockPool]] = {}
-
-
-def bug(description: str) -> Callable[[type], type]:
-    def register(cls: type) -> type:
-        BUGS[description] = cls
-        return cls
-
-    return register
+__all__ = ["BUGS"]
 
 
 def live(hit: Hit) -> list[int]:
@@ -329,12 +322,6 @@ class _(BlockPool):
             return hit
         known = map(self.states.snapshot, request.block_hashes[: hit.num_blocks])
         return hit._replace(snapshot=next(slot for slot in known if slot is not None))
-
-
-@bug("a snapshot is taken inside a block")
-class _(BlockPool):
-    def next_boundary(self, request, position):
-        return super().next_boundary(request, position - 1) + 1
 
 
 @bug("a snapshot may be taken by another before it was copied")
