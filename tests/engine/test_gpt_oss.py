@@ -1,0 +1,86 @@
+"""gpt-oss through the engine: what its windows give back, and how memory is planned at its sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moebius.engine.config import EngineConfig
+from moebius.engine.kv_cache import block_bytes, lay_out
+from moebius.engine.load import load_engine, prepare
+from moebius.engine.memory import CacheSizes, plan_memory
+from moebius.engine.weight_bytes import WeightBytes
+from moebius.files import read_json
+from moebius.models.family import model_config
+from moebius.ops.reference import ReferenceOps
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
+from moebius.schedule.request import Request
+from scripted import write_gpt_oss
+
+PUBLISHED = Path(__file__).parent.parent / "models" / "published" / "gpt-oss-20b.json"
+
+
+def test_blocks_behind_windows_are_planned_as_free_at_its_sizes() -> None:
+    """12 layers keep all of 8,192 tokens, in 512 blocks of 16; 12 keep 127 tokens and a step's
+    2,048, which touch at most 137 blocks. Without windows there would be 1,024."""
+    config = model_config(read_json(PUBLISHED))
+    specs = config.caches(torch.bfloat16)
+    layout = lay_out(specs)
+    assert sorted(layout.windows, key=str) == [128, None] and layout.rows == 12
+    # Keys and values of 12 layers with 8 heads of 64, in two bytes.
+    block = 16 * 12 * 2 * 8 * 64 * 2
+    assert block_bytes(specs, ReferenceOps(), 16) == block
+    plan = plan_memory(
+        config,
+        EngineConfig(kv_cache_memory_bytes=1300 * block, max_model_len=8192),
+        WeightBytes(1000, 0, 500),
+        dtype="bfloat16",
+        device="cpu",
+        cache=CacheSizes(layout.windows, block),
+        available=2**40,
+    )
+    assert plan.most_blocks(8192) == 512 + 137
+    assert plan.sequences(8192) == 2
+    (row,) = (remark for name, _, remark in plan.rows() if name == "KV cache")
+    assert row.endswith("freed behind windows of 128")
+
+
+def test_an_engine_gives_back_what_its_windows_have_passed(tmp_path: Path) -> None:
+    write_gpt_oss(tmp_path)
+    config = EngineConfig(
+        block_size=8, max_num_batched_tokens=32, max_num_seqs=2, max_model_len=1024
+    )
+    engine = load_engine(tmp_path, config)
+    windows = [spec.window for spec in engine.scheduler.pool.groups.blocks]
+    assert sorted(map(str, windows)) == ["24", "24", "None"]
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    prompt = [i % 300 for i in range(800)]
+    limits = engine.info.limits
+    engine.add(Request(EngineRequest.create("a", prompt, params, limits, arrival=0.0, seed=0)))
+    request = engine.scheduler.requests["a"]
+    while engine.has_work:
+        engine.step()
+        full = -(-request.num_computed_tokens // 8)
+        if 1 < len(request.output_ids) < 20:
+            # Each window's 24 tokens lie in three or four blocks.
+            assert full + 6 <= engine.stats().used_blocks <= full + 8
+    assert engine.stats().used_blocks == 0
+
+
+@pytest.mark.parametrize("isa", ["", "reference"])
+def test_a_plan_says_that_gate_and_up_are_copied(
+    tmp_path: Path, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.test_gpt_oss import in_mxfp4
+
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
+    in_mxfp4(tmp_path)
+    prepared = prepare(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20))
+    (row,) = (remark for name, _, remark in prepared.rows() if name == "weights")
+    # 2 layers, 3 experts, two matrices of 160 x 96 each, 17 bytes for 32 numbers.
+    copied = 2 * 3 * 2 * 160 * 96 // 32 * 17
+    assert prepared.plan.weights.repacked == copied
+    assert f"{copied / 2**10:.1f} KiB repacked" in row
