@@ -15,8 +15,8 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
-from schedule import seeded_snapshot_bugs as _
-from schedule.seeding import BUGS, bug
+from schedule.seeded_snapshot_bugs import BUGS
+from schedule.seeding import bug
 
 __all__ = ["BUGS"]
 
@@ -311,7 +311,7 @@ class _(BlockPool):
         if states is None or not hit.num_blocks:
             return hit
         digest = self._hash_blocks(request, hit.num_blocks)[hit.num_blocks - 1]
-        return hit._replace(snapshot=states.snapshot(digest))
+        return hit._replace(snapshot=digest)
 
 
 @bug("a hit takes any snapshot of the prefix")
@@ -320,8 +320,9 @@ class _(BlockPool):
         hit = super().match(request)
         if self.states is None or not hit.num_blocks:
             return hit
-        known = map(self.states.snapshot, request.block_hashes[: hit.num_blocks])
-        return hit._replace(snapshot=next(slot for slot in known if slot is not None))
+        known = request.block_hashes[: hit.num_blocks]
+        found = self.states.cached[0]
+        return hit._replace(snapshot=next(digest for digest in known if digest in found))
 
 
 @bug("a snapshot may be taken by another before it was copied")
@@ -331,7 +332,8 @@ class _(BlockPool):
         if opened and self.states is not None and request.states.restore is not None:
             self.states._release((request.states.restore,))
             request.states.restore = None
-            self.restored = {**getattr(self, "restored", {}), request.id: hit.snapshot}
+            slot = self.states.snapshot(hit.snapshot)
+            self.restored = {**getattr(self, "restored", {}), request.id: slot}
         return opened
 
     def state_slots(self, request, end):

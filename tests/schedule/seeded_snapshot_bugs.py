@@ -9,7 +9,9 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import GroupSpec
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.states import StatePool
-from schedule.seeding import bug, bug_of_states
+from schedule.seeding import BUGS, bug, bug_of_states
+
+__all__ = ["BUGS"]
 
 # ----------------------------------------------------------------------------------------------------- where they are taken
 
@@ -29,7 +31,8 @@ class _(BlockPool):
     def _open_states(self, request, hit, states):
         owned = super()._open_states(request, hit, states)
         if owned is not None:
-            owned.wanted = {at + self.block_size if at else at for at in owned.wanted}
+            owned.turn += self.block_size
+            owned.wanted = {owned.turn}
         return owned
 
 
@@ -38,7 +41,8 @@ class _(BlockPool):
     def _open_states(self, request, hit, states):
         owned = super()._open_states(request, hit, states)
         if owned is not None and request.asked.generation_start is None:
-            owned.wanted = {len(request.prompt_ids) // self.block_size * self.block_size}
+            owned.turn = len(request.prompt_ids) // self.block_size * self.block_size
+            owned.wanted = {owned.turn}
         return owned
 
 
@@ -56,14 +60,15 @@ class _(BlockPool):
     def _open_states(self, request, hit, states):
         owned = super()._open_states(request, hit, states)
         if owned is not None:
-            owned.wanted = {at + 1 for at in owned.wanted}
+            owned.turn += 1
+            owned.wanted = {owned.turn}
         return owned
 
     def state_slots(self, request, end):
         if request.states is None or end not in request.states.wanted:
             return super().state_slots(request, end)
         digest = self._hash_blocks(request, end // self.block_size)
-        return self.states.place(request.states, "lasting", digest[-1] if digest else b"")
+        return self.states.place(request.states, "turn", digest[-1] if digest else b"")
 
 
 @bug("no chunk ends for a snapshot")
@@ -259,7 +264,7 @@ class _(StatePool):
         kind, digest = owned.kind, owned.digest
         saved = owned.save is not None and lineage is not None
         super().settle(owned, lineage)
-        if saved and kind == "lasting":
+        if saved and kind == "turn":
             owned.rolling = digest
 
 
@@ -303,7 +308,7 @@ class _(BlockPool):
 class _(StatePool):
     def settle(self, owned, lineage):
         if owned.kind == "passing":
-            owned.kind = "lasting"
+            owned.kind = "parting"
         super().settle(owned, lineage)
 
 
@@ -335,9 +340,9 @@ class _(StatePool):
 
 @bug_of_states("a sequence starts with one slot, whatever it needs")
 class _(StatePool):
-    def open(self, snapshot, position=0, prompt=0, turn=0):
+    def open(self, start=b"", position=0, prompt=0, turn=0):
         spec, self.spec = self.spec, replace(self.spec, scratch=0)
-        owned = super().open(snapshot, position, prompt, turn)
+        owned = super().open(start, position, prompt, turn)
         self.spec = spec
         return owned
 
@@ -385,3 +390,42 @@ class _(BlockPool):
         owner = super()._ahead(request, states)
         states.want = want
         return owner
+
+
+# ----------------------------------------------------------------------------------------------------- what a chat has gone beyond
+
+
+@bug_of_states("what a chat has gone beyond is kept as long as all others")
+class _(StatePool):
+    def _entered(self, owned, digest):
+        if owned.kind != "turn":
+            super()._entered(owned, digest)
+
+
+@bug_of_states("what several sequences went on from goes with the first of them")
+class _(StatePool):
+    def _entered(self, owned, digest):
+        self._followed.discard(owned.start)
+        super()._entered(owned, digest)
+
+
+@bug_of_states("of two snapshots of an answer only the one that was used goes first")
+class _(StatePool):
+    def _entered(self, owned, digest):
+        self._twins.clear()
+        super()._entered(owned, digest)
+
+
+@bug_of_states("a sequence's new snapshot goes first, and not what it has gone beyond")
+class _(StatePool):
+    def _entered(self, owned, digest):
+        super()._entered(owned, digest)
+        if owned.kind == "turn":
+            self._goes_first(digest)
+
+
+@bug_of_states("where sequences part goes first once the next has gone on")
+class _(StatePool):
+    def _entered(self, owned, digest):
+        if owned.kind != "parting":
+            super()._entered(owned, digest)

@@ -23,13 +23,13 @@ class Hit(NamedTuple):
     """A cached prefix of `num_blocks` blocks behind which every group can resume.
 
     tables     each group's blocks of it, NO_BLOCK before the group's window
-    snapshot   the slot of the state at its end, where the model has states
+    snapshot   the hash of the state at its end, where the model has states; empty: from zeros
     seen       blocks that somebody has computed, with a snapshot behind them or without
     """
 
     num_blocks: int
     tables: "tuple[array[int], ...]"
-    snapshot: int | None = None
+    snapshot: bytes = b""
     seen: int = 0
 
 
@@ -112,9 +112,7 @@ class BlockPool(Places):
             first = spec.first_block(limit * self.block_size, self.block_size)
             found = [cached[digest] for digest in islice(hashes, first, limit)]
             tables.append(array("i", [NO_BLOCK] * first + found))
-        snapshot = None
-        if self.states is not None and limit:
-            snapshot = self.states.snapshot(hashes[limit - 1])
+        snapshot = hashes[limit - 1] if self.states is not None and limit else b""
         return Hit(limit, tuple(tables), snapshot, seen)
 
     def _resumable(self, hashes: Sequence[bytes], limit: int) -> int:
@@ -136,14 +134,15 @@ class BlockPool(Places):
         """The running request that is about to compute what this waiting request could use next.
 
         Looks only at blocks beyond those found the last time, so that a wait costs O(1) a step;
-        where there are only windows, or states, at all of its blocks that somebody claims.
+        where there are only windows, or states, at all of its blocks. With states the running one
+        is asked to stop where both part.
         """
         limit = self._readable_blocks(request)
         if not (limit and self._claims):
             return None
         hashes = self._hash_blocks(request, limit)
         if self.states is not None:
-            return self._ahead(request, self.states)
+            return self._ahead(request, self.states) if self.states.num_free else None
         if not self._full:
             claimed = (self._claims.get(digest) for digest in islice(hashes, limit))
             return next((owner for owner in claimed if owner is not None), None)
@@ -155,8 +154,8 @@ class BlockPool(Places):
         return self._claims.get(hashes[request.num_awaited_blocks])
 
     def _ahead(self, request: Request, states: StatePool) -> Request | None:
-        """The running request that goes along with this one for longest, from now on. It is asked
-        for a snapshot where they part, if that saves enough."""
+        """Who goes along with this request for longest, if a snapshot where they part saves enough,
+        and can still be had."""
         hashes = request.block_hashes
         for shared in range(self._readable_blocks(request), 0, -1):
             owner = self._claims.get(hashes[shared - 1])
@@ -165,7 +164,7 @@ class BlockPool(Places):
             saved = shared - self.match(request).num_blocks
             end = shared * self.block_size
             assert owner.states is not None, "only running requests claim"
-            if saved < states.spec.apart or end < owner.num_computed_tokens or not states.num_free:
+            if saved < states.spec.apart or end < owner.num_computed_tokens:
                 return None
             if end > owner.num_computed_tokens:
                 end = states.want(owner.states, end)
@@ -190,8 +189,8 @@ class BlockPool(Places):
             request.states = self._open_states(request, hit, self.states)
             if request.states is None:
                 return False
-            if hit.snapshot is not None:
-                lineages |= self.states.lineages((hit.snapshot,))
+            if request.states.restore is not None:
+                lineages |= self.states.lineages((request.states.restore,))
         if self.groups.request_slots is not None:
             request.request_slot = self._request_slots.pop()
         self._share(held)
@@ -204,8 +203,8 @@ class BlockPool(Places):
         return True
 
     def _open_states(self, request: Request, hit: Hit, states: StatePool) -> OwnedStates | None:
-        """Slots, and where lasting snapshots are wanted: where the next turn of the chat will start
-        (or the same prompt again), and where others went on with other tokens."""
+        """Slots, and where snapshots are wanted: where the next turn of the chat will start (or the
+        same prompt again), and where others went on with other tokens."""
         size = self.block_size
         start = hit.num_blocks * size
         prompt = len(request.prompt_ids)

@@ -54,7 +54,7 @@ class StateSpec:
 
     num_slots   places for states: those of running sequences, and snapshots in all others
     scratch     places that a running sequence owns beside its state's own (for drafted tokens)
-    interval    a snapshot is taken every so many blocks of a prompt
+    interval    a snapshot is taken every so many blocks
     apart       blocks that a snapshot has to save to be worth that a step ends for it
     """
 

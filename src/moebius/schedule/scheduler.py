@@ -346,9 +346,9 @@ class Scheduler:
             return "no_blocks"
         if len(self._running) >= self.config.max_num_seqs:
             return "no_seats"
+        computing = self.pool.claimant(request)  # with states it is asked to stop for this one
         if not draft.budget:
             return "no_budget"
-        computing = self.pool.claimant(request)
         if computing is not None and computing.id in draft.chunks:
             return "prefix_in_flight"
         # At least one new block a group is needed, whatever the cache holds.

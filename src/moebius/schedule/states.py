@@ -2,11 +2,12 @@
 
 A state cannot be undone token by token. So copies of it are kept at some block boundaries, each
 under the hash of the tokens before it: *snapshots*. A prefix hit, or a preempted sequence, starts
-again from the longest. Where they are taken, and which goes first: docs/prefix-cache.md.
+again from the longest. docs/prefix-cache.md says where they are taken, which goes first, and why.
 
-lasting   where the next turn of a chat will begin, and where prompts part: least recently used
-passing   every so many tokens of a prompt: the first to go, until somebody has started from it
-rolling   the last full block of an answer, so far: the next takes its place
+turn      where the next turn of a chat will start, if its template drops the answer's beginning
+rolling   the last full block of the answer so far; the next takes its place
+parting   where several sequences part
+passing   every so many tokens: the first to go, until somebody has started from it
 """
 
 from dataclasses import dataclass
@@ -15,28 +16,32 @@ from typing import Literal
 from moebius.schedule.groups import Lineage, StateSlots, StateSpec
 from moebius.schedule.places import Places
 
-Kind = Literal["lasting", "passing", "rolling"]
+Kind = Literal["turn", "rolling", "parting", "passing"]
 
 
 @dataclass(slots=True)
 class OwnedStates:
     """What one running sequence holds of the slots, for its next chunk or the one under way.
 
-    prompt     tokens of its prompt
-    wanted     positions at which a snapshot is lasting
-    rolling    the hash of its rolling snapshot
+    prompt   tokens of its prompt
+    turn     position of its snapshot of that kind
+    wanted   positions of all snapshots but rolling and passing ones, and where it started
+    start, behind, rolling   hashes of the snapshots where it started, at `turn`, and of its answer
     restore and save are as in StateSlots; held so long as the step that copies them is under way.
     """
 
     slot: int
     scratch: tuple[int, ...]
     prompt: int
+    turn: int
     wanted: set[int]
+    start: bytes = b""
+    behind: bytes = b""
+    rolling: bytes = b""
     restore: int | None = None
     save: int | None = None
     digest: bytes = b""
     kind: Kind | None = None
-    rolling: bytes = b""
 
 
 class StatePool(Places):
@@ -46,28 +51,29 @@ class StatePool(Places):
         super().__init__(spec.num_slots, 1)
         self.spec = spec
         self._block_size = block_size
+        self._followed: set[bytes] = set()  # a sequence went on from them, or several will
+        self._twins: dict[bytes, bytes] = {}  # before and behind an answer: one of two is of use
 
     def snapshot(self, digest: bytes) -> int | None:
         """The slot of the state behind the tokens of this hash."""
         return self._cached[0].get(digest)
 
     def open(
-        self, snapshot: int | None, position: int = 0, prompt: int = 0, turn: int = 0
+        self, start: bytes = b"", position: int = 0, prompt: int = 0, turn: int = 0
     ) -> OwnedStates | None:
-        """Slots for a sequence that starts at `position` from `snapshot`, or from zeros; None if
-        there are too few. The next turn of its chat will start at `turn`."""
+        """Slots for a sequence that starts at `position` from the snapshot of this hash, or from
+        zeros; None if there are too few."""
+        snapshot = self.snapshot(start)
+        evictable = snapshot in self._evictable
+        if self.num_free - evictable < self.spec.slots_per_sequence:
+            return None
         if snapshot is not None:
             self._share((snapshot,))  # nobody may take it before it was copied
-        if self.num_free < self.spec.slots_per_sequence:
-            self._release(() if snapshot is None else (snapshot,))
-            return None
         slot = self._take()
         scratch = tuple(self._take() for _ in range(self.spec.scratch))
-        owned = OwnedStates(slot, scratch, prompt, {position, turn}, restore=snapshot)
-        entry = None if snapshot is None else self._entries[snapshot]
-        if entry is not None and position >= prompt:  # it was preempted: this is its own
-            owned.rolling = entry.hash
-        return owned
+        behind = start if position == turn else b""
+        wanted = {position, turn}
+        return OwnedStates(slot, scratch, prompt, turn, wanted, start, behind, restore=snapshot)
 
     def want(self, owned: OwnedStates, position: int) -> int:
         """Ask a sequence for a snapshot at `position`, and get to know where there will be one: a
@@ -93,13 +99,15 @@ class StatePool(Places):
         if position % self._block_size:
             return None
         if position in owned.wanted:
-            return "lasting"
-        if position >= owned.prompt:
-            return "rolling"
-        return None if position % (self.spec.interval * self._block_size) else "passing"
+            return "turn" if position == owned.turn else "parting"
+        if not position % (self.spec.interval * self._block_size):
+            return "passing"
+        return "rolling" if position >= owned.prompt else None
 
     def place(self, owned: OwnedStates, kind: Kind | None, digest: bytes) -> StateSlots:
         """The slots of the next chunk; with a `kind`, one for a snapshot, if it is to be had."""
+        if kind == "turn":
+            owned.behind = digest
         if kind is not None and digest not in self._cached[0]:
             if kind == "rolling" and not self._free:
                 self.drop(owned.rolling)
@@ -122,11 +130,36 @@ class StatePool(Places):
             self._enter(0, owned.digest, slot, lineage)
         entered = self._entries[slot] is not None
         self._release((slot,))
-        if entered and owned.kind == "passing":
-            self._evictable.move_to_end(slot, last=False)
-        elif entered and owned.kind == "rolling":
+        if entered:
+            self._entered(owned, owned.digest)
+
+    def _entered(self, owned: OwnedStates, digest: bytes) -> None:
+        """What the sequence's new snapshot makes of those that it has gone beyond."""
+        if owned.kind == "passing":
+            self._goes_first(digest)
+        elif owned.kind == "parting":
+            self._followed.add(digest)
+        elif owned.kind == "rolling":
             self.drop(owned.rolling)
-            owned.rolling = owned.digest
+            owned.rolling = digest
+            if owned.behind in self._cached[0]:
+                self._twins.update({digest: owned.behind, owned.behind: digest})
+        elif owned.start in self._cached[0] and owned.start not in self._followed:
+            self._followed.add(owned.start)
+            self._goes_first(owned.start)
+            self._goes_first(self._twins.get(owned.start, b""))
+
+    def _goes_first(self, digest: bytes) -> None:
+        slot = self._cached[0].get(digest)
+        if slot in self._evictable:
+            self._evictable.move_to_end(slot, last=False)
+
+    def _forget(self, place: int) -> None:
+        entry = self._entries[place]
+        super()._forget(place)
+        assert entry is not None
+        self._followed.discard(entry.hash)
+        self._twins.pop(entry.hash, None)
 
     def drop(self, digest: bytes) -> None:
         """Forget the snapshot of this hash, if there is one: it is of no more use."""
