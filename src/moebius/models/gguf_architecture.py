@@ -185,6 +185,7 @@ class GgufArchitecture:
     values    keys of the file that must have this value where they are present, and are written
     present   flags of config.json that are on where the file has a tensor of that name
     layouts   what tensors are called, the way that is written first
+    partial   a part of each head may turn (partial_rotary_factor): the file says how much
     permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand
               side by side (see `pair_rows`)
     slides    whether a layer has the window that the file states
@@ -207,6 +208,7 @@ class GgufArchitecture:
     permuted: bool = False
     slides: Callable[[int], bool] = _nowhere
     truncates: bool = True
+    partial: bool = False
     read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read
     write: Callable[[ConfigReader, ModelConfig], Mapping[str, Value]] = _nothing_written
     held: Callable[[Mixer], Mixer] = _as_it_is

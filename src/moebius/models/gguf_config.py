@@ -149,17 +149,25 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     model_type, architecture = _family(model.metadata, where)
     keys = _Keys(model.metadata, architecture.name, where)
     config = {"model_type": model_type, **architecture.fixed}
+    # Layers that predict further tokens stand behind the model's own, and are counted with them.
+    predicting = keys.typed(Key("", "nextn_predict_layers"))
     for key in architecture.keys:
         try:
             config[key.config] = keys.typed(key) if key.gguf in keys else key.absent(config)
         except KeyError:
             raise keys.wrong(key.gguf, "is missing") from None
+        if key.gguf == "block_count":
+            config[key.config] -= predicting
     _check_counts(keys, model)
     for flag, tensor in architecture.present.items():
         config[flag] = tensor in model.tensors
     for name, wanted in architecture.values.items():
         keys.check(name, wanted)
-    keys.check("rope.dimension_count", config["head_dim"])
+    if architecture.partial:
+        turning = keys.number("rope.dimension_count", config["head_dim"])
+        config["partial_rotary_factor"] = turning / max(config["head_dim"], 1)
+    else:
+        keys.check("rope.dimension_count", config["head_dim"])
     keys.check("attention.value_length", config["head_dim"])
     config |= architecture.read(keys, config)
     config["rope_scaling"] = _rope_scaling(keys, config, truncate=architecture.truncates)
