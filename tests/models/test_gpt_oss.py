@@ -148,7 +148,7 @@ def test_square_matrices_are_told_from_their_transposes(tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
-    """Within 3 % of the logits' scale; norms and sinks stay float32."""
+    """Within 5 % of the logits' scale; norms and sinks stay float32."""
     model = save_tiny(tmp_path, "gpt_oss", **SIZES)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path, torch.bfloat16, ops=ReferenceOps())
@@ -163,7 +163,7 @@ def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
     server.step([(0, PROMPT)])
     with torch.inference_mode():
         theirs = load_theirs(tmp_path)(torch.tensor([PROMPT])).logits[0]
-    assert_close(server.all_logits(0), theirs, 3e-2)
+    assert_close(server.all_logits(0), theirs, 5e-2)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -230,7 +230,7 @@ def test_mxfp4_becomes_gguf_as_the_converter_has_it(tmp_path: Path) -> None:
 
 def test_a_gguf_file_is_mapped_but_for_vectors(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    in_mxfp4(model, vocab_size=320)
+    in_mxfp4(model, vocab_size=320, head_dim=16)
     write_tokenizer(model)
     write_model(model, tmp_path / "out.gguf", "mxfp4")
     checkpoint = open_checkpoint(tmp_path / "out.gguf")
@@ -260,7 +260,9 @@ def test_what_the_published_configuration_says() -> None:
     assert inverse_R[18:] == pytest.approx(plain_R[18:] / 32)
     # The range is 8.0927... to 17.3980..., and its ends are not rounded.
     share = (9 - 8.092779115512402) / (17.39802450158856 - 8.092779115512402)
-    assert inverse_R[9] == pytest.approx(plain_R[9] * (1 - share + share / 32), rel=1e-5)
+    assert float(inverse_R[9]) == pytest.approx(
+        float(plain_R[9]) * (1 - share + share / 32), rel=1e-5
+    )
 
 
 def test_rope_is_yarn_where_nothing_is_said(tmp_path: Path) -> None:

@@ -95,8 +95,10 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
         heads["num_key_value_heads"] = (
             4 if raw["num_key_value_heads"] == raw["num_attention_heads"] else 2
         )
-    window = {"sliding_window": 4} if raw.get("sliding_window") else {}
-    return raw | {key: value for key, value in SMALL.items() if raw.get(key)} | heads | window
+    less: dict[str, Any] = {"sliding_window": 4} if raw.get("sliding_window") else {}
+    if "layer_types" in raw:
+        less["layer_types"] = raw["layer_types"][: SMALL["num_hidden_layers"]]
+    return raw | {key: value for key, value in SMALL.items() if raw.get(key)} | heads | less
 
 
 @pytest.mark.case("C1")

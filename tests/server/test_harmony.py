@@ -16,7 +16,8 @@ IDS = TOKENIZER.encode(REPLY, False)
 
 
 def engine() -> FakeEngine:
-    return FakeEngine(constant(IDS), vocab_size=TOKENIZER.vocab_size)
+    size = TOKENIZER.vocab_size
+    return FakeEngine(constant(IDS), vocab_size=size, eos_ids=TOKENIZER.end_ids)
 
 
 def test_an_answer_is_the_final_channel() -> None:
@@ -44,7 +45,7 @@ def test_whoever_wants_special_tokens_gets_the_whole_reply() -> None:
     async def check(server: Server) -> None:
         (choice,) = (await server.chat(skip_special_tokens=False))["choices"]
         assert choice["message"]["content"] == REPLY.removesuffix("<|return|>")
-        (choice,) = (await server.complete())["choices"]
+        (choice,) = (await server.complete(max_tokens=99))["choices"]
         assert "The user greets me." in choice["text"], "completions have no channels"
 
     run(check, engine(), tokenizer=TOKENIZER)

@@ -66,6 +66,19 @@ def stacked(gate_up: str, down: str) -> Names:
     }
 
 
+def transposed(gate_up: str, down: str) -> Names:
+    """The same with biases, columns first, and rows of gate and up that take turns."""
+    names: dict[str, str | Stacked] = {
+        "mlp.experts.down_proj": Stacked(down, transposed=True),
+        "mlp.experts.down_bias": Stacked(f"{down}_bias"),
+    }
+    for part, which in enumerate(("gate", "up")):
+        whole = Stacked(gate_up, part, 2, interleaved=True, transposed=True)
+        names[f"mlp.experts.{which}_proj"] = whole
+        names[f"mlp.experts.{which}_bias"] = replace(whole, name=f"{gate_up}_bias")
+    return names
+
+
 def dense(name: str, projections: tuple[str, str, str] = GATE_UP_DOWN) -> Names:
     """A feed-forward without a router."""
     return experts(name, "mlp.", projections)

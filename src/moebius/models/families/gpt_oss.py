@@ -1,18 +1,10 @@
 """gpt-oss (arXiv 2508.10925): attention with sinks, every other layer in a window; experts with
 biases and a clamped nonlinearity, in MXFP4 or in bfloat16."""
 
-from collections.abc import Mapping
-
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
-from moebius.models.gguf_architecture import (
-    USUAL_KEYS,
-    GgufArchitecture,
-    Key,
-    expert_keys,
-    layouts,
-)
-from moebius.models.layout import Layout, Names, Stacked
+from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, Key, expert_keys, layouts
+from moebius.models.layout import Layout, transposed
 from moebius.models.parts import (
     FULL,
     SLIDING,
@@ -22,6 +14,7 @@ from moebius.models.parts import (
     layers,
     rope,
     rope_of,
+    sliding_window,
 )
 from moebius.models.reading import ConfigReader
 from moebius.moe.config import FeedForwardConfig
@@ -29,14 +22,7 @@ from moebius.nn.rope import RopeConfig
 from moebius.ops.config import ClampedSwiGLU, RouterConfig
 
 # What a configuration without any means.
-YARN: Mapping[str, object] = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-}
+YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
 
 
 def slides(layer: int) -> bool:
@@ -47,51 +33,31 @@ def slides(layer: int) -> bool:
 def windows(reader: ConfigReader) -> list[int | None]:
     usual = [SLIDING if slides(i) else FULL for i in range(reader.num_layers)]
     types = layer_types(reader) or usual
-    if SLIDING not in types:
-        return [None] * len(types)
-    window = reader.integer("sliding_window")
+    window = sliding_window(reader)
+    if window is None and SLIDING in types:
+        raise reader.error(f"sliding_window is null, but there are layers of {SLIDING}")
     return [window if kind == SLIDING else None for kind in types]
 
 
 def turned(reader: ConfigReader) -> RopeConfig:
     given = reader.get("rope_scaling") or reader.get("rope_parameters")
-    return rope(reader) if given else rope_of(reader, "rope_parameters", dict(YARN))
+    return rope(reader) if given else rope_of(reader, "rope_parameters", YARN | {"truncate": False})
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    router = RouterConfig(
-        reader.integer("num_local_experts"),
-        reader.integer("num_experts_per_tok"),
-        score="logits",
-        weight="softmax",
-        logit_bias=True,
-    )
+    count = reader.integer("num_local_experts")
+    chosen = reader.integer("num_experts_per_tok")
+    router = RouterConfig(count, chosen, score="logits", weight="softmax", logit_bias=True)
     clamped = ClampedSwiGLU(reader.number("swiglu_alpha"), reader.number("swiglu_limit"))
     part = FeedForwardConfig(reader.integer("intermediate_size"), router, clamped, bias=True)
     mixer = attention(reader, biases=True, sinks=True, rope=turned(reader))
     return decoder(reader, layers(reader, mixer, part, windows(reader)), norm="float32")
 
 
-AT = "mlp.experts."
-
-
-def of_both(which: str, part: int) -> Names:
-    """Of one of the two matrices whose rows take turns in a tensor."""
-    return {
-        f"{AT}{which}_proj": Stacked(
-            f"{AT}gate_up_proj", part, 2, interleaved=True, transposed=True
-        ),
-        f"{AT}{which}_bias": Stacked(f"{AT}gate_up_proj_bias", part, 2, interleaved=True),
-    }
-
-
-NAMES: Names = {
+NAMES = {
     "mlp.router.weight": "mlp.router.weight",
     "mlp.router.bias": "mlp.router.bias",
-    **of_both("gate", 0),
-    **of_both("up", 1),
-    f"{AT}down_proj": Stacked(f"{AT}down_proj", transposed=True),
-    f"{AT}down_bias": Stacked(f"{AT}down_proj_bias"),
+    **transposed("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 }
 GGUF = GgufArchitecture(
     "gpt-oss",
