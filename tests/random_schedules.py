@@ -149,7 +149,7 @@ class Schedule:
     @property
     def states(self) -> StateSpec:
         slots = self.max_num_seqs + self.num_blocks % 7
-        return StateSpec(slots, interval=1 + self.num_blocks % 3)
+        return StateSpec(slots, interval=1 + self.num_blocks % 3, apart=1 + self.num_blocks % 2)
 
 
 # A request's tokens and log-probabilities; floats compare by their bits.
@@ -280,7 +280,7 @@ def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, Engi
     )
     pool.cache = cache
     if groups.states is not None:
-        pool.states = PoisonedStates(groups.states)
+        pool.states = PoisonedStates(groups.states, schedule.block_size)
         pool.states.cache = cache
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
     info = EngineInfo(limits, frozenset(), schedule.block_size, schedule.num_blocks, "fp")

@@ -88,7 +88,9 @@ def test_a_trace_of_groups_and_states_replays_to_the_same_decisions(tmp_path: Pa
     scheduler = make_scheduler(blocks=24, size=2, seqs=3, length=40, groups=GROUPS)
     trace = TraceWriter(tmp_path / "trace.jsonl", scheduler.config, scheduler.pool)
     for i, name in enumerate("abcd"):
-        request = make_request(name, range(1, 9 + i), max_tokens=12, arrival=float(i))
+        request = make_request(
+            name, range(1, 9 + i), max_tokens=12, arrival=float(i), generation_start=3 + i
+        )
         scheduler.add(request)
         trace.add(request)
     failed = False
@@ -108,6 +110,9 @@ def test_a_trace_of_groups_and_states_replays_to_the_same_decisions(tmp_path: Pa
     assert failed and report.difference is None and report.requests == 4 and report.steps > 12
     text = (tmp_path / "trace.jsonl").read_text()
     assert '"groups":{"blocks":[{"window":null},{"window":4}],"states":{"num_slots":9' in text
-    other = text.replace('{"window":4}', '{"window":8}', 1)
-    (tmp_path / "other.jsonl").write_text(other)
-    assert replay(tmp_path / "other.jsonl").difference is not None
+    for old, new in (
+        ('{"window":4}', '{"window":8}'),
+        ('"generation_start":3', '"generation_start":6'),
+    ):
+        (tmp_path / "other.jsonl").write_text(text.replace(old, new, 1))
+        assert replay(tmp_path / "other.jsonl").difference is not None

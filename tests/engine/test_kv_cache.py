@@ -215,14 +215,28 @@ def test_states_are_cleared_and_copied_in_all_layers() -> None:
     cache = filled(ReferenceOps(), [STATE, layer(), STATE], 4, 0)
     assert state_bytes(cache.specs) == 2 * (6 * 4 + 4 * 2)
     before = [{name: plane.clone() for name, plane in planes.items()} for planes in cache.states]
-    cache.copy_states([(0, 1), (1, 2)])
+    cache.copy_states([(0, 1), (2, 0)])
     for planes, old in zip(cache.states, before, strict=True):
         for name, plane in planes.items():
-            # All are read before any is written.
-            assert torch.equal(plane, old[name][[0, 0, 1]])
+            assert torch.equal(plane, old[name][[2, 0, 2]])
     cache.clear_states([1])
     assert all(not plane[1].any() for planes in cache.states for plane in planes.values())
     assert all(plane[0].any() for planes in cache.states for plane in planes.values())
+
+
+def test_states_lie_behind_the_blocks_in_one_mapping() -> None:
+    """Each plane on a cache line of its own, though blocks and planes end anywhere."""
+    odd = CacheSpec(state=(Plane("a", (3,), torch.float32), Plane("b", (5,), torch.bfloat16)))
+    cache = filled(ReferenceOps(), [layer(), odd, layer(), odd], 3, 0)
+    blocks = [cache.read_block(0, block) for block in range(6)]
+    planes = [plane for each in cache.states for plane in each.values()]
+    assert len({plane.untyped_storage().data_ptr() for plane in planes}) == 1
+    assert all(plane.data_ptr() % 64 == 0 and plane.is_contiguous() for plane in planes)
+    assert planes[0].storage_offset() * 4 == -(-cache.nbytes // 64) * 64
+    for number, plane in enumerate(planes):
+        plane.fill_(number)
+    assert all(bool((plane == number).all()) for number, plane in enumerate(planes))
+    assert [cache.read_block(0, block) for block in range(6)] == blocks
 
 
 def write_qwen2(directory: Path, **changes: object) -> None:
@@ -295,6 +309,7 @@ def test_a_step_copies_states_before_and_after(tmp_path: Path) -> None:
     engine = load_engine(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=128))
     runner = engine.runner
     runner.cache.states = filled(ReferenceOps(), [STATE, layer()], 4, 0).states
+    runner.cache.num_states = 3
     plane = runner.cache.states[0]["recurrent"]
     one = plane[1].clone()
     seen: list[torch.Tensor] = []

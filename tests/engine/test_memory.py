@@ -13,11 +13,11 @@ import torch
 from engine.test_engine import cache_bytes, make, run
 from moebius import machine
 from moebius.engine import load
+from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.dtypes import choose_dtype
 from moebius.engine.load import load_engine, prepare
 from moebius.engine.memory import (
-    CacheSizes,
     MemoryPlan,
     exchange_bytes,
     plan_memory,
@@ -347,13 +347,80 @@ def test_states_and_request_caches_are_planned_for_all_that_may_run() -> None:
     assert made.states == slots * 5000 + 4 * 700 and made.groups.request_slots == 4
     assert made.num_blocks == (10**6 - made.states) // 1000
     rows = {name: (amount, remark) for name, amount, remark in made.rows()}
-    assert rows["states"] == ("78.1 KiB", "16 slots, 2 snapshots a sequence")
+    # 14,672 tokens, of which a prompt's fill 4 of the 8 slots for snapshots: in chunks of 2,048.
+    assert made.max_model_len == 917 * 16
+    words = "16 slots of 4.9 KiB: 4 sequences, 2 snapshots each, and one every 4,096 tokens"
+    assert rows["states"] == ("78.1 KiB", words)
     assert rows["request caches"] == ("2.7 KiB", "4, written once a request")
-    with pytest.raises(MemoryPlanError, match=r"states of 4 sequences need 80\.9 KiB"):
-        windowed_plan(cache, max_num_seqs=4, kv_cache_memory_bytes=50_000)
     alone = windowed_plan(CacheSizes((), 0, state=5000), max_num_seqs=4)
     assert alone.num_blocks == 0 and alone.sequences(30_000) == 4
     assert alone.max_model_len == 32_768
+
+
+# Qwen3.5-35B-A3B: 10 of 40 layers attend, 2 heads of 256 in bfloat16; the others keep 32 states of
+# 128 x 128 in float32, and three inputs of 8,192 columns in bfloat16.
+QWEN_BLOCK = 16 * 10 * 2 * 2 * 256 * 2
+QWEN_STATE = 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+QWEN = CacheSizes((None,), QWEN_BLOCK, state=QWEN_STATE)
+
+
+def test_states_get_half_of_a_small_cache_and_blocks_the_rest() -> None:
+    """Of 3 GiB: 24 slots and 4,892 blocks. Three slots serve a sequence and its two snapshots."""
+    made = windowed_plan(QWEN, kv_cache_memory_bytes=3 * GIB)
+    assert made.num_slots == 3 * GIB // 2 // QWEN_STATE == 24
+    assert made.num_blocks == (3 * GIB - 24 * QWEN_STATE) // QWEN_BLOCK
+    assert made.sequences(16) == 24, "with fewer snapshots"
+    states = made.groups.states
+    # A state is as large as 3,146 tokens' blocks; two chunks of 2,048 are the next multiple.
+    assert states is not None and (states.interval, states.apart) == (4096 // 16, 16)
+    rows = {name: remark for name, _, remark in made.rows()}
+    assert rows["states"] == (
+        "24 slots of 61.4 MiB: 8 sequences, 2 snapshots each, and one every 4,096 tokens"
+    )
+
+
+def test_one_sequence_as_long_as_was_asked_for_goes_before_snapshots() -> None:
+    """Of 1 GiB, 32,768 tokens of blocks take 640 MiB, which leaves six slots instead of eight."""
+    options = {"kv_cache_memory_bytes": GIB}
+    assert windowed_plan(QWEN, **options).num_slots == 8
+    made = windowed_plan(QWEN, max_model_len=32_768, **options)
+    assert made.num_slots == 6 and made.max_model_len == 32_768
+    assert (
+        windowed_plan(QWEN, max_model_len=32_768, kv_cache_memory_bytes=705 * 2**20).num_slots == 1
+    )
+    with pytest.raises(MemoryPlanError, match=r"one sequence of 32,768 tokens needs 640\.0 MiB"):
+        windowed_plan(QWEN, max_model_len=32_768, kv_cache_memory_bytes=700 * 2**20)
+
+
+def test_a_state_that_does_not_fit_is_named() -> None:
+    named = r"one sequence's recurrent states \(61.4 MiB a slot\) need 61.4 MiB, but the cache has"
+    with pytest.raises(MemoryPlanError, match=rf"{named} 60.0 MiB; raise --kv-cache-memory-bytes"):
+        windowed_plan(QWEN, kv_cache_memory_bytes=60 * 2**20)
+    enough = QWEN_STATE + QWEN_BLOCK
+    made = windowed_plan(QWEN, kv_cache_memory_bytes=enough)
+    assert (made.num_slots, made.num_blocks, made.max_model_len) == (1, 1, 16)
+    with pytest.raises(MemoryPlanError, match="one sequence of 32,768 tokens needs"):
+        windowed_plan(QWEN, kv_cache_memory_bytes=enough - 1)
+    both = CacheSizes((None,), 1000, state=5000, scratch=1, request=700)
+    words = r"\(4.9 KiB a slot\) and the request caches of 4 sequences need 12.5 KiB"
+    with pytest.raises(MemoryPlanError, match=words):
+        windowed_plan(both, max_num_seqs=4, kv_cache_memory_bytes=12_000)
+
+
+def test_without_prefix_caching_no_slot_is_kept_for_snapshots() -> None:
+    made = windowed_plan(QWEN, max_num_seqs=4, enable_prefix_caching=False)
+    assert made.num_slots == 4
+    rows = {name: remark for name, _, remark in made.rows()}
+    assert rows["states"] == "4 slots of 61.4 MiB, without snapshots"
+
+
+def test_states_alone_are_apart_by_their_number() -> None:
+    """A recurrent model has no blocks to weigh a state against: half of its spare slots hold a
+    prompt's snapshots."""
+    made = windowed_plan(CacheSizes((), 0, state=5000), max_num_seqs=4, max_num_batched_tokens=64)
+    states = made.groups.states
+    assert states is not None and states.num_slots == 12
+    assert states.interval * 16 == 32_768 // 4
 
 
 def test_what_ranks_exchange_worked_by_hand() -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from moebius.models.family import Family, _declared, model_types
 
@@ -114,7 +114,8 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
         for a, b in config.attribute_map.items()
     }
     looked_up = dict(shared)
-    _merge(looked_up, _reads(_tree(modeling), _CONFIGS))
+    for part in _run_by(config, _tree(modeling)):
+        _merge(looked_up, _reads(part, _CONFIGS))
     _merge(looked_up, _reads(_tree(config), {"self"}))
     names = {aliases.get(name, name): meaning for name, meaning in looked_up.items()}
     read = {
@@ -126,6 +127,24 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
         field.name for field in own if field.name in read and "None" not in str(field.type)
     ]
     return {"read": read, "never_null": sorted(never_null), "aliases": aliases}
+
+
+def _run_by(config: type, module: ast.Module) -> list[ast.AST]:
+    """What a model of this configuration runs of its module: all of it, or of one that has models
+    of images beside those of text what the latter's class names, and what that names."""
+    if not config.base_config_key:
+        return [module]
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    defined = {node.name: node for node in module.body if isinstance(node, kinds)}
+    wanted = [AutoModelForCausalLM._model_mapping[config].__name__]
+    found: dict[str, ast.AST] = {}
+    while wanted:
+        name = wanted.pop()
+        if name in defined and name not in found:
+            found[name] = defined[name]
+            names = (n.id for n in ast.walk(defined[name]) if isinstance(n, ast.Name))
+            wanted += names
+    return list(found.values())
 
 
 @functools.cache

@@ -12,7 +12,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from models.gguf_writing import Converter, TypeOf, plain
+from models.gguf_hybrids import converter
+from models.gguf_writing import TypeOf, plain
 from models.ropes import LINEAR, LLAMA3, YARN
 from moebius.gguf import open_gguf
 from moebius.models.store import open_checkpoint
@@ -73,6 +74,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("seven-layers", "gemma3_text", {"num_hidden_layers": 7, "layer_types": None, "final_logit_softcapping": 3.0}),
     ("plain", "phi3", {}),
     ("partial", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.67}}),
+    ("plain", "qwen3_next", {}),
+    ("one-value-head-a-key", "qwen3_next", {"linear_num_value_heads": 2, "tie_word_embeddings": True}),
+    ("plain", "qwen3_5_text", {}),
+    ("three-a-key", "qwen3_5_text", {"linear_num_value_heads": 6, "linear_conv_kernel_dim": 3, "layer_types": [
+        "full_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3}),
+    ("plain", "qwen3_5_moe_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 90.0,
+                                                       "partial_rotary_factor": 0.5}}),
 ]  # fmt: skip
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
@@ -88,7 +96,7 @@ def saved(
     """A tiny model's file; the directory beside it holds the same numbers."""
     save_tiny(directory, model_type, **overrides)
     path = directory / "tiny.gguf"
-    Converter(directory, type_of).save(path, change)
+    converter(directory, type_of).save(path, change)
     return path
 
 

@@ -179,6 +179,8 @@ def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
     ("dots1", {"hidden_size": 32, "moe_intermediate_size": 16}),
     ("llama", {"mlp_bias": True}),
     ("gpt_oss", {}),
+    ("qwen3_next", {}),
+    ("qwen3_5_moe_text", {"linear_num_value_heads": 2}),
 ])  # fmt: skip
 def test_training_logits_and_gradients_equal_transformers(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
@@ -210,8 +212,9 @@ def test_training_logits_and_gradients_equal_transformers(
         assert (grad - theirs_grad).abs().max() <= 1e-4 * scale, source.parameter
 
 
-def test_documents_in_a_row_do_not_see_each_other() -> None:
-    config = model_config(tiny_model("qwen3_moe").config.to_dict())
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_next"])
+def test_documents_in_a_row_do_not_see_each_other(model_type: str) -> None:
+    config = model_config(tiny_model(model_type).config.to_dict())
     decoder = Decoder(config, ReferenceOps())
     init_weights(decoder, torch.Generator().manual_seed(0), std=0.2)
     ids = torch.arange(12)

@@ -14,6 +14,9 @@ I9   the oldest request is not preempted for ever
 I10  an admitted request ends once, and its tokens come without gap or repeat
 I11  a token depends on no other request: the fake model draws it from its request's own secret
 I12  when all is quiet, pool, queue and states equal the start
+I13  snapshots are taken where docs/prefix-cache.md says, and nowhere else; each can be found once
+     its step was computed; the one of least use is evicted first, and none without need; a hit is
+     the longest that there is
 
 Counts alone do not see wrong content, so this keeps an oracle: it remembers what was truly written
 to each block and to each slot of a state, and computes every expected prefix hash and every
@@ -37,6 +40,7 @@ from moebius.schedule.groups import NO_BLOCK, GroupSpec
 from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 from schedule.books import check_books
+from schedule.snapshot_watch import SnapshotWatch
 
 
 class Violation(AssertionError):
@@ -126,6 +130,8 @@ class Checker:
         self._state_writers: list[frozenset[str]] = [frozenset()] * slots
         self._failed: set[str] = set()
         self._truth: dict[bytes, list[int]] = {}
+        self._sharers: Counter[bytes] = Counter()
+        self._snapshots = SnapshotWatch(self)
 
     def broken(self, invariant: str, message: str) -> NoReturn:
         raise Violation(invariant, message, seed=self.seed, step=self.step)
@@ -172,6 +178,7 @@ class Checker:
         self._check_victims(plan)
         started = self._check_chunks(plan)
         self._check_reasons(plan, started)
+        self._snapshots.planned(plan)
         for track in self.tracks.values():
             request = track.request
             track.blocks = sum(map(len, request.tables)) - sum(request.num_passed)
@@ -238,10 +245,25 @@ class Checker:
             self.broken(
                 "I5", f"the hit of {request.id} covers {start} of {request.num_tokens} tokens"
             )
-        if start and (
-            request.params.prompt_logprobs is not None or not self.pool.enable_prefix_caching
-        ):
+        reads = request.params.prompt_logprobs is None and self.pool.enable_prefix_caching
+        if start and not reads:
             self.broken("I10", f"{request.id} read the cache, but may not")
+        best = self._longest_hit(self.tracks[request.id]) if reads else 0
+        if start < best:
+            self.broken("I13", f"the hit of {request.id} covers {start} tokens, but could {best}")
+
+    def _longest_hit(self, track: Track) -> int:
+        """By what is cached once the step was planned; more can only have been there before."""
+        size, pool = self.pool.block_size, self.pool
+        for count in range((track.request.num_tokens - 1) // size, 0, -1):
+            if pool.states is None or track.hashes[count - 1] in pool.states.cached[0]:
+                needed = (
+                    (cached, track.hashes[first_seen(spec, count * size) // size : count])
+                    for cached, spec in zip(pool.cached, pool.groups.blocks, strict=True)
+                )
+                if all(digest in cached for cached, digests in needed for digest in digests):
+                    return count * size
+        return 0
 
     def _check_victims(self, plan: StepPlan) -> None:
         """The victims are the last in the order, never the first, and none is preempted without
@@ -303,12 +325,18 @@ class Checker:
             self.broken("I8", "a waiting request was overtaken")
 
     def _check_in_flight(self, waiting: Track, plan: StepPlan) -> None:
-        """Some chunk of this plan moves towards a block that the waiting request can use."""
+        """Some chunk of this plan moves towards a block that the waiting request can use; or, with
+        states, does not pass the last one."""
         size = self.pool.block_size
         usable = waiting.hashes[: (waiting.request.num_tokens - 1) // size]
         for chunk in plan.chunks:
-            coming = self.tracks[chunk.request_id].hashes[chunk.start // size :]
-            if not set(coming).isdisjoint(usable[chunk.start // size :]):
+            coming = self.tracks[chunk.request_id].hashes
+            shared = sum(a == b for a, b in zip(coming, usable, strict=False))
+            if shared > chunk.start // size and (
+                chunk.states is None
+                or shared * size > chunk.end
+                or (shared * size == chunk.end and chunk.states.save is not None)
+            ):
                 return
         self.broken("I7", f"{waiting.request.id} waits for a prefix that nobody computes")
 
@@ -437,6 +465,7 @@ class Checker:
         """`update(plan, drawn)` returned `finished`: tokens come without gap or repeat, and end
         where they should."""
         ended = {request.id: request for request in finished}
+        self._snapshots.updated(plan, drawn)
         for chunk in plan.chunks:
             track = self.tracks.get(chunk.request_id)
             if track is None:
@@ -478,6 +507,7 @@ class Checker:
             self.broken("I12", f"{request.id} is over, but has {held} blocks or is in the books")
         if reason is FinishReason.ERROR:
             self._failed.add(request.id)
+            self._snapshots.withdrawn()
         self.ends[request.id] = reason
         del self.tracks[request.id]
 
@@ -501,9 +531,12 @@ class Checker:
                     )
         if self.pool.states is not None:
             self._check_snapshots(self.pool.states.cached[0])
+            self._snapshots.nothing_lost()
 
     def _check_snapshots(self, cached: Mapping[bytes, int]) -> None:
         for digest, slot in cached.items():
+            if not all(digest in blocks for blocks in self.pool.cached):
+                self.broken("I13", f"snapshot {slot} outlived the blocks before it")
             if digest not in self._truth or self._truth[digest][-1] != self._states[slot]:
                 self.broken("I4", f"snapshot {slot} is not the state that its hash says")
             if self._failed and not self._state_writers[slot].isdisjoint(self._failed):
@@ -533,6 +566,7 @@ class Checker:
             parent = track.hashes[-1] if i else self._digest(b"", b"", request.asked.salt)
             track.hashes.append(self._digest(parent, tokens))
             self._truth[track.hashes[-1]] = values[i * size : (i + 1) * size]
+            self._sharers[track.hashes[-1]] += 1
 
     def _digest(self, *parts: bytes) -> bytes:
         digest = blake2b(key=self._key, digest_size=16)

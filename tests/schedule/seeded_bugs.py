@@ -1,5 +1,5 @@
 """Bugs seeded one at a time into the scheduler and the block pool: the simulation has to find every
-one of them.
+one of them. Those of snapshots are in a file of their own.
 
 Each is a subclass with one method done wrong, the way it could be written by mistake.
 """
@@ -7,7 +7,6 @@ Each is a subclass with one method done wrong, the way it could be written by mi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import replace
 
 from moebius.request.finish import FinishReason
@@ -16,16 +15,10 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
+from schedule.seeded_snapshot_bugs import BUGS
+from schedule.seeding import bug
 
-BUGS: dict[str, type[Scheduler] | type[BlockPool]] = {}
-
-
-def bug(description: str) -> Callable[[type], type]:
-    def register(cls: type) -> type:
-        BUGS[description] = cls
-        return cls
-
-    return register
+__all__ = ["BUGS"]
 
 
 def live(hit: Hit) -> list[int]:
@@ -318,7 +311,7 @@ class _(BlockPool):
         if states is None or not hit.num_blocks:
             return hit
         digest = self._hash_blocks(request, hit.num_blocks)[hit.num_blocks - 1]
-        return hit._replace(snapshot=states.snapshot(digest))
+        return hit._replace(snapshot=digest)
 
 
 @bug("a hit takes any snapshot of the prefix")
@@ -327,14 +320,9 @@ class _(BlockPool):
         hit = super().match(request)
         if self.states is None or not hit.num_blocks:
             return hit
-        known = map(self.states.snapshot, request.block_hashes[: hit.num_blocks])
-        return hit._replace(snapshot=next(slot for slot in known if slot is not None))
-
-
-@bug("a snapshot is taken inside a block")
-class _(BlockPool):
-    def next_boundary(self, request, position):
-        return super().next_boundary(request, position - 1) + 1
+        known = request.block_hashes[: hit.num_blocks]
+        found = self.states.cached[0]
+        return hit._replace(snapshot=next(digest for digest in known if digest in found))
 
 
 @bug("a snapshot may be taken by another before it was copied")
@@ -344,7 +332,8 @@ class _(BlockPool):
         if opened and self.states is not None and request.states.restore is not None:
             self.states._release((request.states.restore,))
             request.states.restore = None
-            self.restored = {**getattr(self, "restored", {}), request.id: hit.snapshot}
+            slot = self.states.snapshot(hit.snapshot)
+            self.restored = {**getattr(self, "restored", {}), request.id: slot}
         return opened
 
     def state_slots(self, request, end):

@@ -2,10 +2,10 @@
 checked at each step.
 
 `make simulate STEPS=1000000 SEED=1` runs episodes with seeds 1, 2, 3, ...: each a new random
-configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, layers with and without
-windows, recurrent states with few slots, slots a request) and workload (shared prefixes, tenants,
-priorities, deadlines, aborts in every state, failed steps, numerical failures, several tokens a
-step), ending when all is drained. A violation names the invariant, the episode's seed and the step,
+configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, the layers of each family of
+models: windows, recurrent states with few slots, both; slots a request) and workload (shared
+prefixes, turns of chats, tenants, priorities, deadlines, aborts in every state, failed steps,
+numerical failures, several tokens a step), ending when all is drained. A violation names the invariant, the episode's seed and the step,
 and comes again from that seed.
 """
 
@@ -53,6 +53,7 @@ class Stats:
     prefix_waits: int = 0
     prefix_hits: int = 0
     blocks_passed: int = 0
+    turns: int = 0
     snapshots: int = 0
     restores: int = 0
     computed_tokens: int = 0
@@ -103,18 +104,31 @@ class Mood:
         )
 
 
-def random_groups(rng: Random, seqs: int) -> CacheGroups:
-    """Most often full attention alone; else windows, states and both, some with slots a request."""
-    if rng.random() < 0.4:
-        return CacheGroups()
-    windows = rng.choice(
-        ((None,), (1,), (5,), (17,), (None, 4), (None, 9, None), (3, 12), (), (), ())
-    )
+FAMILIES: dict[str, tuple[tuple[int | None, ...], bool]] = {
+    "full attention": ((None,), False),
+    "Mistral": ((5,), False),
+    "gpt-oss": ((None, 4), False),
+    "Gemma 4": ((None, 9, 9, 9, 9, 9), False),
+    "two windows": ((3, 12), False),
+    "unequal": ((None, 9, None), False),
+    "Qwen3.5": ((None,), True),
+    "windows and states": ((17, 1), True),
+    "all kinds": ((None, 4), True),
+    "recurrent": ((), True),
+}
+"""What the layers of each family keep: the windows of its block tables, and whether there are
+states beside them. Windows are shorter than those of the models, as prompts are."""
+
+
+def random_groups(rng: Random, seqs: int, family: str) -> CacheGroups:
+    """A family's, with few slots or many for its states; some with slots a request."""
+    windows, recurrent = FAMILIES[family]
     states = None
-    if not windows or rng.random() < 0.5:
+    if recurrent:
         scratch = rng.choice((0, 0, 2))
         spare = rng.randint(0, rng.choice((1, 4, seqs * (1 + scratch) + 6)))
-        states = StateSpec(1 + scratch + spare, scratch, interval=rng.choice((1, 2, 4)))
+        interval = rng.choice((1, 2, 4))
+        states = StateSpec(1 + scratch + spare, scratch, interval, rng.choice((1, 1, 2)))
     request_slots = rng.randint(1, seqs) if rng.random() < 0.2 else None
     return CacheGroups(tuple(map(GroupSpec, windows)), states, request_slots)
 
@@ -136,6 +150,7 @@ class Episode:
         self,
         seed: int,
         *,
+        family: str | None = None,
         scheduler_class: type[Scheduler] = Scheduler,
         pool_class: type[BlockPool] = BlockPool,
     ) -> None:
@@ -147,7 +162,8 @@ class Episode:
         num_blocks = rng.randint(3, 12) if size >= 8 else rng.randint(6, 40)
         seqs = rng.randint(1, 8)
         longest = min(64, size * num_blocks + 4)
-        groups = random_groups(rng, seqs)
+        drawn = rng.choice((*FAMILIES, *["full attention"] * 4))
+        groups = random_groups(rng, seqs, family or drawn)
         num_blocks *= len(groups.blocks)
         self.config = EngineConfig(
             max_num_seqs=seqs,
@@ -166,6 +182,7 @@ class Episode:
         self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4, priorities=True)
         self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest)] for _ in range(3)]
         self.done: list[str] = []
+        self.turns: list[Request] = []
 
     def run(self, steps: int) -> Stats:
         """At most `steps` steps with new work, then as many as it takes to drain; all of them are
@@ -229,6 +246,7 @@ class Episode:
         finished = self.scheduler.update(plan, drawn)
         self.checker.updated(plan, drawn, finished)
         self.done += [request.id for request in finished]
+        self.turns = (self.turns + finished)[-6:]
         self.stats.finished += len(finished)
         self.stats.computed_tokens += plan.num_tokens
         groups = self.scheduler.pool.groups
@@ -283,10 +301,11 @@ class Episode:
     def _make_request(self) -> tuple[Request, int]:
         rng, mood = self.rng, self.mood
         longest = self.config.max_model_len
-        shared = rng.randint(0, min(mood.prompt, longest))
-        prompt = rng.choice(self.texts)[:shared]
-        prompt += [rng.randrange(mood.vocab) for _ in range(rng.randint(0 if prompt else 1, 6))]
+        prompt, salt = self._prompt()
         prompt = prompt[: longest + 3]
+        generation_start = None
+        if rng.random() < 0.6:
+            generation_start = max(0, len(prompt) - rng.choice((0, 1, 2, 5, len(prompt))))
         room = longest + 4 - len(prompt)
         max_tokens = 0 if rng.random() < mood.score else rng.randint(1, min(room, mood.output))
         params = SamplingParams(
@@ -304,7 +323,8 @@ class Episode:
                 eos_ids=frozenset((0,)) if rng.random() < 0.3 else frozenset(),
                 priority=rng.randrange(mood.priorities),
                 deadline=self.now + rng.random() * 2 if rng.random() < mood.deadline else None,
-                salt=bytes([rng.randrange(mood.tenants)]),
+                salt=salt,
+                generation_start=generation_start,
             )
         )
         secret = rng.getrandbits(32)
@@ -312,6 +332,24 @@ class Episode:
             output, _ = self.checker.solo(request, secret)
             request.output_ids[:] = output[: rng.randint(0, max(0, len(output) - 1))]
         return request, secret
+
+    def _prompt(self) -> tuple[list[int], bytes]:
+        """A new text, which may begin as others do; or the next turn of a chat that went before:
+        behind its answer, or, where the template drops that, from where its answer began."""
+        rng, mood = self.rng, self.mood
+        last = rng.choice(self.turns) if self.turns else None
+        if last and last.num_tokens < self.config.max_model_len - 8 and rng.random() < 0.4:
+            start = last.asked.generation_start
+            prompt = [*last.prompt_ids, *last.output_ids]
+            if start is not None and rng.random() < 0.5:
+                prompt = prompt[:start]
+            self.stats.turns += 1
+            salt = last.asked.salt
+        else:
+            shared = rng.randint(0, min(mood.prompt, self.config.max_model_len))
+            prompt = rng.choice(self.texts)[:shared]
+            salt = bytes([rng.randrange(mood.tenants)])
+        return prompt + [rng.randrange(mood.vocab) for _ in range(rng.randint(1, 6))], salt
 
     def _hopeless(self, request: Request) -> bool:
         """Whether the request, alone in an empty pool, could not be served to its end."""
@@ -373,14 +411,19 @@ def simulate(
     steps: int,
     seed: int,
     *,
+    family: str | None = None,
     scheduler_class: type[Scheduler] = Scheduler,
     pool_class: type[BlockPool] = BlockPool,
 ) -> Stats:
-    """At least `steps` checked steps, in episodes with seeds from `seed` on. Raises Violation."""
+    """At least `steps` checked steps, in episodes with seeds from `seed` on, of one family of
+    models or of all. Raises Violation."""
     total = Stats()
     while total.steps < steps:
         episode = Episode(
-            seed + total.episodes, scheduler_class=scheduler_class, pool_class=pool_class
+            seed + total.episodes,
+            family=family,
+            scheduler_class=scheduler_class,
+            pool_class=pool_class,
         )
         total.add(episode.run(min(EPISODE_STEPS, steps - total.steps)))
     return total
@@ -393,13 +436,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the first episode")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--family", choices=FAMILIES, help="of one family's layers only")
     args = parser.parse_args(argv)
     began = default_timer()
     seeds = [args.seed + i * SEEDS_A_PROCESS for i in range(args.processes)]
     total = Stats()
     print(f"seeds {seeds}, {args.steps} steps", flush=True)
     with ProcessPoolExecutor(args.processes) as executor:
-        jobs = [executor.submit(simulate, -(-args.steps // args.processes), seed) for seed in seeds]
+        steps = -(-args.steps // args.processes)
+        jobs = [executor.submit(simulate, steps, seed, family=args.family) for seed in seeds]
         try:
             for job in jobs:
                 total.add(job.result())

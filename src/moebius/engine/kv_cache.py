@@ -96,6 +96,7 @@ class KVCache:
     that layer i uses. `states[i]` has layer i's state planes by name, (num_states, *shape) each.
 
     key_offsets: what each layer's keys are held less (G, N), where they are codes; none for none.
+    nbytes: what the blocks take; the states' planes lie behind them in the same mapping.
     """
 
     def __init__(
@@ -119,8 +120,12 @@ class KVCache:
         per_block = block_bytes(specs, ops, block_size)
         per_row = num_blocks * per_block // max(self.layout.rows, 1)
         self.nbytes = num_blocks * per_block
+        states = _aligned(self.nbytes)
+        planes = [plane for spec in specs for plane in spec.state]
         buffer = _reserve(
-            self.nbytes, device, lambda: time.monotonic() - self.last_used > _IDLE_SECONDS
+            states + sum(_aligned(num_states * plane.nbytes) for plane in planes),
+            device,
+            lambda: time.monotonic() - self.last_used > _IDLE_SECONDS,
         )
         rows = [buffer[row * per_row : (row + 1) * per_row] for row in range(self.layout.rows)]
         places = self.layout.places
@@ -131,25 +136,20 @@ class KVCache:
             for at, spec, offset in zip(places, specs, offsets, strict=True)
         ]
         self.groups = tuple(0 if at is None else at[0] for at in places)
-        self.states: tuple[dict[str, Tensor], ...] = tuple(
-            {
-                plane.name: torch.zeros(num_states, *plane.shape, dtype=plane.dtype, device=device)
-                for plane in spec.state
-            }
-            for spec in specs
-        )
+        self.states = _state_planes(buffer[states:], specs, num_states)
 
     def clear_states(self, slots: Sequence[int]) -> None:
         """Sequences that begin in these slots begin with zeros."""
-        for plane in self._state_planes():
-            plane[list(slots)] = 0
+        for slot in slots:
+            for part in self._state_memory(slot):
+                part.zero_()
 
     def copy_states(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy all layers' states from one slot to another, for each of the pairs."""
-        sources = [source for source, _ in pairs]
-        targets = [target for _, target in pairs]
-        for plane in self._state_planes():
-            plane[targets] = plane[sources]
+        """Copy all layers' states from one slot to another, for each of the pairs in turn."""
+        for source, target in pairs:
+            written = self._state_memory(target)
+            for part, read in zip(written, self._state_memory(source), strict=True):
+                part.copy_(read)
 
     def read_block(self, group: int, block: int) -> bytes:
         """A block with its header and checksum, for `write_block` of an equal cache.
@@ -173,9 +173,6 @@ class KVCache:
         """Put back what `read_state` gave, or raise CacheDataError."""
         _unseal(data, self._state_header(), self._state_memory(slot))
 
-    def _state_planes(self) -> list[Tensor]:
-        return [plane for planes in self.states for plane in planes.values()]
-
     def _members(self, group: int) -> list[int]:
         places = self.layout.places
         return [i for i, at in enumerate(places) if at is not None and at[0] == group]
@@ -183,7 +180,7 @@ class KVCache:
     def _state_memory(self, slot: int) -> list[Tensor]:
         if not 0 <= slot < self.num_states:
             raise IndexError(f"slot {slot} is none of {self.num_states}")
-        return [plane[slot] for plane in self._state_planes()]
+        return [plane[slot] for planes in self.states for plane in planes.values()]
 
     def _block_memory(self, group: int, block: int) -> list[Tensor]:
         if not 0 <= block < self.num_blocks:  # as NO_BLOCK is not
@@ -304,6 +301,27 @@ def _difference(described: bytes, header: dict[str, Any]) -> str:
 
 def _bytes_of(part: Tensor) -> Tensor:
     return part.view(-1).view(torch.uint8)
+
+
+def _aligned(nbytes: int) -> int:
+    """So many bytes, rounded up to a cache line."""
+    return -(-nbytes // 64) * 64
+
+
+def _state_planes(
+    buffer: Tensor, specs: Sequence[CacheSpec], num_states: int
+) -> tuple[dict[str, Tensor], ...]:
+    """Each layer's state planes by name, (num_states, *shape), one behind the other."""
+    layers = []
+    start = 0
+    for spec in specs:
+        planes = {}
+        for plane in spec.state:
+            part = buffer[start : start + num_states * plane.nbytes]
+            planes[plane.name] = part.view(plane.dtype).view(num_states, *plane.shape)
+            start += _aligned(num_states * plane.nbytes)
+        layers.append(planes)
+    return tuple(layers)
 
 
 def _reserve(nbytes: int, device: torch.device, idle: Callable[[], bool]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moebius import machine
+from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
@@ -23,7 +24,6 @@ from moebius.engine.kv_cache import (
     state_bytes,
 )
 from moebius.engine.memory import (
-    CacheSizes,
     MemoryPlan,
     exchange_bytes,
     logit_rows,

@@ -6,6 +6,7 @@ without loading the model); the engine reserves what it says at start and nothin
 
 from dataclasses import dataclass, replace
 
+from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.plan_words import human_bytes
 from moebius.engine.weight_bytes import WeightBytes
@@ -13,59 +14,24 @@ from moebius.errors import ConfigError, MemoryPlanError
 from moebius.models.config import ModelConfig
 from moebius.ops.sampling import ROWS_AT_ONCE
 from moebius.request.params import LIMITS
-from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
+from moebius.schedule.groups import CacheGroups, GroupSpec
 
 # Rows of logits that prompt log-probabilities are computed from at a time.
 PROMPT_LOGIT_ROWS = 64
 # Ids that sampling holds at a time (candidates, or those that penalties name), but for one row's
 # that has more.
 SAMPLED_IDS = 2**16
-# Snapshots of recurrent states that are kept for each sequence that may run, and the blocks between
-# two of them.
-SNAPSHOTS_A_SEQUENCE = 2
-SNAPSHOT_INTERVAL = 64
 _FLOAT32 = 4
 _INT64 = 8
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSizes:
-    """What a model's cache is made of, in bytes.
-
-    windows   of each block table that a sequence has; None: the whole past
-    block     one block of one table
-    state     one slot for recurrent states; `scratch` more of them a sequence
-    request   what is written once a request
-    """
-
-    windows: tuple[int | None, ...]
-    block: int
-    state: int = 0
-    scratch: int = 0
-    request: int = 0
-
-    def groups(self, max_num_seqs: int) -> CacheGroups:
-        """What the scheduler counts: states have slots for all that may run, and snapshots."""
-        states = None
-        if self.state:
-            a_sequence = 1 + self.scratch + SNAPSHOTS_A_SEQUENCE
-            states = StateSpec(max_num_seqs * a_sequence, self.scratch, SNAPSHOT_INTERVAL)
-        blocks = tuple(map(GroupSpec, self.windows))
-        return CacheGroups(blocks, states, max_num_seqs if self.request else None)
-
-    def fixed(self, groups: CacheGroups) -> int:
-        """Bytes of all that does not grow with tokens."""
-        slots = 0 if groups.states is None else groups.states.num_slots
-        return slots * self.state + (groups.request_slots or 0) * self.request
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Sizes in bytes, lengths in tokens.
 
-    A block holds `block_size` tokens of one group of layers; `states` and what is fixed per request
-    are planned beside the blocks. `chunk` is the most tokens of a sequence that one step computes:
-    a window holds them beside its own.
+    A block holds `block_size` tokens of one group of layers; `num_slots` states, and what is fixed
+    per request, are planned beside the blocks. `chunk` is the most tokens of a sequence that one
+    step computes: a window holds them beside its own.
 
     available is what was left when the plan was made, and `available_of` says of what: the machine,
     the control group that limits it, or a device. The default of max_model_len is lowered when one
@@ -86,10 +52,22 @@ class MemoryPlan:
     kv_dtype: str
     available_of: str = ""
     lowered_from: int | None = None
+    num_slots: int = 0
 
     @property
     def groups(self) -> CacheGroups:
-        return self.cache.groups(self.max_num_seqs)
+        """What the scheduler counts."""
+        states = None
+        if self.cache.state:
+            states = self.cache.state_spec(
+                self.num_slots,
+                self.max_num_seqs,
+                self.block_size,
+                chunk=self.chunk,
+                length=self.max_model_len,
+            )
+        blocks = tuple(map(GroupSpec, self.cache.windows))
+        return CacheGroups(blocks, states, self.max_num_seqs if self.cache.request else None)
 
     @property
     def kv_cache(self) -> int:
@@ -98,7 +76,7 @@ class MemoryPlan:
     @property
     def states(self) -> int:
         """Recurrent states, snapshots of them, and what is fixed per request."""
-        return self.cache.fixed(self.groups)
+        return self.num_slots * self.cache.state + self.max_num_seqs * self.cache.request
 
     @property
     def bytes_per_token(self) -> int:
@@ -117,7 +95,8 @@ class MemoryPlan:
     def sequences(self, length: int) -> int:
         """How many sequences of `length` tokens the cache holds at once; more take turns."""
         blocks = self.most_blocks(length)
-        return self.num_blocks // blocks if blocks else self.max_num_seqs
+        most = self.num_blocks // blocks if blocks else self.max_num_seqs
+        return min(most, self.num_slots // self.cache.own_slots) if self.cache.state else most
 
     def longest(self) -> int:
         """The longest sequence, up to max_model_len, of which the cache holds one."""
@@ -195,7 +174,7 @@ class MemoryPlan:
         requests = self.groups.request_slots
         if states is not None:
             size = human_bytes(states.num_slots * self.cache.state)
-            remark = f"{states.num_slots:,} slots, {SNAPSHOTS_A_SEQUENCE} snapshots a sequence"
+            remark = self.cache.described(states, self.max_num_seqs, self.block_size)
             rows.append(("states", size, remark))
         if requests is not None:
             size = human_bytes(requests * self.cache.request)
@@ -303,7 +282,7 @@ def plan_memory(
     kv_dtype: what keys and values are held in; None: as they are computed.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
-    half of what is left after weights and workspace.
+    half of what is left after weights and workspace. CacheSizes says how states and blocks share.
     """
     wanted = engine.max_model_len
     most = model.context
@@ -331,8 +310,13 @@ def plan_memory(
         dtype=dtype,
         device=device,
         kv_dtype=kv_dtype or dtype,
+        num_slots=cache.useful_slots(engine.max_num_seqs, caching=engine.enable_prefix_caching),
     )
     budget = _cache_budget(plan, engine.kv_cache_memory_bytes)
+    needed = plan.most_blocks(1 if wanted is None else length) * cache.block
+    requests = plan.max_num_seqs * cache.request
+    slots = cache.affordable_slots(budget - requests, plan.num_slots, needed)
+    plan = replace(plan, num_slots=slots)
     blocks = max(budget - plan.states, 0) // cache.block if cache.block else 0
     return _with_room_for_one(replace(plan, num_blocks=blocks), budget, shorter=wanted is None)
 
@@ -369,10 +353,11 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
 def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> MemoryPlan:
     """The plan, its context made shorter, if it may be, until one sequence fits into the cache."""
     if budget < plan.states:
+        needed = plan.states + plan.most_blocks(1) * plan.cache.block
         raise MemoryPlanError(
-            f"the states of {plan.max_num_seqs} sequences need {human_bytes(plan.states)}, but the "
-            f"cache has {human_bytes(budget)}; lower --max-num-seqs or raise "
-            f"--kv-cache-memory-bytes to {plan.states}"
+            f"{_fixed_words(plan)} need {human_bytes(plan.states)}, but the cache has "
+            f"{human_bytes(budget)}; raise --kv-cache-memory-bytes to {needed} or more, or free "
+            "memory"
         )
     longest = plan.longest()
     if longest == plan.max_model_len:
@@ -385,3 +370,13 @@ def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> Memor
             f"--max-model-len or raise --kv-cache-memory-bytes to {needed + plan.states}"
         )
     return replace(plan, max_model_len=longest, lowered_from=plan.max_model_len)
+
+
+def _fixed_words(plan: MemoryPlan) -> str:
+    """What a cache holds that does not grow with tokens, where it is as little as it can be."""
+    words = []
+    if plan.cache.state:
+        words.append(f"one sequence's recurrent states ({human_bytes(plan.cache.state)} a slot)")
+    if plan.cache.request:
+        words.append(f"the request caches of {plan.max_num_seqs} sequences")
+    return " and ".join(words)

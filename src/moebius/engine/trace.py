@@ -24,10 +24,10 @@ from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 
-VERSION = 3
+VERSION = 4
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
-_REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline")
+_REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline", "generation_start")
 """Fields that a trace holds as they are; the others are renamed or shortened."""
 
 

@@ -16,19 +16,21 @@ from moebius.request.hashes import BlockHasher
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, Lineage, StateSlots, tainted
 from moebius.schedule.places import Places
 from moebius.schedule.request import Request
-from moebius.schedule.states import StatePool
+from moebius.schedule.states import OwnedStates, StatePool
 
 
 class Hit(NamedTuple):
     """A cached prefix of `num_blocks` blocks behind which every group can resume.
 
     tables     each group's blocks of it, NO_BLOCK before the group's window
-    snapshot   the slot of the state at its end, where the model has states
+    snapshot   the hash of the state at its end, where the model has states; empty: from zeros
+    seen       blocks that somebody has computed, with a snapshot behind them or without
     """
 
     num_blocks: int
     tables: "tuple[array[int], ...]"
-    snapshot: int | None = None
+    snapshot: bytes = b""
+    seen: int = 0
 
 
 class BlockPool(Places):
@@ -59,7 +61,7 @@ class BlockPool(Places):
         self.groups = groups
         self.enable_prefix_caching = enable_prefix_caching
         self.hasher = BlockHasher(key, namespace, block_size)
-        self.states = None if groups.states is None else StatePool(groups.states)
+        self.states = None if groups.states is None else StatePool(groups.states, block_size)
         self._windowed = [(g, spec) for g, spec in enumerate(groups.blocks) if spec.window]
         self._full = [g for g, spec in enumerate(groups.blocks) if spec.window is None]
         self._request_slots = list(range(groups.request_slots or 0))
@@ -102,6 +104,7 @@ class BlockPool(Places):
         for group in self._full:
             cached = self._cached[group]
             limit = next((i for i in range(limit) if hashes[i] not in cached), limit)
+        seen = limit if self._full else 0
         if self._windowed or self.states is not None:
             limit = self._resumable(hashes, limit)
         tables = []
@@ -109,10 +112,8 @@ class BlockPool(Places):
             first = spec.first_block(limit * self.block_size, self.block_size)
             found = [cached[digest] for digest in islice(hashes, first, limit)]
             tables.append(array("i", [NO_BLOCK] * first + found))
-        snapshot = None
-        if self.states is not None and limit:
-            snapshot = self.states.snapshot(hashes[limit - 1])
-        return Hit(limit, tuple(tables), snapshot)
+        snapshot = hashes[limit - 1] if self.states is not None and limit else b""
+        return Hit(limit, tuple(tables), snapshot, seen)
 
     def _resumable(self, hashes: Sequence[bytes], limit: int) -> int:
         """The last of `limit` boundaries with all windows cached, and a snapshot of states."""
@@ -133,13 +134,16 @@ class BlockPool(Places):
         """The running request that is about to compute what this waiting request could use next.
 
         Looks only at blocks beyond those found the last time, so that a wait costs O(1) a step;
-        where there are only windows, or states, at all of its blocks that somebody claims.
+        where there are only windows, or states, at all of its blocks. With states the running one
+        is asked to stop where both part.
         """
         limit = self._readable_blocks(request)
         if not (limit and self._claims):
             return None
         hashes = self._hash_blocks(request, limit)
-        if not self._full or self.states is not None:
+        if self.states is not None:
+            return self._ahead(request, self.states) if self.states.num_free else None
+        if not self._full:
             claimed = (self._claims.get(digest) for digest in islice(hashes, limit))
             return next((owner for owner in claimed if owner is not None), None)
         cached = self._cached[self._full[0]]
@@ -148,6 +152,25 @@ class BlockPool(Places):
         if request.num_awaited_blocks == limit:
             return None
         return self._claims.get(hashes[request.num_awaited_blocks])
+
+    def _ahead(self, request: Request, states: StatePool) -> Request | None:
+        """Who goes along with this request for longest, if a snapshot where they part saves enough,
+        and can still be had."""
+        hashes = request.block_hashes
+        for shared in range(self._readable_blocks(request), 0, -1):
+            owner = self._claims.get(hashes[shared - 1])
+            if owner is None:
+                continue
+            saved = shared - self.match(request).num_blocks
+            end = shared * self.block_size
+            assert owner.states is not None, "only running requests claim"
+            if saved < states.spec.apart or end < owner.num_computed_tokens:
+                return None
+            if end > owner.num_computed_tokens:
+                end = states.want(owner.states, end)
+            taken = owner.states.save is not None and end == owner.num_computed_tokens
+            return owner if taken or end > owner.num_computed_tokens else None
+        return None
 
     def open(self, request: Request, hit: Hit, chunk: int, *, reserved: int = 0) -> bool:
         """Start the request's tables with `hit`, if all its tokens fit, or else change nothing.
@@ -163,11 +186,11 @@ class BlockPool(Places):
             return False
         lineages = self.lineages(held)
         if self.states is not None:
-            request.states = self.states.open(hit.snapshot)
+            request.states = self._open_states(request, hit, self.states)
             if request.states is None:
                 return False
-            if hit.snapshot is not None:
-                lineages |= self.states.lineages((hit.snapshot,))
+            if request.states.restore is not None:
+                lineages |= self.states.lineages((request.states.restore,))
         if self.groups.request_slots is not None:
             request.request_slot = self._request_slots.pop()
         self._share(held)
@@ -179,14 +202,25 @@ class BlockPool(Places):
             self._claim(request, hit.num_blocks)
         return True
 
-    def _claim(self, request: Request, first: int) -> None:
-        """Tell others what will be found soon: blocks, or with states those with a snapshot."""
-        known = request.num_tokens // self.block_size
+    def _open_states(self, request: Request, hit: Hit, states: StatePool) -> OwnedStates | None:
+        """Slots, and where snapshots are wanted: where the next turn of the chat will start (or the
+        same prompt again), and where others went on with other tokens."""
         size = self.block_size
+        start = hit.num_blocks * size
+        prompt = len(request.prompt_ids)
+        given = request.asked.generation_start
+        turn = min(prompt - 1, prompt if given is None else given) // size * size
+        owned = states.open(hit.snapshot, start, prompt, turn)
+        if owned is not None:
+            states.want(owned, hit.seen * size)
+        return owned
+
+    def _claim(self, request: Request, first: int) -> None:
+        """Tell others what will be found soon, or, with states, could be."""
+        known = request.num_tokens // self.block_size
         hashes = self._hash_blocks(request, known)
         for i in range(first, known):
-            if self.states is None or self._is_boundary(request, (i + 1) * size):
-                self._claims.setdefault(hashes[i], request)
+            self._claims.setdefault(hashes[i], request)
 
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Grow the request's tables to `num_tokens` tokens, evicting, or else change nothing."""
@@ -276,30 +310,25 @@ class BlockPool(Places):
                 self._drop_claims(other)
                 other.publishes = False
 
-    def next_boundary(self, request: Request, position: int) -> int:
-        """The next position behind `position` at which a snapshot of the request's state is wanted:
-        every `interval` blocks, and at the last one that a hit of the same prompt can use."""
-        assert self.states is not None, "there are snapshots of states only"
-        size = self.block_size
-        stride = self.block_size * self.states.spec.interval
-        last = (len(request.prompt_ids) - 1) // size * size
-        regular = (position // stride + 1) * stride
-        return last if position < last < regular else regular
-
     def state_slots(self, request: Request, end: int) -> StateSlots | None:
         """Where the request's chunk up to `end` finds and leaves its state, if it has one."""
         if self.states is None:
             return None
         assert request.states is not None, "a running request has slots"
-        digest = None
-        publishes = self.enable_prefix_caching and request.publishes
-        if publishes and self._is_boundary(request, end):
+        kind = None
+        digest = b""
+        if self.enable_prefix_caching and request.publishes:
+            kind = self.states.kind(request.states, end)
+        if kind is not None:
             count = end // self.block_size
             digest = self._hash_blocks(request, count)[count - 1]
-        return self.states.place(request.states, digest)
+        return self.states.place(request.states, kind, digest)
 
-    def _is_boundary(self, request: Request, position: int) -> bool:
-        return self.next_boundary(request, position - 1) == position
+    def _forget(self, place: int) -> None:
+        entry = self._entries[place]
+        super()._forget(place)
+        if self.states is not None and entry is not None:
+            self.states.drop(entry.hash)  # nobody can resume behind a block that is gone
 
     def _readable_blocks(self, request: Request) -> int:
         if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:

@@ -54,12 +54,14 @@ class StateSpec:
 
     num_slots   places for states: those of running sequences, and snapshots in all others
     scratch     places that a running sequence owns beside its state's own (for drafted tokens)
-    interval    a snapshot is taken every so many blocks, and at the prompt's last full block
+    interval    a snapshot is taken every so many blocks
+    apart       blocks that a snapshot has to save to be worth that a step ends for it
     """
 
     num_slots: int
     scratch: int = 0
     interval: int = 64
+    apart: int = 1
 
     @property
     def slots_per_sequence(self) -> int:
@@ -88,10 +90,11 @@ class CacheGroups:
                 raise ConfigError(f"a window is {spec.window} tokens; it must be at least 1")
         states = self.states
         if states is not None:
-            if states.scratch < 0 or states.interval < 1:
+            if states.scratch < 0 or min(states.interval, states.apart) < 1:
                 raise ConfigError(
                     f"states have {states.scratch} scratch slots and a snapshot every "
-                    f"{states.interval} blocks; these must be at least 0 and 1"
+                    f"{states.interval} blocks, {states.apart} apart; these must be at least 0, 1 "
+                    "and 1"
                 )
             if states.num_slots < states.slots_per_sequence:
                 raise ConfigError(

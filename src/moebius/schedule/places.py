@@ -92,7 +92,11 @@ class Places:
         """Take all that derives from these out of the cache."""
         for place, entry in enumerate(self._entries):
             if entry is not None and entry.lineage in lineages:
-                self._forget(place)
-                if place in self._evictable:
-                    del self._evictable[place]
-                    self._free.append(place)
+                self._discard(place)
+
+    def _discard(self, place: int) -> None:
+        """Let a cached place not be found any more; it is free once nobody owns it."""
+        self._forget(place)
+        if place in self._evictable:
+            del self._evictable[place]
+            self._free.append(place)

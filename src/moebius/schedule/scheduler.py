@@ -279,8 +279,8 @@ class Scheduler:
             position += 1
             computed = request.num_computed_tokens
             num_tokens = self._grant(request.num_tokens - computed, draft.budget)
-            if self._slotted:
-                num_tokens = self._to_boundary(request, computed, num_tokens)
+            if self._slotted and num_tokens > 1:
+                num_tokens = self._to_boundary(request, num_tokens)
             if not num_tokens:
                 draft.waiting[request.id] = "no_budget"
             elif not self._make_room(request, computed + num_tokens, draft):
@@ -346,9 +346,9 @@ class Scheduler:
             return "no_blocks"
         if len(self._running) >= self.config.max_num_seqs:
             return "no_seats"
+        computing = self.pool.claimant(request)  # with states it is asked to stop for this one
         if not draft.budget:
             return "no_budget"
-        computing = self.pool.claimant(request)
         if computing is not None and computing.id in draft.chunks:
             return "prefix_in_flight"
         # At least one new block a group is needed, whatever the cache holds.
@@ -357,13 +357,13 @@ class Scheduler:
         hit = self.pool.match(request)
         hit_tokens = hit.num_blocks * self.pool.block_size
         num_tokens = self._grant(request.num_tokens - hit_tokens, draft.budget)
-        num_tokens = self._to_boundary(request, hit_tokens, num_tokens)
         if not num_tokens:
             return "no_budget"
         chunk = self.config.max_num_batched_tokens
         if not self.pool.open(request, hit, chunk, reserved=promised):
             return "no_blocks"
         self._start(request, hit_tokens, draft.now)
+        num_tokens = self._to_boundary(request, num_tokens)
         grown = self.pool.extend(request, hit_tokens + num_tokens)
         assert grown, "a request was admitted without room"
         self._compute(request, num_tokens, draft)
@@ -392,13 +392,14 @@ class Scheduler:
             return 0
         return min(remaining, budget)
 
-    def _to_boundary(self, request: Request, computed: int, num_tokens: int) -> int:
+    def _to_boundary(self, request: Request, num_tokens: int) -> int:
         """So many tokens, or fewer: a chunk ends where a snapshot of a state is wanted."""
-        pool = self.pool
-        snapshots = pool.enable_prefix_caching and self.config.enable_chunked_prefill
-        if pool.states is None or not snapshots:
+        snapshots = self.pool.enable_prefix_caching and self.config.enable_chunked_prefill
+        if self.pool.states is None or request.states is None or not snapshots:
             return num_tokens
-        return min(num_tokens, pool.next_boundary(request, computed) - computed)
+        computed = request.num_computed_tokens
+        end = self.pool.states.next_boundary(request.states, computed, request.num_tokens)
+        return min(num_tokens, end - computed)
 
     def _compute(self, request: Request, num_tokens: int, draft: _Draft) -> None:
         start = request.num_computed_tokens

@@ -14,7 +14,7 @@ UNUSED = ("mtp.*", "model.visual.*")
 
 
 def layouts_of(*names: Names) -> tuple[Layout, ...]:
-    """Of files with images, then of language models saved alone; each with the names given."""
+    """Of language models saved alone, then of files with images; each with the names given."""
     ours = linear_attention("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
     return tuple(
         Layout(
@@ -23,7 +23,7 @@ def layouts_of(*names: Names) -> tuple[Layout, ...]:
             embedding=before + "embed_tokens.weight",
             norm=before + "norm.weight",
         )
-        for before in ("model.language_model.", "model.")
+        for before in ("model.", "model.language_model.")
         for more in names
     )
 

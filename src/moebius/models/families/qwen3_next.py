@@ -18,11 +18,25 @@ from moebius.models.parts import decoder, feed_forward, layers
 from moebius.models.reading import ConfigReader
 
 
+# What nothing reads where there are no experts.
+OF_EXPERTS = {
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+}
+
+
 def read(reader: ConfigReader) -> ModelConfig:
-    routed = sparse_layers(reader)
-    if not reader.integer("num_experts", low=0):
-        routed = [False] * reader.num_layers
-    parts = [sparse(reader) if each else feed_forward(reader) for each in routed]
+    dense = feed_forward(reader)
+    parts = [dense] * reader.num_layers
+    if reader.integer("num_experts", low=0):
+        routed = sparse(reader)
+        parts = [routed if each else dense for each in sparse_layers(reader)]
+    else:
+        reader.computed |= OF_EXPERTS
     each = layers(reader, mixers(reader, "grouped"), parts)
     return decoder(reader, each, norm="zero-centred")
 

@@ -222,7 +222,8 @@ def _match(
     layouts = described.layouts
     quantization = described.quantization
     head = layouts[0].head
-    if config.tie_word_embeddings and layouts[0].embedding not in tensors:
+    embedded = any(layout.embedding in tensors for layout in layouts)
+    if config.tie_word_embeddings and not embedded:
         layouts = tuple(replace(layout, embedding=head) for layout in layouts)
     schemes = () if quantization is None else quantization.schemes
     wanted, missing = _closest(config, tensors, layouts, schemes)
@@ -312,6 +313,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     layout = described.layouts[0]
     config = described.config
     tensors = _named_in_full(layout, _without_unused(described, store))
+    layout = next((each for each in described.layouts if each.embedding in tensors), layout)
     tied = _tied(path, config, layout, tensors)
     config = replace(config, tie_word_embeddings=tied)
     matched, tensors = _match(path, config, store, tensors, described)
