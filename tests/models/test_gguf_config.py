@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 
+from models.gguf_hybrids import converter
 from models.gguf_writing import PERMUTED, Converter
 from models.test_gguf import CASES
 from moebius.errors import ConfigError
@@ -149,7 +150,7 @@ def test_keys_and_configuration_say_the_same(
 ) -> None:
     """Both ways: what the converter writes becomes the configuration, which becomes those keys."""
     save_tiny(tmp_path, model_type, **overrides)
-    Converter(tmp_path).save(tmp_path / "tiny.gguf")
+    converter(tmp_path).save(tmp_path / "tiny.gguf")
     config_json = read_json(tmp_path / "config.json")
     theirs = model_config(config_json)
     ours = describe(tmp_path / "tiny.gguf").config
