@@ -17,7 +17,6 @@ from moebius.models.layout import FUSED, Layout
 from moebius.models.parts import decoder, feed_forward, layers
 from moebius.models.reading import ConfigReader
 
-
 # What nothing reads where there are no experts.
 OF_EXPERTS = {
     "num_experts_per_tok",
