@@ -5,6 +5,7 @@ and a config.json the keys of a GGUF file. Facts as llama.cpp's converter has th
 src/llama-model.cpp of October 2026.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,9 +17,11 @@ from moebius.models.config import ModelConfig
 from moebius.models.layout import Layout, Names, Stacked, stacked
 from moebius.models.parts import DENSE, SPARSE, every_nth_full
 from moebius.models.reading import ConfigReader
+from moebius.nn.attention import GQA
 from moebius.nn.mixer import Mixer
 
 GATE_UP_DOWN = ("gate", "up", "down")
+_OF_MIXER = re.compile(r"(layers\.(\d+)\.self_attn\.)(.+)")
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,7 +66,7 @@ class FileKeys(Protocol):
     def get(self, key: str, default: Value) -> Value:
         """Of a list, one for each layer, what they all are: ConfigError where they differ."""
 
-    def listed(self, key: str) -> list[Any] | None:
+    def listed(self, key: str) -> Sequence[object] | None:
         """A list as it is; None where there is none."""
 
     def wrong(self, key: str, message: str) -> ConfigError:
@@ -265,6 +268,23 @@ class GgufArchitecture:
     write: Callable[[ConfigReader, ModelConfig], Mapping[str, Value]] = _nothing_written
     held: Callable[[Mixer], Mixer] = _as_it_is
     moved: Callable[[Mixer, str], Moved | None] = _nothing_moved
+
+    def made_of(self, parameter: str, config: ModelConfig) -> Moved | None:
+        """What a file's parameter is made of, by whole names, in a model of a config.json; None for
+        that of the same name as it is."""
+        place = _OF_MIXER.fullmatch(parameter)
+        if place is None:
+            return None
+        before, number, name = place.groups()
+        mixer = config.layers[int(number)].mixer
+        assert mixer is not None, "it has this parameter"
+        moved = self.moved(mixer, name)
+        if self.permuted and isinstance(mixer, GQA):
+            # Neighbours turn together.
+            every = {"q_proj": mixer.num_heads, "k_proj": mixer.num_kv_heads}
+            heads = every.get(name.partition(".")[0])
+            moved = None if heads is None else Moved(name, pair_rows(heads, mixer.head_dim))
+        return None if moved is None else moved._replace(parameter=before + moved.parameter)
 
     def held_config(self, config: ModelConfig) -> ModelConfig:
         """A model of a config.json, as it lies in such a file."""

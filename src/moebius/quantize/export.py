@@ -1,6 +1,5 @@
 """A model as a GGUF file that llama.cpp loads: its names, its keys, its order of rows."""
 
-import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,13 +14,12 @@ from moebius.gguf.reader import Value
 from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, gguf_file, write_gguf
 from moebius.models.config import ModelConfig
-from moebius.models.gguf_architecture import GgufArchitecture, Moved, pair_rows
+from moebius.models.gguf_architecture import GgufArchitecture, Moved
 from moebius.models.gguf_config import ROPE_DIVISORS
 from moebius.models.gguf_keys import gguf_keys
 from moebius.models.layout import Source, sources
 from moebius.models.store import Checkpoint, StoredTensor, open_checkpoint
 from moebius.models.store.gguf import GgufStore, block_type
-from moebius.nn.attention import GQA
 from moebius.ops.formats import Dense, format_named
 from moebius.progress import Progress, silent
 from moebius.quantize.recipe import PLAIN, RECIPES, Recipe, format_of, recipe
@@ -30,7 +28,6 @@ from moebius.quantize.vocabulary import vocabulary_metadata
 
 # The format of what is no matrix, and of routers.
 _KEPT = "float32"
-_OF_MIXER = re.compile(r"(layers\.(\d+)\.self_attn\.)(.+)")
 
 
 class Part(NamedTuple):
@@ -168,26 +165,10 @@ def _moved(checkpoint: Checkpoint, architecture: GgufArchitecture) -> list[tuple
     origins = {source.parameter: source for source in checkpoint.sources}
     found = []
     for wanted in sources(architecture.held_config(config), architecture.layouts[0]):
-        moved = _made_of(wanted.parameter, architecture, config)
+        moved = architecture.made_of(wanted.parameter, config)
         origin = origins[wanted.parameter if moved is None else moved.parameter]
         found.append((wanted, Part(origin, checkpoint.tensors[origin.name], moved)))
     return found
-
-
-def _made_of(parameter: str, architecture: GgufArchitecture, config: ModelConfig) -> Moved | None:
-    """What a file's parameter is made of, by whole names; None for the same parameter as it is."""
-    place = _OF_MIXER.fullmatch(parameter)
-    if place is None:
-        return None
-    before, number, name = place.groups()
-    mixer = config.layers[int(number)].mixer
-    assert mixer is not None, "it has this parameter"
-    moved = architecture.moved(mixer, name)
-    if architecture.permuted and isinstance(mixer, GQA):
-        # Neighbours turn together.
-        heads = {"q_proj": mixer.num_heads, "k_proj": mixer.num_kv_heads}.get(name.split(".")[0])
-        moved = None if heads is None else Moved(name, pair_rows(heads, mixer.head_dim))
-    return None if moved is None else moved._replace(parameter=before + moved.parameter)
 
 
 def _leave_out_predicting(metadata: dict[str, Value], config: ModelConfig) -> None:

@@ -219,12 +219,9 @@ def _match(
     described: Description,
 ) -> tuple[tuple[Source, ...], Mapping[str, StoredTensor]]:
     """The sources of all parameters, in the layout that the checkpoint has; and what they read."""
-    layouts = described.layouts
+    layouts = _with_embedding(described.layouts, config, tensors)
     quantization = described.quantization
     head = layouts[0].head
-    embedded = any(layout.embedding in tensors for layout in layouts)
-    if config.tie_word_embeddings and not embedded:
-        layouts = tuple(replace(layout, embedding=head) for layout in layouts)
     schemes = () if quantization is None else quantization.schemes
     wanted, missing = _closest(config, tensors, layouts, schemes)
     if quantization is not None:
@@ -245,6 +242,16 @@ def _match(
                 "no such tensor"
             )
     return wanted, tensors
+
+
+def _with_embedding(
+    layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, StoredTensor]
+) -> tuple[Layout, ...]:
+    """The layouts; of a head alone, which serves as embedding, as such."""
+    stored = any(layout.embedding in tensors for layout in layouts)
+    if stored or not config.tie_word_embeddings:
+        return layouts
+    return tuple(replace(layout, embedding=layout.head) for layout in layouts)
 
 
 def _closest(
