@@ -3,8 +3,9 @@
 Tokens are flat (T) in both; `past` decides what they see (moebius.nn.mixer).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,11 @@ class Decoder(nn.Module):
             if layer.mlp is not None and layer.mlp.router is not None:
                 found[number] = layer.mlp.router
         return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -230,7 +230,7 @@ def _match(
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
         raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
-    wanted = tuple(each.of_codes if tensors[each.name].parts else each for each in wanted)
+    wanted = _as_stored(wanted, tensors)
     shapes = dict.fromkeys((source.name, source.stored_shape) for source in wanted)
     for name, shape in shapes:
         _check_stored(tensors[name], name, shape, store)
@@ -252,6 +252,13 @@ def _with_embedding(
     if stored or not config.tie_word_embeddings:
         return layouts
     return tuple(replace(layout, embedding=layout.head) for layout in layouts)
+
+
+def _as_stored(
+    wanted: tuple[Source, ...], tensors: Mapping[str, StoredTensor]
+) -> tuple[Source, ...]:
+    """The sources, told which of their tensors are quantised."""
+    return tuple(each.of_codes if tensors[each.name].parts else each for each in wanted)
 
 
 def _closest(
