@@ -226,7 +226,8 @@ class PoisonedPool(BlockPool):
 
     def _take(self) -> int:
         block = super()._take()
-        rows: dict[int, LayerCache] = {id(layer): layer for layer in self.cache.layers}
+        placed = zip(self.cache.layers, self.cache.layout.places, strict=True)
+        rows: dict[int, LayerCache] = {id(layer): layer for layer, at in placed if at is not None}
         for layer in rows.values():
             for part in self.cache._ops.block_memory(layer, block):
                 part.view(-1).view(torch.uint8).fill_(255)

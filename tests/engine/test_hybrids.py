@@ -131,5 +131,5 @@ def test_a_plan_shows_states_and_refuses_where_they_do_not_fit(tmp_path: Path) -
     # Of one of the two layers: 4 heads' matrices of 6 x 6, and 3 inputs of 48 columns.
     assert plan.cache.state == 4 * 6 * 6 * 4 + 3 * 48 * 4
     assert plan.bytes_per_token == 2 * 2 * 16 * 4
-    with pytest.raises(MemoryPlanError, match="the states of 400 sequences need"):
-        prepare(tmp_path, EngineConfig(max_num_seqs=400, kv_cache_memory_bytes=2**16))
+    with pytest.raises(MemoryPlanError, match=r"states \(1\.1 KiB a slot\) need 1\.1 KiB, but"):
+        prepare(tmp_path, EngineConfig(kv_cache_memory_bytes=1000))

@@ -36,7 +36,7 @@ class HybridConverter(Converter):
         w.add_ssm_inner_size(c["linear_num_value_heads"] * c["linear_value_head_dim"])
         recurrent = [kind == "linear_attention" for kind in c["layer_types"]]
         w.add_array(f"{arch}.attention.recurrent_layers", recurrent)
-        w.add_full_attention_interval(4)
+        w.add_full_attention_interval(c.get("full_attention_interval", 4))
         partial = self.rope.get("partial_rotary_factor", 0.25)
         w.add_rope_dimension_count(int(c["head_dim"] * partial))
         if self.model_type != "qwen3_next":

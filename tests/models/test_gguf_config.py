@@ -213,6 +213,9 @@ UNWRITABLE: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3_text", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is 7.0, but llama.cpp takes 10 for granted"),
     ("laguna", {"moe_router_logit_softcapping": 0.5}, "moe_router_logit_softcapping is 0.5"),
     ("flex_olmo", {}, "GGUF files hold no flex_olmo models"),
+    ("qwen3_next", {"linear_value_head_dim": 10}, "linear_value_head_dim is 10, but llama.cpp takes linear_key_head_dim = 6"),
+    ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "this model none"),
+    ("qwen3_5_text", {"attention_bias": True}, "attention_bias is True"),
 ]  # fmt: skip
 
 

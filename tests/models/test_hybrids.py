@@ -8,12 +8,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from models.gguf_hybrids import converter
 from models.ropes import LLAMA3, YARN
 from moebius.errors import ConfigError, WeightsError
 from moebius.models.family import model_config, read_config
@@ -24,7 +26,9 @@ from moebius.nn.mixers.gated_delta import GatedDelta
 from moebius.ops import Ops, select_ops
 from moebius.ops.config import DeltaSizes
 from moebius.ops.reference import ReferenceOps
+from moebius.quantize.export import write_model
 from oracle import FAMILY, TINY, Server, assert_close, save_tiny, tiny_model
+from tiny import write_tokenizer
 
 IDS = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1, 1, 50, 3, 44, 12, 9, 61]
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
@@ -239,3 +243,54 @@ def test_experts_in_two_layouts_at_once_are_refused(tmp_path: Path) -> None:
     save_file({**tensors, name: up, fused: up.clone()}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=rf"tensor '{fused}' is left over"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("full_attention_interval", 0, "full_attention_interval is 0; it must be a positive"),
+        ("attention.recurrent_layers", [True], "recurrent_layers must be true or false for each"),
+        ("attention.recurrent_layers", [1, 0], "recurrent_layers must be true or false for each"),
+        ("ssm.inner_size", 25, "ssm.inner_size is 25; it must be a multiple of 4 heads"),
+        ("ssm.conv_kernel", 1, "linear_conv_kernel_dim is 1"),
+        ("ssm.dt_b_c_rms", True, "ssm.dt_b_c_rms = True is not supported"),
+    ],
+)
+def test_bad_keys_of_files_are_a_line(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    save_tiny(tmp_path, "qwen3_5_text")
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        name = f"qwen35.{key}"
+        for keys in writer.kv_data:
+            keys.pop(name, None)
+        kind = gguf.GGUFValueType.get_type(value)
+        sub = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+        writer.add_key_value(name, value, kind, sub_type=sub)
+
+    converter(tmp_path).save(tmp_path / "tiny.gguf", change)
+    with pytest.raises(ConfigError, match=message):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_files_without_a_list_of_layers_have_attention_in_every_fourth(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen3_5_text", num_hidden_layers=4, full_attention_interval=4)
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for keys in writer.kv_data:
+            keys.pop("qwen35.attention.recurrent_layers", None)
+            keys.pop("qwen35.full_attention_interval", None)
+
+    converter(tmp_path).save(tmp_path / "tiny.gguf", change)
+    mixers = open_checkpoint(tmp_path / "tiny.gguf").config.mixers
+    assert [isinstance(mixer, GQA) for mixer in mixers] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_a_multimodal_model_becomes_a_file(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "linear_num_value_heads": 6}
+    model = multimodal(tmp_path / "model", kind, fused=True, **sizes)
+    write_tokenizer(tmp_path / "model")
+    write_model(tmp_path / "model", tmp_path / "out.gguf", "f32")
+    server = Server(load_decoder(tmp_path / "out.gguf", torch.float32), block_size=4, num_blocks=8)
+    server.step([(0, IDS)])
+    assert_same(server.all_logits(0), recurrent(model, IDS))

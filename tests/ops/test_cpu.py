@@ -102,6 +102,28 @@ def test_norms(ops: CpuOps, dtype: torch.dtype, multiplier: float) -> None:
     assert torch.equal(ops.rms_norm(heads, heads[0, 0], 0.1), flat.view(5, 3, 33))
 
 
+def test_norms_with_float32_weights(ops: CpuOps) -> None:
+    """Rows of bfloat16 are rounded once, behind the product with the weight; so is the reference's
+    result."""
+    u = ROUNDOFF[torch.bfloat16]
+    for rows, size in [(r, s) for r in (0, 1, 3, 70) for s in SIZES]:
+        x, update = torch.randn(rows, size).bfloat16(), torch.randn(rows, size).bfloat16()
+        weight = 1 + torch.randn(size)
+        for backend in (ops, REF):
+            total, added = backend.add_rms_norm(x, update, 0.5, weight, 1e-5)
+            for out, of in ((backend.rms_norm(x, weight, 1e-5), x), (added, total)):
+                exact = of.double() * torch.rsqrt(
+                    of.double().square().mean(-1, keepdim=True) + 1e-5
+                )
+                exact = exact * weight.double()
+                assert out.dtype == torch.bfloat16
+                assert_within(out, exact, (1.001 * u + (size / 32 + 8) * 2.0**-24) * exact.abs())
+    wide, part = torch.randn(5, 100).bfloat16(), torch.randn(33)
+    normed = ops.rms_norm(wide[:, 20:53].contiguous(), part, 0.1)
+    expected = torch.cat((wide[:, :20], normed, wide[:, 53:]), dim=1)
+    assert torch.equal(ops.rms_norm_part(wide.clone(), 20, part, 0.1), expected)
+
+
 def test_embed(ops: CpuOps, dtype: torch.dtype) -> None:
     table, ids = torch.randn(9, 33).to(dtype), torch.tensor([8, 0, 0, 3])
     assert torch.equal(ops.embed(ids, table), table[ids])

@@ -99,6 +99,33 @@ def test_rotate_and_store(
         assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_heads_with_gates_and_norms_of_float32(
+    ops: CpuOps, dtype: torch.dtype, gated: bool, kv_dtype: torch.dtype | None
+) -> None:
+    """To the bit what heads give that were normed before, without their gates, which are left
+    alone; the reference within its roundings."""
+    tokens, heads, kv_heads, size = 11, 4, 2, 33
+    q, gates = (torch.randn(tokens, heads, size).to(dtype) for _ in range(2))
+    k, v = (torch.randn(tokens, kv_heads, size).to(dtype) for _ in range(2))
+    q_norm, k_norm = (1 + torch.randn(size) for _ in range(2))
+    turn = Rotation(torch.rand(tokens, 8), torch.rand(tokens, 8))
+    slots = torch.randperm(16)[:tokens]
+    projected = torch.cat((q, gates), dim=-1) if gated else q
+    found, wanted = (empty_cache(ops, 4, 4, kv_heads, size, kv_dtype or dtype) for _ in range(2))
+    rows = side_by_side(projected, k, v)
+    before = rows.clone()
+    given = (turn, found, slots, q_norm, k_norm, 1e-6)
+    out = ops.rotate_and_store(rows, *given, gated=gated)
+    normed = side_by_side(ops.rms_norm(q, q_norm, 1e-6), ops.rms_norm(k, k_norm, 1e-6), v)
+    assert torch.equal(out, ops.rotate_and_store(normed, turn, wanted, slots))
+    assert torch.equal(found.buffer, wanted.buffer) and torch.equal(rows, before)
+    plain = empty_cache(REF, 4, 4, kv_heads, size, kv_dtype or dtype)
+    reference = REF.rotate_and_store(rows, turn, plain, slots, q_norm, k_norm, 1e-6, gated=gated)
+    torch.testing.assert_close(out, reference, rtol=2.0**-7, atol=2.0**-6)
+
+
 def assert_attends(
     ops: CpuOps, dtype: torch.dtype, case: dict[str, Any], lengths: list[int], new: list[int]
 ) -> None:

@@ -69,6 +69,11 @@ def test_not_contiguous(call: Callable[[], object], message: str) -> None:
         (lambda: OPS.linear(torch.ones(3, 9), LAYER), r"layer of 8 .* got \(3, 9\)"),
         (lambda: OPS.rms_norm(HALF, HALF[0], 0.1), "float16"),
         (lambda: OPS.rms_norm(X, BF16[0], 0.1), "one dtype"),
+        (lambda: OPS.rms_norm(BF16, HALF[0], 0.1), "one dtype"),
+        (
+            lambda: OPS.rotate_and_store(QKV, TURN, CACHE, SLOTS, BF16[0, :4], X[0, :4]),
+            "one dtype",
+        ),
         (lambda: OPS.add_rms_norm(X, BF16, 1.0, X[0], 0.1), "one dtype"),
         (lambda: OPS.add_gated(BF16, X), "one dtype"),
         (

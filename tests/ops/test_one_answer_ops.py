@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.ops import ExpertWeights
-from moebius.ops.config import RouterConfig
+from moebius.ops.config import HeadGates, RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.sampling import Shaping
 from moebius.ops.steps import Rotation, StepInputs
@@ -108,6 +108,16 @@ def pointwise(dtype: torch.dtype) -> dict[str, RowWise]:
         named[f"norm {size}"] = lambda ops, at, x=x, w=w: (ops.rms_norm(x[at], w, 1e-6),)
         named[f"add norm {size}"] = lambda ops, at, x=x, y=y, w=w: ops.add_rms_norm(
             x[at], y[at], 0.3, w, 1e-6
+        )
+        wide = torch.randn(size)
+        named[f"norm by float32 {size}"] = lambda ops, at, x=x, w=wide: (
+            ops.rms_norm(x[at], w, 1e-6),
+        )
+        named[f"gated norm {size}"] = lambda ops, at, x=x, y=y, w=w: (
+            ops.gated_norm(x[at], y[at], 0, w, 1e-6),
+        )
+        named[f"gates of heads {size}"] = lambda ops, at, x=x, y=y: (
+            ops.gate_heads(x[at].unsqueeze(1), y[at], HeadGates(0, 0)).squeeze(1),
         )
         named[f"gated {size}"] = lambda ops, at, x=x, y=y, gate=gate: (
             ops.add_gated(x[at], y[at], gate[at]),
