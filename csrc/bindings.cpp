@@ -346,9 +346,9 @@ NB_MODULE(_cpu, m) {
             new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, CacheType(type));
         }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "type"_a)
         .def_prop_ro("block_bytes", &CacheShape::block_bytes);
-    nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float>(),
+    nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float, float>(),
         nb::kw_only(), "num_experts"_a, "top_k"_a, "score"_a, "weight"_a, "num_groups"_a, "groups_kept"_a, "group_top2"_a, "group_fill"_a,
-        "renorm_eps"_a, "scale"_a, "softcap"_a);
+        "renorm_eps"_a, "scale"_a, "softcap"_a, "renorm_least"_a);
     nb::class_<Program>(m, "Program")
         .def("__init__", [](Program* self, const Addresses& columns, const std::vector<int>& counts) {
             new (self) Program();

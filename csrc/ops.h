@@ -84,6 +84,7 @@ struct RouterSettings {
     int weight;  // 0 raw, 1 renorm, 2 softmax, 3 sigmoid
     int num_groups, groups_kept, group_top2;
     float group_fill, renorm_eps, scale, softcap;  // softcap 0: none
+    float renorm_least = 0;                        // what the divisor of renorm is at least
 };
 
 struct Logits {

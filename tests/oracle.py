@@ -3,6 +3,7 @@ run beside them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,104 @@ FAMILY: dict[str, dict[str, Any]] = {
         "head_dim": 10,
         "sliding_window": 4,
     },
+    "glm4_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "head_dim": 12,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "minimax_m2": {
+        "intermediate_size": 14,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "rotary_dim": 8,
+    },
+    "ernie4_5_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "moe_num_experts": 5,
+        "moe_k": 3,
+        "num_hidden_layers": 3,
+    },
+    "mellum": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 10,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "exaone_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+    },
+    "solar_open": {
+        "moe_intermediate_size": 14,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "head_dim": 10,
+        "routed_scaling_factor": 2.5,
+    },
+    "hy_v3": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 2,
+        "head_dim": 10,
+    },
+    "hunyuan_v1_moe": {
+        "intermediate_size": 14,
+        "num_experts": 5,
+        "moe_topk": 2,
+        "head_dim": 10,
+    },
+    "flex_olmo": {"intermediate_size": 14, "num_experts": 5, "num_experts_per_tok": 3},
+    "afmoe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 10,
+        "sliding_window": 4,
+        "route_scale": 2.5,
+        "mup_enabled": True,
+    },
+    "laguna": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "shared_expert_intermediate_size": 18,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_attention_heads_per_layer": [4, 6],
+        "moe_routed_scaling_factor": 1.5,
+    },
+    "phi3": {"intermediate_size": 20},
+    "gemma3_text": {
+        "intermediate_size": 20,
+        "head_dim": 10,
+        "query_pre_attn_scalar": 10,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 HYBRID: dict[str, Any] = {
     "full_attention_interval": 2,
@@ -103,14 +202,15 @@ FAMILY |= {
     "qwen3_5_moe_text": SPARSE_HYBRID,
     "qwen3_5_text": {**HYBRID, "intermediate_size": 20},
 }
+FAMILY["granitemoeshared"] = {**FAMILY["granitemoe"], "shared_intermediate_size": 18}
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 model of transformers, its norms and biases random too, in its plainest
     implementation."""
-    return tiny_of(
-        AutoConfig.for_model(model_type, **{**TINY, **FAMILY[model_type], **overrides}), seed
-    )
+    # Configuration classes of transformers write into the objects that they are given.
+    sizes = copy.deepcopy({**TINY, **FAMILY[model_type], **overrides})
+    return tiny_of(AutoConfig.for_model(model_type, **sizes), seed)
 
 
 def tiny_of(config: Any, seed: int = 0) -> Any:

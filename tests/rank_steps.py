@@ -22,7 +22,7 @@ from ops.levels import bits
 
 MAX_TOKENS = 24
 BLOCK_SIZE = 4
-BLOCKS = 41  # one more than batches have
+BLOCKS = 81  # one more than batches have
 CPU = torch.device("cpu")
 
 
@@ -35,7 +35,8 @@ def runner(decoder: Decoder) -> Runner:
 
 
 class Batches:
-    """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9, and slot s."""
+    """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9, and as many 40
+    further on for a second group of layers; and slot s."""
 
     def __init__(self, seed: object) -> None:
         self._rng = random.Random(repr(seed))
@@ -54,9 +55,10 @@ class Batches:
             self._computed[s] += count
         ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
         blocks = [range(10 * s, 10 * s + -(-self._computed[s] // BLOCK_SIZE)) for s in some]
+        others = [[[40 + block for block in table] for table in blocks]]
         begun = [s for s, start in zip(some, starts, strict=True) if not start]
         states = StateInputs(some, begun, (), ())
-        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, states=states)
+        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others, states=states)
 
 
 def load(held: dict[str, Any], directory: Path, dtype: torch.dtype, placement: Placement) -> None:

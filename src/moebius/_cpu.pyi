@@ -197,6 +197,7 @@ class RouterSettings:
         renorm_eps: float,
         scale: float,
         softcap: float,
+        renorm_least: float,
     ) -> None: ...
 
 class Program:

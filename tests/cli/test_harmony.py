@@ -9,8 +9,8 @@ import pytest
 
 from moebius import LLM
 from moebius.cli.main import main
-from scripted import write_scripted
 from text.harmony import harmony_tokenizer
+from tiny_gpt_oss import write_scripted
 
 OPTIONS = {"dtype": "float32", "kv_cache_memory_bytes": 10**6}
 USER = [{"role": "user", "content": "hello"}]
@@ -37,7 +37,7 @@ def test_a_chat_has_the_content_and_ends(tmp_path: Path, ending: str) -> None:
 
 
 def test_reasoning_is_left_out(tmp_path: Path) -> None:
-    written(tmp_path, "<|channel|>analysis<|message|>A greeting.<|return|>")
+    written(tmp_path, "<|channel|>analysis<|message|>world<|return|>")
     with LLM(str(tmp_path), **OPTIONS) as llm:
         params = llm.default_params(temperature=0, max_tokens=40)
         ((output,),) = (each.outputs for each in llm.chat(USER, params))
@@ -60,7 +60,8 @@ def test_a_conversation_keeps_final_messages_alone(
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     monkeypatch.setattr(sys, "argv", ["moebius", "chat", str(tmp_path), "--temperature", "0",
                                       "--dtype", "float32", "--max-model-len", "512"])  # fmt: skip
-    main()
+    with pytest.raises(SystemExit):
+        main()
     assert capsys.readouterr().out.splitlines() == ["Well!", "Well!"]
     answer = {"role": "assistant", "content": "Well!"}
     assert asked == [USER, [*USER, answer, {"role": "user", "content": "again"}]]

@@ -18,9 +18,7 @@ from moebius.ops.reference import ReferenceOps
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
-from scripted import write_gpt_oss
-
-PUBLISHED = Path(__file__).parent.parent / "models" / "published" / "gpt-oss-20b.json"
+from tiny_gpt_oss import PUBLISHED, in_mxfp4, write_gpt_oss
 
 
 def test_blocks_behind_windows_are_planned_as_free_at_its_sizes() -> None:
@@ -74,8 +72,6 @@ def test_an_engine_gives_back_what_its_windows_have_passed(tmp_path: Path) -> No
 def test_a_plan_says_that_gate_and_up_are_copied(
     tmp_path: Path, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.test_gpt_oss import in_mxfp4
-
     monkeypatch.setenv("MOEBIUS_CPU_ISA", isa)
     in_mxfp4(tmp_path)
     prepared = prepare(tmp_path, EngineConfig(kv_cache_memory_bytes=2**20))

@@ -282,6 +282,6 @@ def test_every_architecture_gives_one_answer(
     asked = wishes(24, decoders[0].config.vocab_size, rng)
     expected = {wish.id: alone(decoders[0], wish) for wish in asked}
     for _ in range(3):
-        schedule = random_schedule(len(asked), rng)
+        schedule = random_schedule(len(asked), rng, groups_of(decoders[0]))
         for found in answers(rng.choice(decoders), asked, schedule).rounds:
             assert found == expected, schedule

@@ -72,6 +72,9 @@ LAYERS = {
     ),
     "sandwich, all heads normed": LayerSpec(replace(PLAIN, qk_norm="full"), DENSE, "sandwich"),
     "values of another size": LayerSpec(replace(PLAIN, value_dim=4), FeedForwardConfig(8, gated=False)),
+    "outputs normed alone": LayerSpec(replace(PLAIN, qk_norm="turned"), ROUTED, "post"),
+    "gates of values": LayerSpec(replace(PLAIN, gated="values", value_dim=4), DENSE),
+    "gates of heads": LayerSpec(replace(PLAIN, gated="heads", gate_function="softplus"), DENSE),
     "a mixer alone": LayerSpec(PLAIN, norms="sandwich"),
     "a feed-forward alone": LayerSpec(feed_forward=ROUTED, norms="sandwich"),
 }  # fmt: skip
@@ -106,8 +109,10 @@ def test_layers_that_are_nothing_are_refused() -> None:
         LayerSpec()
     with pytest.raises(ConfigError, match="num_layers is 0"):
         model()
-    with pytest.raises(ConfigError, match="norms is 'post'; it must be one of pre, sandwich"):
-        LayerSpec(PLAIN, norms="post")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="norms is 'both'; it must be one of pre, sandwich, post"):
+        LayerSpec(PLAIN, norms="both")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="residual_multiplier goes with layers whose inputs"):
+        LayerSpec(PLAIN, norms="post", residual_multiplier=0.5)
 
 
 class CountingOps(ReferenceOps):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moebius.errors import ConfigError, WeightsError
 from moebius.files import read_json
@@ -30,41 +29,13 @@ from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
 from oracle import Server, assert_close, load_theirs, save_tiny
-from quantised import change_config, held
+from quantised import held
 from tiny import write_tokenizer
+from tiny_gpt_oss import EXPERTS, PUBLISHED, SIZES, in_mxfp4
 
 F32 = torch.float32
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
-# Whole blocks of 32, as 2,880 is, and none of 256.
-SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "num_local_experts": 3}
-PUBLISHED = Path(__file__).parent / "published" / "gpt-oss-20b.json"
-EXPERTS = "model.layers.{}.mlp.experts."
 OPS = [ReferenceOps(), CpuOps(1, activations="float")]
-
-
-def in_mxfp4(directory: Path, layers: tuple[int, ...] = (0, 1), **changes: object) -> Path:
-    """A tiny model whose experts are MXFP4 in these layers. Beside it, in `plain`, which is
-    returned, the numbers that transformers makes of them."""
-    save_tiny(directory, "gpt_oss", **{**SIZES, **changes})
-    tensors = load_file(directory / "model.safetensors")
-    plain = dict(tensors)
-    generator = torch.Generator().manual_seed(0)
-    for layer in layers:
-        for name in ("gate_up_proj", "down_proj"):
-            whole = EXPERTS.format(layer) + name
-            experts, columns, rows = tensors.pop(whole).shape
-            shape = (experts, rows, columns // 32)
-            blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-            scales = torch.randint(120, 125, shape, generator=generator, dtype=torch.uint8)
-            tensors |= {f"{whole}_blocks": blocks, f"{whole}_scales": scales}
-            plain[whole] = convert_moe_packed_tensors(blocks, scales, dtype=F32).contiguous()
-    beside = directory / "plain"
-    beside.mkdir()
-    (beside / "config.json").write_text((directory / "config.json").read_text())
-    save_file(plain, beside / "model.safetensors", metadata={"format": "pt"})
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    change_config(directory, quantization_config=read_json(PUBLISHED)["quantization_config"])
-    return beside
 
 
 def meant(directory: Path) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from moebius.ops.steps import StateInputs, Step, StepInputs
 from ops.levels import bits
 from oracle import FAMILY, save_tiny
 
-MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 40
+MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 80
 CPU = torch.device("cpu")
 
 
@@ -46,9 +46,9 @@ def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
     return Runner(decoder, cache, CPU, StepRows(MAX_TOKENS, MAX_TOKENS))
 
 
-def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
+def random_step(rng: random.Random, computed: list[int], groups: int = 1) -> StepInputs:
     """New tokens of some of the sequences, none of all of them now and then; sequence s has blocks
-    10 s to 10 s + 9, and slot s."""
+    10 s to 10 s + 9, and as many 40 further on for another group of layers; and slot s."""
     some = [s for s in range(len(computed)) if rng.random() < 0.7]
     counts = [rng.randint(1, MAX_TOKENS // 4) for _ in some]
     starts = [computed[s] for s in some]
@@ -56,9 +56,10 @@ def random_step(rng: random.Random, computed: list[int]) -> StepInputs:
         computed[s] += count
     ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
     blocks = [list(range(10 * s, 10 * s + -(-computed[s] // BLOCK_SIZE))) for s in some]
+    others = [[[40 * group + b for b in table] for table in blocks] for group in range(1, groups)]
     begun = [s for s, start in zip(some, starts, strict=True) if not start]
     states = StateInputs(some, begun, (), ())
-    return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, states=states)
+    return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others, states=states)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -70,8 +71,9 @@ def test_recorded_steps_keep_every_bit(tmp_path: Path, model_type: str, dtype: t
         assert program.trace.reason == "" and program.trace.segments == 1
     assert not plain.programs.step.trace.recorded and not plain.programs.head.trace.recorded
     rng, computed = random.Random(model_type), [0, 0, 0, 0]
+    groups = len(plain.cache.layout.windows)
     for _ in range(6):
-        step = random_step(rng, computed)
+        step = random_step(rng, computed, groups)
         exact = plain.execute(step)
         assert torch.equal(bits(recorded.execute(step)), bits(exact))
         rows = rng.sample(range(len(exact)), rng.randint(0, len(exact)))

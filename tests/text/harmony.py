@@ -32,6 +32,8 @@ TEMPLATE = (
 def backend() -> Backend:
     made = byte_level()
     made.add_special_tokens(SPECIALS)
+    # One token each, as in o200k_harmony.
+    made.add_tokens(["analysis", "commentary", "final", "assistant"])
     return made
 
 

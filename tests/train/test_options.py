@@ -147,6 +147,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "value_dim": [{"v_head_dim": 16, REFUSED: "v_head_dim = 16 is not supported"}],
     "softcap": [{"attn_logit_softcapping": 50.0, REFUSED: "is not supported"}],
     "sinks": [{"sinks": True, REFUSED: "sinks = True is not supported"}],
+    "norm": [{"norm": "float32", REFUSED: "norm = 'float32' is not supported"}],
     "norms": [{"norms": "sandwich", REFUSED: "norms = 'sandwich' is not supported"}],
     "logits_softcap": [{"final_logit_softcapping": 30.0, REFUSED: "is not supported"}],
     "scale": [{"attention_multiplier": 0.5, REFUSED: "is not supported"}],

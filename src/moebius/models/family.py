@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError
+from moebius.files import package_table
 from moebius.models import families
 from moebius.models.config import ModelConfig
 from moebius.models.gguf_architecture import GgufArchitecture
@@ -22,6 +23,9 @@ from moebius.models.quantization import Quantization, read_quantization
 from moebius.models.quantization.read import KEYS as QUANTIZATION_KEYS
 from moebius.models.reading import HARMLESS, ConfigReader, Keys
 
+_REFUSED: Mapping[str, str] = package_table("models/keys.toml")["refused"]
+# Keys of a config.json that describe what sees.
+_SEEING = ("vision_config", "vision_tower", "mm_vision_tower")
 # Keys that a file has one of, for the language model as for the rest.
 _OF_THE_WHOLE = ("tie_word_embeddings", *sorted(QUANTIZATION_KEYS))
 
@@ -99,12 +103,17 @@ def family(model_type: object) -> Family:
     return family(declared.model_type) if isinstance(declared, Nested) else declared
 
 
-def _declared(model_type: object) -> tuple[Family | Nested, Path]:
-    """What is declared for a model_type, and in which file."""
+def _declared(
+    model_type: object, config_json: Mapping[str, Any] | None = None
+) -> tuple[Family | Nested, Path]:
+    """What is declared for a model_type, and in which file; config_json tells why not, if so."""
     known = model_types()
     if model_type not in known:
+        sees = any(key in (config_json or {}) for key in _SEEING)
+        why = _REFUSED.get(str(model_type), _REFUSED["images"] if sees else "")
+        reason = f": {why}" if why else ""
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported are "
+            f"config.json: model_type {model_type!r} is not supported{reason}; supported are "
             f"{', '.join(known)}"
         )
     module = import_module(f"{families.__name__}.{model_type}")
@@ -130,7 +139,7 @@ def gguf_architectures() -> tuple[str, ...]:
 
 def config_reader(config_json: Mapping[str, Any], where: str = "config.json") -> ConfigReader:
     """Of the language model's keys, which its model_type has. Raises ConfigError as `family`."""
-    declared, file = _declared(config_json.get("model_type"))
+    declared, file = _declared(config_json.get("model_type"), config_json)
     if isinstance(declared, Nested):
         return declared.language_model(config_json, where)
     keys = declared.keys or Keys.of_file(file.with_suffix(".json"))

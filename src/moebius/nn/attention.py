@@ -18,9 +18,10 @@ from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Feature, Operation, PreparedLinear, Rotation, Use
 from moebius.ops.cache_spec import CacheSpec, key_value_spec
-from moebius.ops.config import HeadGates
+from moebius.ops.config import GateFunction, HeadGates
 
-QKNorm = Literal["none", "head", "full"]
+QKNorm = Literal["none", "head", "full", "turned"]
+Gated = Literal["none", "values", "heads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class GQA:
     value_dim     size of a value head, where it is not N
     window        a token sees itself and window - 1 before it; None for all
     rope          None for none (NoPE)
-    qk_norm       queries and keys are normed each `head` by itself (Qwen3), or all heads as one
-                  vector, `full` (OLMoE)
+    qk_norm       queries and keys are normed each `head` by itself (Qwen3), once it is `turned`
+                  (Hunyuan), or all heads as one vector, `full` (OLMoE)
     qkv_bias, output_bias   the projections have biases
     clip_qkv      queries, keys and values are cut off at +- this (OLMo)
     scale         of the scores; None for 1 / sqrt(N)
@@ -40,6 +41,8 @@ class GQA:
     sinks         one more key a head, without a value, whose score is learned (gpt-oss)
     output_gate   each value of a head is multiplied by the sigmoid of a gate; the rows of a head's
                   gates stand behind those of its queries (Qwen3-Next)
+    gated         the `values` of heads are multiplied by gates of a projection of their own
+                  (AFMoE), or `heads` by one each (Laguna), behind gate_function
     """
 
     num_heads: int
@@ -56,9 +59,12 @@ class GQA:
     softcap: float | None = None
     sinks: bool = False
     output_gate: bool = False
+    gated: Gated = "none"
+    gate_function: GateFunction = "sigmoid"
 
     def __post_init__(self) -> None:
         require_word("qk_norm", self.qk_norm, QKNorm)
+        require_word("gated", self.gated, Gated)
         whole = self.qk_norm == "full" or self.clip_qkv is not None
         if self.output_gate and (whole or self.value_dim not in (None, self.head_dim)):
             raise ConfigError(
@@ -102,13 +108,17 @@ class GQA:
         return self.num_heads * (self.value_dim or self.head_dim)
 
     @property
+    def gate_size(self) -> int:
+        return {"none": 0, "values": self.out_size, "heads": self.num_heads}[self.gated]
+
+    @property
     def score_scale(self) -> float:
         """What attention scores are multiplied by."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def activations(self) -> int:
-        return self.q_rows + self.k_size + self.v_size + self.out_size
+        return self.q_rows + self.k_size + self.v_size + self.out_size + self.gate_size
 
     @property
     def scores(self) -> int:
@@ -126,6 +136,8 @@ class GQA:
         yield Parameter("o_proj.weight", (hidden_size, self.out_size))
         if self.output_bias:
             yield Parameter("o_proj.bias", (hidden_size,))
+        if self.gated != "none":
+            yield Parameter("gate_proj.weight", (self.gate_size, hidden_size))
         if self.sinks:
             yield Parameter("sinks", (self.num_heads,), float32=True)
 
@@ -153,7 +165,7 @@ class GQA:
             yield Use(Operation.RMS_NORM_PART, dtype)
         if self.clip_qkv is not None:
             yield Use(Operation.CLIP, dtype)
-        if self.output_gate:
+        if self.output_gate or self.gated != "none":
             yield Use(Operation.GATE_HEADS, dtype)
 
     def build(self, place: Place) -> "Attention":
@@ -181,6 +193,9 @@ class Attention(ParameterModule):
         self.gates: HeadGates | None = None
         if spec.output_gate:
             self.gates = HeadGates(start=spec.head_dim, stride=2 * spec.head_dim)
+        elif spec.gated != "none":
+            stride = spec.gate_size // spec.num_heads
+            self.gates = HeadGates(0, stride, spec.gated == "heads", spec.gate_function)
         self._projections: PreparedLinear | None = None
 
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
@@ -196,11 +211,15 @@ class Attention(ParameterModule):
         self.k_proj = linear(place.hidden_size, spec.k_size, spec.qkv_bias)
         self.v_proj = linear(place.hidden_size, spec.v_size, spec.qkv_bias)
         self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
+        self.gate_proj: Linear | None = None
+        if spec.gated != "none":
+            self.gate_proj = linear(place.hidden_size, spec.gate_size, bias=False)
         self.q_norm = norm(spec.q_size)
         self.k_norm = norm(spec.k_size)
         self.head_norms: tuple[RMSNorm, RMSNorm] | None = None
         """Of each query head and of each key head, where there are such."""
-        if spec.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
+        each = spec.qk_norm in ("head", "turned")
+        if each and self.q_norm is not None and self.k_norm is not None:
             self.head_norms = (self.q_norm, self.k_norm)
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
@@ -225,6 +244,7 @@ class Attention(ParameterModule):
         qkv_TI = self._projected(x_TD)
         out_THN = past.attend(self, qkv_TI, positions.rotation(self.rotary))
         if self.gates is not None:
-            out_THN = self.ops.gate_heads(out_THN, qkv_TI, self.gates)
+            gates_TI = qkv_TI if self.gate_proj is None else self.gate_proj(x_TD)
+            out_THN = self.ops.gate_heads(out_THN, gates_TI, self.gates)
         out_TD: Tensor = self.o_proj(out_THN.flatten(1))
         return out_TD

@@ -101,11 +101,17 @@ def _heads(
     q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)[..., : spec.head_dim]
     k_TGN = k_TI.view(len(qkv_TI), groups, spec.head_dim)
     v_TGN = v_TI.view(len(qkv_TI), groups, spec.v_size // groups)
+    rotary = attention.ops.rotary
+    turned_first = spec.qk_norm == "turned"
+    if turned_first:
+        q_THN = rotary(q_THN, rotation)
+        k_TGN = rotary(k_TGN, rotation)
     if attention.head_norms is not None:
         q_norm, k_norm = attention.head_norms
         q_THN = q_norm(q_THN.contiguous())
         k_TGN = k_norm(k_TGN.contiguous())
-    rotary = attention.ops.rotary
+    if turned_first:
+        return q_THN, k_TGN, v_TGN
     return rotary(q_THN, rotation), rotary(k_TGN, rotation), v_TGN
 
 

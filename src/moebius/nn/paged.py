@@ -58,7 +58,15 @@ class PagedPast:
             k_weight = k_norm.weight
             eps = q_norm.eps
         q_THN = self._ops.rotate_and_store(
-            qkv_TI, rotation, cache, slots, q_weight, k_weight, eps, gated=spec.output_gate
+            qkv_TI,
+            rotation,
+            cache,
+            slots,
+            q_weight,
+            k_weight,
+            eps,
+            gated=spec.output_gate,
+            turned_first=spec.qk_norm == "turned",
         )
         return self._ops.paged_attention(
             q_THN,

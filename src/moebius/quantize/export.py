@@ -139,6 +139,7 @@ def _described(
         metadata = dict(checkpoint.store.metadata)
         for key in [key for key in metadata if key.startswith(("split.", "general.alignment"))]:
             del metadata[key]
+        _leave_out_predicting(metadata, checkpoint.config)
         whole = [(each, Part(each, checkpoint.tensors[each.name])) for each in checkpoint.sources]
         targets = _targets(checkpoint, recipe, whole)
         stored = checkpoint.store.tensors.get(ROPE_DIVISORS)
@@ -168,6 +169,13 @@ def _moved(checkpoint: Checkpoint, architecture: GgufArchitecture) -> list[tuple
         origin = origins[wanted.parameter if moved is None else moved.parameter]
         found.append((wanted, Part(origin, checkpoint.tensors[origin.name], moved)))
     return found
+
+
+def _leave_out_predicting(metadata: dict[str, Value], config: ModelConfig) -> None:
+    """Count no layers that predict further tokens: they are read by none, and not written."""
+    before = f"{metadata['general.architecture']}."
+    if metadata.pop(f"{before}nextn_predict_layers", 0):
+        metadata[f"{before}block_count"] = config.num_layers
 
 
 def _targets(

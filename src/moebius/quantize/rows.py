@@ -158,8 +158,7 @@ class Rows:
             for part, (dtype, shape) in zip(stored.parts, shapes, strict=True)
         )
         if isinstance(source, Mxfp4Planes) and format == "mxfp4" and change is _unchanged:
-            codes, scales = (plane[chosen] for plane in planes)
-            return _bytes(mxfp4_blocks(codes, scales))
+            return _bytes(mxfp4_blocks(planes[0][chosen], planes[1][chosen]))
         parted, some = source.select(planes, chosen)
         x_RK = change(parted.widened(some, torch.float32))
         return _bytes(_in_format(x_RK, format, stored))

@@ -53,9 +53,14 @@ class Harmony:
             return None
         if not all(token in source for token in written):
             return None
-        start, channel, message, end = (tokens[token] for token in (*written, _END))
-        stops = frozenset(tokens[stop] for stop in _STOPS)
-        return cls(start, channel, message, end, stops, detokenizer)
+        return cls(
+            start=tokens[_START],
+            channel=tokens[_CHANNEL],
+            message=tokens[_MESSAGE],
+            end=tokens[_END],
+            stops=frozenset(tokens[stop] for stop in _STOPS),
+            detokenizer=detokenizer,
+        )
 
     def reader(self, prompt_ids: Sequence[int]) -> "HarmonyReader":
         """Of the reply to a prompt, which may have begun its first message."""

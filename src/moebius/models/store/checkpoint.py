@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -118,11 +119,42 @@ def _named_in_full(
     """The tensors under their names in a model with a head; one that was saved without has no
     `model.` before them."""
     before = layout.prefix
-    if any(name.startswith(before) for name in tensors):
+    bare = layout.layer.removeprefix(before).partition("{i}")[0]
+    whole = any(name.startswith(before) for name in tensors)
+    if whole or not any(name.startswith(bare) for name in tensors):
         return tensors
     return {
         name if name == layout.head else before + name: tensor for name, tensor in tensors.items()
     }
+
+
+def _without_unused(described: Description, store: Store) -> Mapping[str, StoredTensor]:
+    """The store's tensors without those that the model computes nothing with; a line names them."""
+    names = store.tensors
+    layers = described.config.num_layers
+    patterns = (*described.unused, *_predicting(described.layouts[0], layers, names))
+    unused = {name: pattern for name in names for pattern in patterns if fnmatchcase(name, pattern)}
+    if unused:
+        log.info(
+            "%s: %d tensors are left out, as no %s model here computes with them: %s",
+            store.config,
+            len(unused),
+            described.config.model_type,
+            ", ".join(sorted(set(unused.values()))),
+        )
+    return {name: tensor for name, tensor in names.items() if name not in unused}
+
+
+def _predicting(layout: Layout, layers: int, names: Collection[str]) -> list[str]:
+    """Patterns of the layers behind the model's own that predict further tokens (multi-token
+    prediction, arXiv 2412.19437 section 2.2): a projection of two joined inputs marks them."""
+    found: list[str] = []
+    while True:
+        layer = layout.layer.replace("{i}", str(layers + len(found)))
+        marks = (f"{layer}eh_proj.", f"{layer}nextn.")
+        if not any(name.startswith(marks) for name in names):
+            return found
+        found.append(f"{layer}*")
 
 
 def _harmless(name: str, config: ModelConfig, head: str) -> bool:
@@ -198,7 +230,7 @@ def _match(
         files = sorted({short_name(tensor.file) for tensor in tensors.values()})
         where = ", ".join(files[:3]) or path.name
         raise WeightsError(f"{where}: tensor {missing[0]!r} is missing{_remark(missing, head)}")
-    wanted = tuple(each.of_codes if tensors[each.name].parts else each for each in wanted)
+    wanted = _as_stored(wanted, tensors)
     shapes = dict.fromkeys((source.name, source.stored_shape) for source in wanted)
     for name, shape in shapes:
         _check_stored(tensors[name], name, shape, store)
@@ -220,6 +252,13 @@ def _with_embedding(
     if stored or not config.tie_word_embeddings:
         return layouts
     return tuple(replace(layout, embedding=layout.head) for layout in layouts)
+
+
+def _as_stored(
+    wanted: tuple[Source, ...], tensors: Mapping[str, StoredTensor]
+) -> tuple[Source, ...]:
+    """The sources, told which of their tensors are quantised."""
+    return tuple(each.of_codes if tensors[each.name].parts else each for each in wanted)
 
 
 def _closest(
@@ -286,9 +325,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             ", ".join(described.ignored),
         )
     layout = described.layouts[0]
-    known = {name: each for name, each in store.tensors.items() if not described.leaves_out(name)}
-    tensors = _named_in_full(layout, known)
     config = described.config
+    tensors = _named_in_full(layout, _without_unused(described, store))
     layout = next((each for each in described.layouts if each.embedding in tensors), layout)
     tied = _tied(path, config, layout, tensors)
     config = replace(config, tie_word_embeddings=tied)
