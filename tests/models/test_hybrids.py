@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -292,5 +293,29 @@ def test_a_multimodal_model_becomes_a_file(kind: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "model")
     write_model(tmp_path / "model", tmp_path / "out.gguf", "f32")
     server = Server(load_decoder(tmp_path / "out.gguf", torch.float32), block_size=4, num_blocks=8)
+    server.step([(0, IDS)])
+    assert_same(server.all_logits(0), recurrent(model, IDS))
+
+
+def test_what_predicts_further_tokens_is_left_out_of_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block behind the model's own, which block_count counts."""
+    model = save_tiny(tmp_path, "qwen3_5_moe_text")
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for keys in writer.kv_data:
+            keys.pop("qwen35moe.block_count", None)
+            keys.pop("qwen35moe.attention.recurrent_layers", None)
+        writer.add_block_count(3)
+        writer.add_nextn_predict_layers(1)
+        writer.add_array("qwen35moe.attention.recurrent_layers", [True, False, False])
+        for name in ("nextn.eh_proj", "attn_q", "ffn_gate_inp"):
+            writer.add_tensor(f"blk.2.{name}.weight", np.zeros((5, 24), dtype=np.float32))
+
+    converter(tmp_path).save(tmp_path / "tiny.gguf", change)
+    caplog.set_level(logging.INFO)
+    server = Server(load_decoder(tmp_path / "tiny.gguf", torch.float32), 4, 8)
+    assert "3 tensors are left out" in caplog.text and "blk.2.*" in caplog.text
     server.step([(0, IDS)])
     assert_same(server.all_logits(0), recurrent(model, IDS))
