@@ -27,6 +27,7 @@ from moebius.nn.mixers.gated_delta import GatedDelta
 from moebius.ops import Ops, select_ops
 from moebius.ops.config import DeltaSizes
 from moebius.ops.reference import ReferenceOps
+from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
 from oracle import FAMILY, TINY, Server, assert_close, save_tiny, tiny_model
 from tiny import write_tokenizer
@@ -319,3 +320,37 @@ def test_what_predicts_further_tokens_is_left_out_of_files(
     assert "3 tensors are left out" in caplog.text and "blk.2.*" in caplog.text
     server.step([(0, IDS)])
     assert_same(server.all_logits(0), recurrent(model, IDS))
+
+
+BLOCKS_OF_32 = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+def test_a_quantised_checkpoint_computes_what_a_file_of_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of single rows, in groups or not: the same bits. The file has norms with their 1 and
+    decays as such, the checkpoint's own tensors do not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    save_tiny(model, "qwen3_next", **BLOCKS_OF_32)
+    write_tokenizer(model)
+    write_model(model, tmp_path / "out.gguf", "q8_0")
+    made = Quantized.of(open_checkpoint(model), "q8_0")
+    made.make()
+    logits = []
+    for checkpoint in (made.checkpoint, open_checkpoint(tmp_path / "out.gguf")):
+        assert checkpoint.formats["q8_0"] > 60_000
+        server = Server(load_decoder(checkpoint, torch.bfloat16), block_size=4, num_blocks=8)
+        server.step([(0, IDS[:13])])
+        server.step([(0, IDS[13:])])
+        logits.append(server.all_logits(0))
+    assert torch.equal(*logits)
