@@ -22,7 +22,7 @@ from ops.levels import bits
 
 MAX_TOKENS = 24
 BLOCK_SIZE = 4
-BLOCKS = 81  # one more than batches have
+BLOCKS = 161  # one more than batches have
 CPU = torch.device("cpu")
 
 
@@ -36,7 +36,7 @@ def runner(decoder: Decoder) -> Runner:
 
 class Batches:
     """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9, and as many 40
-    further on for a second group of layers; and slot s."""
+    further on for each of three more groups of layers; and slot s."""
 
     def __init__(self, seed: object) -> None:
         self._rng = random.Random(repr(seed))
@@ -55,7 +55,7 @@ class Batches:
             self._computed[s] += count
         ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
         blocks = [range(10 * s, 10 * s + -(-self._computed[s] // BLOCK_SIZE)) for s in some]
-        others = [[[40 + block for block in table] for table in blocks]]
+        others = [[[more + block for block in table] for table in blocks] for more in (40, 80, 120)]
         begun = [s for s, start in zip(some, starts, strict=True) if not start]
         states = StateInputs(some, begun, (), ())
         return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others, states=states)

@@ -28,7 +28,7 @@ from moebius.ops.steps import StateInputs, Step, StepInputs
 from ops.levels import bits
 from oracle import FAMILY, save_tiny
 
-MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 80
+MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 160
 CPU = torch.device("cpu")
 
 
