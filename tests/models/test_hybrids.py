@@ -196,7 +196,7 @@ def test_the_published_sizes() -> None:
         assert config.num_layers == layers and config.norm == "zero-centred"
         delta, full = config.layers[0].mixer, config.layers[3].mixer
         assert isinstance(delta, GatedDelta) and delta.sizes == DeltaSizes(16, 32, 128, 128)
-        assert isinstance(full, GQA) and full.output_gate and full.rope is not None
+        assert isinstance(full, GQA) and full.gated == "queries" and full.rope is not None
         assert full.rope.size(full.head_dim) == 64
         caches = config.caches(torch.bfloat16)
         assert caches[0].bytes_per_state == 32 * 128 * 128 * 4 + 3 * 8192 * 2
