@@ -1,13 +1,12 @@
 // moebius._cpu: what ops/cpu calls. Each operation on rows is a record whose fields are named on both sides; it is run at once
 // or noted in a program. Arrays come as addresses: a tensor's data_ptr() costs a tenth of a conversion, and a decoder makes
 // some eight calls a layer. ops/cpu checks dtypes, shapes and contiguity. What computes releases the GIL.
-#include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_call.h"
 #include "exchange_bindings.h"
-#include "ops.h"
-#include "program.h"
+#include "recurrent_bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -15,10 +14,7 @@ using namespace moebius;
 
 namespace {
 
-using Address = uintptr_t;
 using Addresses = std::vector<Address>;
-
-template <class T> T* array(Address address) { return reinterpret_cast<T*>(address); }
 
 std::vector<const void*> pointers(const Addresses& addresses) {
     std::vector<const void*> p;
@@ -76,14 +72,14 @@ void require_experts(Dtype dtype, size_t count, const Matrices& matrices, int ro
         throw std::invalid_argument("not as many matrices or biases of each kind as there are experts, " + std::to_string(count));
 }
 
-Experts make_experts(int dtype, int hidden, int width, int activation, const Matrices& gate, const Matrices& up, const Matrices& down,
+Experts make_experts(int dtype, int hidden, int width, const Activation& activation, const Matrices& gate, const Matrices& up, const Matrices& down,
                      const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk) {
     require_experts(Dtype(dtype), gate.size(), gate, width, hidden, gate_bias);
     require_experts(Dtype(dtype), gate.size(), up, width, hidden, up_bias);
     require_experts(Dtype(dtype), gate.size(), down, hidden, width, down_bias);
     bool holes = false;
     for (const Matrix& w : gate) holes |= w.data == nullptr;
-    return {Dtype(dtype), hidden, width, Activation(activation), gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk};
+    return {Dtype(dtype), hidden, width, activation, gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk};
 }
 
 // Throws std::invalid_argument for a sequence whose tokens its table has no blocks for.
@@ -233,18 +229,6 @@ struct AttentionCall : Attention {
     }
 };
 
-// A record of an operation's arguments as a class of Python: made from named fields, run, or noted in a program, which it and
-// the operations then have to outlive.
-template <class Call, class Make, class... Names> void bind_call(nb::module_& m, const char* name, Make make, const Names&... names) {
-    nb::class_<Call>(m, name)
-        .def("__init__", make, nb::kw_only(), names...)
-        .def("run", [](const Call& call, Ops& ops, int rows) { call(ops, rows); }, "ops"_a, "rows"_a,
-             nb::call_guard<nb::gil_scoped_release>())
-        .def("note", [](const Call& call, Ops& ops, Program& program, int count, int factor) {
-            program.calls.push_back({[call, &ops](int rows) { call(ops, rows); }, count, factor});
-        }, "ops"_a, "program"_a, "count"_a, "factor"_a);
-}
-
 void bind_calls(nb::module_& m) {
     using V = void;
     bind_call<Embed>(m, "Embed", [](Embed* self, int dtype, const Matrix& table, float multiplier, Address ids, Address out) {
@@ -269,11 +253,11 @@ void bind_calls(nb::module_& m) {
     bind_call<AddGated>(m, "AddGated", [](AddGated* self, int dtype, Address a, Address b, Address gate, int size, Address out) {
         new (self) AddGated{Dtype(dtype), array<V>(a), array<V>(b), array<float>(gate), size, array<V>(out)};
     }, "dtype"_a, "a"_a, "b"_a, "gate"_a, "size"_a, "out"_a);
-    bind_call<RmsNormCall>(m, "RmsNorm", [](RmsNormCall* self, int dtype, Address x, Address update, float multiplier, Address weight, int size,
-                                            int stride, float eps, Address sum, Address out) {
-        new (self) RmsNormCall{{Dtype(dtype), array<V>(x), array<V>(update), multiplier, array<V>(weight), size, stride, eps, array<V>(sum),
-                                array<V>(out)}};
-    }, "dtype"_a, "x"_a, "update"_a, "multiplier"_a, "weight"_a, "size"_a, "stride"_a, "eps"_a, "sum"_a, "out"_a);
+    bind_call<RmsNormCall>(m, "RmsNorm", [](RmsNormCall* self, int dtype, Address x, Address update, float multiplier, Address weight, int weight_dtype,
+                                            int size, int stride, float eps, Address sum, Address out) {
+        new (self) RmsNormCall{{Dtype(dtype), array<V>(x), array<V>(update), multiplier, norm_weight(dtype, weight, weight_dtype), size, stride,
+                                eps, array<V>(sum), array<V>(out)}};
+    }, "dtype"_a, "x"_a, "update"_a, "multiplier"_a, "weight"_a, "weight_dtype"_a, "size"_a, "stride"_a, "eps"_a, "sum"_a, "out"_a);
     bind_call<ClipCall>(m, "Clip", [](ClipCall* self, int dtype, Address x, int size, float limit, Address out) {
         new (self) ClipCall{{Dtype(dtype), array<V>(x), size, limit, array<V>(out)}};
     }, "dtype"_a, "x"_a, "size"_a, "limit"_a, "out"_a);
@@ -287,13 +271,13 @@ void bind_calls(nb::module_& m) {
         new (self) Rotation{array<int64_t>(positions), array<float>(inverse), half, factor, array<float>(cos), array<float>(sin)};
     }, "positions"_a, "inverse"_a, "half"_a, "factor"_a, "cos"_a, "sin"_a);
     bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, int blocks, Address qkv, int q_heads,
-                                                          Address cos, Address sin, int half, bool interleaved, Address q_norm,
-                                                          Address k_norm, float eps, Address slots, Address cache, Address key_offset,
+                                                          bool gated, Address cos, Address sin, int half, bool interleaved, Address q_norm,
+                                                          Address k_norm, int norm_dtype, float eps, Address slots, Address cache, Address key_offset,
                                                           Address q_out) {
-        new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, array<float>(cos), array<float>(sin), half,
-                                       interleaved, array<V>(q_norm), array<V>(k_norm), eps, array<int64_t>(slots), array<uint32_t>(cache),
+        new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, gated, array<float>(cos), array<float>(sin), half,
+                                       interleaved, norm_weight(dtype, q_norm, norm_dtype), norm_weight(dtype, k_norm, norm_dtype), eps, array<int64_t>(slots), array<uint32_t>(cache),
                                        array<V>(q_out), array<float>(key_offset)}, blocks};
-    }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "slots"_a, "cache"_a,
+    }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "gated"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "norm_dtype"_a, "eps"_a, "slots"_a, "cache"_a,
        "key_offset"_a, "q_out"_a);
     bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
                                                 Address cache, Address key_offset, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
@@ -331,9 +315,10 @@ NB_MODULE(_cpu, m) {
         new (self) Linear(make_linear(dtype, weights, biases));
     }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);
     nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Matrices& gate,
-            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk) {
-        new (self) Experts(make_experts(dtype, hidden, width, activation, gate, up, down, gate_bias, up_bias, down_bias, on_disk));
-    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a, "on_disk"_a = false)
+            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk, float alpha, float limit) {
+        new (self) Experts(make_experts(dtype, hidden, width, {ActivationKind(activation), alpha, limit}, gate, up, down, gate_bias, up_bias, down_bias, on_disk));
+    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a, "on_disk"_a = false,
+       "alpha"_a = 0.0f, "limit"_a = 0.0f)
         .def("assign", [](Experts& self, const Experts& other) { self = other; }, "other"_a);
     nb::class_<StepAttention>(m, "StepAttention")
         .def("__init__", [](StepAttention* self, int window, int block_size) {
@@ -389,5 +374,6 @@ NB_MODULE(_cpu, m) {
         .def("ranks", &Ops::ranks, release())
         .def("shape", &Ops::shape, release());
     bind_calls(m);
+    bind_recurrent(m);
     bind_exchange(m);
 }

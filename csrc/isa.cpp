@@ -4,6 +4,7 @@
 #include "fp8_product.h"
 #include "ordered_product.h"
 #include "pointwise.h"
+#include "recurrent.h"
 #if defined(__AVX512F__)
 #include "attention_16.h"
 #include "product_16.h"
@@ -55,13 +56,18 @@ const Kernels* kernels() {
         {add_bias<bf16>, add_bias<float>},
         {gated<bf16>, gated<float>},
         {combine<bf16>, combine<float>},
-        {rms_norm<bf16>, rms_norm<float>},
-        {rotate<bf16>, rotate<float>},
-        {rotate_wide<bf16>, rotate_wide<float>},
+        {{rms_norm<bf16, bf16>, rms_norm<bf16, float>}, {nullptr, rms_norm<float, float>}},
+        {{rotate<bf16, bf16>, rotate<bf16, float>}, {nullptr, rotate<float, float>}},
+        {{rotate_wide<bf16, bf16>, rotate_wide<bf16, float>}, {nullptr, rotate_wide<float, float>}},
         {quantise<bf16>, quantise<float>},
         {MOEBIUS_BF16(MOEBIUS_16_OR_8(attention, bf16), amx_attention), MOEBIUS_16_OR_8(attention, float)},
         {attention_int8<bf16>, attention_int8<float>},
         {join_splits<bf16>, join_splits<float>},
+        {conv_weights<bf16>, conv_weights<float>},
+        {causal_conv<bf16>, causal_conv<float>},
+        {gated_delta<bf16>, gated_delta<float>},
+        {{gated_norm<bf16, bf16>, gated_norm<bf16, float>}, {nullptr, gated_norm<float, float>}},
+        {gate_head<bf16>, gate_head<float>},
         softmax_stats,
         exp_row,
     };

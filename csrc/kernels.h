@@ -17,7 +17,25 @@ namespace moebius {
 
 // What a KV cache holds: numbers of a Dtype, or codes of 8 bits with a scale for each token and head.
 enum CacheType { BF16_CACHE = BF16, F32_CACHE = F32, INT8_CACHE = 2 };
-enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
+enum ActivationKind { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, CLAMPED_SWIGLU = 4 };
+
+// How an expert's gate and up become one: act(gate) * up; or, of CLAMPED_SWIGLU, (u + 1) * g * sigmoid(alpha * g), with g the gate,
+// at most `limit`, and u the up between -limit and limit.
+struct Activation {
+    ActivationKind kind;
+    float alpha, limit;
+
+    Activation(ActivationKind kind, float alpha = 0, float limit = 0) : kind(kind), alpha(alpha), limit(limit) {}
+};
+
+// What the gates of heads go through.
+enum GateFunction { SILU_GATE = 0, SIGMOID_GATE = 1, SOFTPLUS_GATE = 2 };
+
+// A norm's weight is of its row's dtype; or, beside bfloat16, float32, and then nothing is rounded before the product with it.
+struct NormWeight {
+    const void* values;  // or null, where there may be none
+    Dtype dtype;
+};
 
 // Keys of a tile of attention, at absolute positions i * KEY_TILE; a constant of the kernel (P1).
 constexpr int KEY_TILE = 64;
@@ -89,6 +107,37 @@ struct Fp8Kernels {
     void (*product)(const void* const* x, int m, const void* w, int n, int k, const Fp8Scales& scales, const void* next, float* c, int ldc);
 };
 
+// Some channels of one sequence's rows, convolved over time. Strides are elements between rows.
+struct ConvSequence {
+    const void* x;
+    size_t x_stride;
+    int rows, channels, taps;
+    const float* weights;  // (taps, channels), the oldest input's first
+    const float* bias;     // (channels,) or null
+    void* state;           // taps - 1 rows: the inputs before, oldest first, and then the last ones; or null for zeros
+    size_t stride;         // of state and out
+    bool silu;
+    void* out;
+};
+
+// Rows of one sequence and one value head, by the gated delta rule: some columns of its state.
+struct DeltaHead {
+    const void *q, *k, *v;  // at the head's values of the first row, v at the first column
+    size_t qkv_stride;
+    const void *b, *a;      // its gates of the first row
+    size_t gates_stride;
+    int rows, key_dim, columns;
+    float decay, dt_bias;
+    float* state;           // (key_dim, columns), state_stride floats between rows
+    size_t state_stride;
+    const float* next;      // where the state lies that will be read after this one, or null
+    void* out;              // at the first column
+    size_t out_stride;
+};
+// Rows whose queries, keys and gates are made ready at a time: as many as there are lanes.
+constexpr int DELTA_ROWS = 16;
+inline size_t delta_scratch(int key_dim) { return size_t(2) * DELTA_ROWS * key_dim; }
+
 struct Kernels {
     const char* name;
 
@@ -108,26 +157,35 @@ struct Kernels {
     void (*store[2])(const float* c, int n, const void* bias, void* out);
     // c += bias
     void (*add_bias[2])(float* c, int n, const void* bias);
-    // out = round(act(gate) * up)
-    void (*gated[2])(const float* gate, const float* up, int n, Activation activation, void* out);
+    // out = round(gate and up, joined)
+    void (*gated[2])(const float* gate, const float* up, int n, const Activation& activation, void* out);
     // out = round(base + sum over k, in order, of weights[k] * rows[k]); base may be null.
     void (*combine[2])(const void* const* rows, const float* weights, int k, int n, const void* base, void* out);
-    // sum = round(x + multiplier * update) where update is given (else sum is not written), out = round(norm(sum)) * weight
-    void (*rms_norm[2])(const void* x, const void* update, float multiplier, const void* weight, int n, float eps,
-                        void* sum, void* out);
+    // sum = round(x + multiplier * update) where update is given (else sum is not written), out = norm(sum) * weight. Of norms there
+    // is one for each dtype of a row and of its weight; null for float32 with bfloat16.
+    void (*rms_norm[2][2])(const void* x, const void* update, float multiplier, const void* weight, int n, float eps,
+                           void* sum, void* out);
     // One head: RMS norm where weight is given, then rotation of the first 2 * half values, in pairs of i and half + i, or
     // of 2i and 2i + 1 where they are interleaved; out may be x.
-    void (*rotate[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,
-                      bool interleaved, int n, void* out);
+    void (*rotate[2][2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,
+                         bool interleaved, int n, void* out);
     // The same without rounding, to float32.
-    void (*rotate_wide[2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,
-                           bool interleaved, int n, float* out);
+    void (*rotate_wide[2][2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,
+                              bool interleaved, int n, float* out);
     // Codes of n values less `less` (or null), as src/moebius/ops/reference/codes.py describes; returns their scale in float16.
     uint16_t (*quantise[2])(const void* x, const float* less, int n, int8_t* codes);
     void (*attention[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);
     void (*attention_int8[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch);  // over codes
     // The rest of `attention` from the scratches of `count` consecutive splits, `stride` floats apart.
     void (*join_splits[2])(const AttentionBlock& block, const CacheShape& shape, float* scratch, size_t stride, int count);
+    // Recurrent layers. Weights (channels, taps) of each dtype become what ConvSequence wants.
+    void (*conv_weights[2])(const void* weight, int channels, int taps, float* out);
+    void (*causal_conv[2])(const ConvSequence& s);
+    void (*gated_delta[2])(const DeltaHead& d, float* scratch);
+    // Of each head of n values: out = norm(x) * weight, rounded where both are of one dtype, times gate(g), rounded.
+    void (*gated_norm[2][2])(const void* x, const void* g, const void* weight, float eps, int heads, int n, GateFunction gate, void* out);
+    // out = round(x * round(gate(g))); `single`: one g for all n values.
+    void (*gate_head[2])(const void* x, const void* g, int n, bool single, GateFunction gate, void* out);
     // Largest value (NaN where any value is not finite), its lowest index, and the sum of exp((x - largest) * factor)
     // where `sum` is given.
     void (*softmax_stats)(const float* x, int n, float factor, float* largest, int* at, double* sum);

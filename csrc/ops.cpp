@@ -328,11 +328,12 @@ void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, 
 void Ops::rms_norm(const RmsNorm& n, int rows) {
     const size_t row_bytes = n.stride * size_of(n.dtype);
     const int chunk = std::max(1, int((16 << 10) / row_bytes));
+    const auto norm = kernels_->rms_norm[n.dtype][n.weight.dtype];
     pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
         for (int t = item * chunk; t < std::min(rows, (item + 1) * chunk); t++) {
             size_t row = t * row_bytes;
-            kernels_->rms_norm[n.dtype](at(n.x, row), n.update ? at(n.update, row) : nullptr, n.multiplier, n.weight, n.size, n.eps,
-                                        n.update ? at(n.sum, row) : nullptr, at(n.out, row));
+            norm(at(n.x, row), n.update ? at(n.update, row) : nullptr, n.multiplier, n.weight.values, n.size, n.eps,
+                 n.update ? at(n.sum, row) : nullptr, at(n.out, row));
         }
     });
 }

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "panels.h"
 #include "pool.h"
+#include "recurrent_calls.h"
 #include "sampling.h"
 
 namespace moebius {
@@ -109,7 +110,7 @@ struct RmsNorm {
     const void* x;
     const void* update;  // or null
     float multiplier;
-    const void* weight;  // (size,)
+    NormWeight weight;  // (size,)
     int size, stride;
     float eps;
     void* sum;
@@ -122,12 +123,13 @@ struct RotateAndStore {
     const CacheShape* shape;
     const void* qkv;  // (rows, ...): a token's query, key and value heads side by side
     int q_heads;
+    bool gated;  // behind each query head stand as many gates, which are left alone
     const float* cos;  // (rows, half), like sin
     const float* sin;
     int half;            // of what is rotated of a head
     bool interleaved;    // neighbours are rotated together, else i and half + i
-    const void* q_norm;  // (key_dim,) or null, like k_norm
-    const void* k_norm;
+    NormWeight q_norm;  // (key_dim,) or null, like k_norm
+    NormWeight k_norm;
     float eps;
     const int64_t* slots;  // (rows,)
     uint32_t* cache;       // the layer's
@@ -203,6 +205,11 @@ public:
     void rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin);
     void rotate_and_store(const RotateAndStore& r, int rows);
     void attention(const Attention& a);  // of the rows that its step says
+    // Recurrent layers (recurrent_ops.cpp), the first two of the rows that their step says.
+    void causal_conv(const CausalConv& c);
+    void gated_delta(const GatedDelta& d);
+    void gated_norm(const GatedNorm& n, int rows);
+    void gate_heads(const GateHeads& g, int rows);
     // Adds to the tally what it chose.
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,
                const RouterTally& tally);
@@ -298,6 +305,8 @@ private:
     // Floats of one item of attention, and whether so many items are few: then each split of their keys is one.
     static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
     int few_items() const { return 2 * pool_.threads(); }
+    // Columns of an item, whole vectors, of so many that are divided where there are few items without.
+    int divided_columns(int columns, int items) const;
     AttentionBlock attention_block(const Attention& a, const Attend& item) const;
     // Calls the kernel with these rows of x, packed where it wants them so: once for a thread's items. `first` tells them from
     // all others of this call.

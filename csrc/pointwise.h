@@ -37,9 +37,10 @@ template <class T> void store_row(const float* c, int n, const void* bias, void*
 
 extern "C" float erff(float);
 
-INLINE V activated(V x, Activation activation) {
+INLINE V activated(V x, ActivationKind kind) {
     const V half = all(0.5f), one = all(1.0f);
-    switch (activation) {
+    switch (kind) {
+        case CLAMPED_SWIGLU: break;  // of two
         case SILU: return mul(x, sigmoid(x));
         case RELU: return maximum(x, zero());
         case GELU_TANH: {
@@ -56,10 +57,19 @@ INLINE V activated(V x, Activation activation) {
     return x;
 }
 
-template <class T> void gated(const float* gate, const float* up, int n, Activation activation, void* out_row) {
+INLINE V clamped_swiglu(V gate, V up, V alpha, V limit) {
+    // The limit first: what is no number stays so.
+    const V g = minimum(limit, gate), u = maximum(sub(zero(), limit), minimum(limit, up));
+    return mul(add(u, all(1.0f)), mul(g, sigmoid(mul(alpha, g))));
+}
+
+template <class T> void gated(const float* gate, const float* up, int n, const Activation& activation, void* out_row) {
     T* out = static_cast<T*>(out_row);
+    const ActivationKind kind = activation.kind;
+    const V alpha = all(activation.alpha), limit = all(activation.limit);
     each_vector(n, [&](int i, int count) {
-        put(out + i, mul(activated(take(gate + i, count), activation), take(up + i, count)), count);
+        const V g = take(gate + i, count), u = take(up + i, count);
+        put(out + i, kind == CLAMPED_SWIGLU ? clamped_swiglu(g, u, alpha, limit) : mul(activated(g, kind), u), count);
     });
 }
 
@@ -83,21 +93,35 @@ template <class T, class W> void scaled_row(const void* matrix_row, float multip
     each_vector(n, [&](int i, int count) { put(out + i, mul(take(row + i, count), all(multiplier)), count); });
 }
 
-template <class T> INLINE float inverse_rms(const T* x, int n, float eps) {
-    V squares[2] = {zero(), zero()};
-    int turn = 0;
-    each_vector(n, [&](int i, int count) {
-        V v = take(x + i, count);
-        squares[turn] = fma(v, v, squares[turn]);
-        turn ^= 1;
-    });
-    return 1.0f / __builtin_sqrtf(reduce_add(add(squares[0], squares[1])) / float(n) + eps);
+// Vectors by turns to one sum and to another, so that neither waits for itself alone.
+template <class T> INLINE float sum_of_squares(const T* x, int n) {
+    V even = zero(), odd = zero();
+    auto square = [&](int i, int count, V sum) {
+        const V v = take(x + i, count);
+        return fma(v, v, sum);
+    };
+    int i = 0;
+    for (; i + 32 <= n; i += 32) even = square(i, 16, even), odd = square(i + 16, 16, odd);
+    if (i < n) even = square(i, min_of(16, n - i), even);
+    if (i + 16 < n) odd = square(i + 16, n - i - 16, odd);
+    return reduce_add(add(even, odd));
 }
 
-template <class T>
+template <class T> INLINE float inverse_rms(const T* x, int n, float eps) {
+    return 1.0f / __builtin_sqrtf(sum_of_squares(x, n) / float(n) + eps);
+}
+
+// A normed value of a row of T with its weight of W: rounded before their product where both are of one type.
+template <class T, class W> INLINE V weighted(V normed, V weight) {
+    if constexpr (sizeof(T) == sizeof(W)) return mul(as_stored<T>(normed), weight);
+    else return mul(normed, weight);
+}
+
+template <class T, class W>
 void rms_norm(const void* x_row, const void* update_row, float multiplier, const void* weight, int n, float eps,
               void* sum_row, void* out_row) {
-    const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(weight);
+    const T* x = static_cast<const T*>(x_row);
+    const W* w = static_cast<const W*>(weight);
     T* out = static_cast<T*>(out_row);
     if (update_row) {
         const T* update = static_cast<const T*>(update_row);
@@ -109,7 +133,7 @@ void rms_norm(const void* x_row, const void* update_row, float multiplier, const
     }
     const V inverse = all(inverse_rms(x, n, eps));
     each_vector(n, [&](int i, int count) {
-        put(out + i, mul(as_stored<T>(mul(take(x + i, count), inverse)), take(w + i, count)), count);
+        put(out + i, weighted<T, W>(mul(take(x + i, count), inverse), take(w + i, count)), count);
     });
 }
 
@@ -127,14 +151,15 @@ INLINE void zip(V& a, V& b) {
     a = load(pairs), b = load(pairs + 16);
 }
 
-template <class T, class Out>
+template <class T, class W, class Out>
 INLINE void rotate_to(const void* x_row, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved,
                       int n, Out* out) {
-    const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(weight);
+    const T* x = static_cast<const T*>(x_row);
+    const W* w = static_cast<const W*>(weight);
     const V inverse = w ? all(inverse_rms(x, n, eps)) : zero();
     auto value = [&](int i, int count) {
         V v = take(x + i, count);
-        return w ? as_stored<T>(mul(as_stored<T>(mul(v, inverse)), take(w + i, count))) : v;
+        return w ? as_stored<T>(weighted<T, W>(mul(v, inverse), take(w + i, count))) : v;
     };
     if (interleaved)
         each_vector(half, [&](int i, int count) {
@@ -157,16 +182,16 @@ INLINE void rotate_to(const void* x_row, const void* weight, float eps, const fl
     each_vector(n - 2 * half, [&](int i, int count) { put(out + 2 * half + i, value(2 * half + i, count), count); });
 }
 
-template <class T>
+template <class T, class W>
 void rotate(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved, int n,
             void* out) {
-    rotate_to<T>(x, weight, eps, cos, sin, half, interleaved, n, static_cast<T*>(out));
+    rotate_to<T, W>(x, weight, eps, cos, sin, half, interleaved, n, static_cast<T*>(out));
 }
 
-template <class T>
+template <class T, class W>
 void rotate_wide(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half, bool interleaved, int n,
                  float* out) {
-    rotate_to<T>(x, weight, eps, cos, sin, half, interleaved, n, out);
+    rotate_to<T, W>(x, weight, eps, cos, sin, half, interleaved, n, out);
 }
 
 float exp_row(const float* x, int n, float shift, float factor, float* out) {

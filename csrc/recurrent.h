@@ -3,10 +3,16 @@
 // Lanes are channels, or columns of a state, and sums over the rows of a state go in one order: even rows, odd rows, and the
 // two. So nothing here has other bits on another instruction set, or with other columns beside it.
 #pragma once
+#include <cstddef>
+
 #include "pointwise.h"
 
 namespace moebius {
 namespace MOEBIUS_ISA {
+
+template <int N> struct Taps {
+    static constexpr int count = N;
+};
 
 INLINE V silu(V x) { return mul(x, sigmoid(x)); }
 
@@ -27,6 +33,22 @@ INLINE V gate_of(V x, GateFunction function) {
     return function == SILU_GATE ? silu(x) : function == SIGMOID_GATE ? sigmoid(x) : softplus(x);
 }
 
+// The numbers of taps that are known when it is compiled, or 0.
+template <class Body> INLINE void with_taps(int taps, Body body) {
+    if (taps == 4) body(Taps<4>());
+    else if (taps == 3) body(Taps<3>());
+    else body(Taps<0>());
+}
+
+template <class W> void conv_weights(const void* weight, int channels, int taps, float* __restrict out) {
+    const W* __restrict w = static_cast<const W*>(weight);
+    with_taps(taps, [&](auto known) __attribute__((always_inline)) {
+        const int count = known.count ? known.count : taps;
+        for (int i = 0; i < channels; i++)
+            for (int tap = 0; tap < count; tap++) out[size_t(tap) * channels + i] = to_float(w[size_t(i) * count + tap]);
+    });
+}
+
 template <class T> void causal_conv(const ConvSequence& s) {
     const T* x = static_cast<const T*>(s.x);
     T *state = static_cast<T*>(s.state), *out = static_cast<T*>(s.out);
@@ -34,15 +56,18 @@ template <class T> void causal_conv(const ConvSequence& s) {
     auto input = [&](int row) {  // a row of the step's or, before them, of the state's; null for zeros
         return row >= 0 ? x + row * s.x_stride : state ? state + (before + row) * s.stride : nullptr;
     };
-    for (int t = 0; t < s.rows; t++)
-        each_vector(s.channels, [&](int i, int count) {
-            V sum = s.bias ? take(s.bias + i, count) : zero();
-            for (int tap = 0; tap < s.taps; tap++) {
-                const T* row = input(t - before + tap);
-                sum = fma(row ? take(row + i, count) : zero(), take(s.weights + size_t(tap) * s.channels + i, count), sum);
-            }
-            put(out + t * s.stride + i, s.silu ? silu(as_stored<T>(sum)) : sum, count);
-        });
+    with_taps(s.taps, [&](auto known) __attribute__((always_inline)) {
+        const int taps = known.count ? known.count : s.taps;
+        for (int t = 0; t < s.rows; t++)
+            each_vector(s.channels, [&](int i, int count) {
+                V sum = s.bias ? take(s.bias + i, count) : zero();
+                for (int tap = 0; tap < taps; tap++) {
+                    const T* row = input(t - before + tap);
+                    sum = fma(row ? take(row + i, count) : zero(), take(s.weights + size_t(tap) * s.channels + i, count), sum);
+                }
+                put(out + t * s.stride + i, s.silu ? silu(as_stored<T>(sum)) : sum, count);
+            });
+    });
     if (!state) return;
     // Rows of the state's own move to earlier places, the first ones first.
     for (int row = 0; row < before; row++) memmove(state + row * s.stride, input(s.rows - before + row), s.channels * sizeof(T));
@@ -61,6 +86,11 @@ struct DeltaRows {
     float beta[DELTA_ROWS], kept[DELTA_ROWS];
 };
 
+// Rows that are pages apart are not guessed by the processor.
+INLINE void fetch(const void* p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
 template <class T> INLINE DeltaRows delta_rows(const DeltaHead& d, int first, float* scratch) {
     DeltaRows rows;
     rows.count = min_of(DELTA_ROWS, d.rows - first);
@@ -72,6 +102,11 @@ template <class T> INLINE DeltaRows delta_rows(const DeltaHead& d, int first, fl
         unit_row(static_cast<const T*>(d.q) + qkv, d.key_dim, scale, q + t * d.key_dim);
         unit_row(static_cast<const T*>(d.k) + qkv, d.key_dim, 1.0f, k + t * d.key_dim);
         b[t] = to_float(static_cast<const T*>(d.b)[gates]), a[t] = to_float(static_cast<const T*>(d.a)[gates]);
+        if (first + t + DELTA_ROWS >= d.rows) continue;
+        const size_t later = qkv + DELTA_ROWS * d.qkv_stride;
+        fetch(static_cast<const T*>(d.q) + later, d.key_dim * sizeof(T));
+        fetch(static_cast<const T*>(d.k) + later, d.key_dim * sizeof(T));
+        fetch(static_cast<const T*>(d.v) + later, d.columns * sizeof(T));
     }
     store(rows.beta, as_stored<T>(sigmoid(load(b))));
     store(rows.kept, exponential(mul(all(d.decay), softplus(add(load(a), all(d.dt_bias))))));
@@ -85,12 +120,13 @@ template <int N> INLINE void delta_meet(const float* row, float key, int count, 
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) sums[j] = fma(take(row + 16 * j, N > 1 ? 16 : count), k, sums[j]);
 }
-// row = kept * row + key * u, sums += query * row
-template <int N> INLINE void delta_pass(float* row, V kept, float key, const V* u, float query, int count, V* sums) {
+// row = kept * row + key * u, sums += query * row. What will be read next lies `ahead` of the row, if anywhere.
+template <int N> INLINE void delta_pass(float* row, V kept, float key, const V* u, float query, int count, ptrdiff_t ahead, V* sums) {
     const V k = all(key), q = all(query);
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
         const int lanes = N > 1 ? 16 : count;
+        if (ahead) __builtin_prefetch(row + 16 * j + ahead, 1, 2);
         const V s = fma(k, u[j], mul(kept, take(row + 16 * j, lanes)));
         put(row + 16 * j, s, lanes);
         sums[j] = fma(s, q, sums[j]);
@@ -101,6 +137,7 @@ template <int N> INLINE void delta_pass(float* row, V kept, float key, const V* 
 template <class T, int N> INLINE void delta_columns(const DeltaHead& d, const DeltaRows& rows, int first, int column, int count) {
     float* const state = d.state + column;
     const size_t stride = d.state_stride;
+    const ptrdiff_t ahead = d.next ? d.next - d.state : 0;
     const int lanes = N > 1 ? 16 : count;
     for (int t = 0; t < rows.count; t++) {
         const float *q = rows.q + t * d.key_dim, *k = rows.k + t * d.key_dim;
@@ -122,10 +159,10 @@ template <class T, int N> INLINE void delta_columns(const DeltaHead& d, const De
             even[j] = odd[j] = zero();
         }
         for (int i = 0; i < pairs; i += 2) {
-            delta_pass<N>(state + i * stride, kept, k[i], u, q[i], count, even);
-            delta_pass<N>(state + (i + 1) * stride, kept, k[i + 1], u, q[i + 1], count, odd);
+            delta_pass<N>(state + i * stride, kept, k[i], u, q[i], count, ahead, even);
+            delta_pass<N>(state + (i + 1) * stride, kept, k[i + 1], u, q[i + 1], count, ahead, odd);
         }
-        if (pairs < d.key_dim) delta_pass<N>(state + pairs * stride, kept, k[pairs], u, q[pairs], count, even);
+        if (pairs < d.key_dim) delta_pass<N>(state + pairs * stride, kept, k[pairs], u, q[pairs], count, ahead, even);
 
         T* out = static_cast<T*>(d.out) + (first + t) * d.out_stride + column;
 #pragma GCC unroll 8

@@ -1,31 +1,12 @@
 // Recurrent layers on whole steps.
 #include <algorithm>
-#include <cstring>
 
 #include "bytes.h"
 #include "ops.h"
 
 namespace moebius {
-namespace {
 
 constexpr int CONV_CHANNELS = 512;  // that one item convolves, at most
-
-// Weights (channels, taps) as (taps, channels) in float32, of `count` channels from `first`; a bias is one of one tap.
-void by_taps(const void* weight, Dtype dtype, int first, int count, int taps, float* out) {
-    for (int i = 0; i < count; i++)
-        for (int tap = 0; tap < taps; tap++) {
-            const size_t from = size_t(first + i) * taps + tap;
-            float& to = out[size_t(tap) * count + i];
-            if (dtype == F32) {
-                to = static_cast<const float*>(weight)[from];
-                continue;
-            }
-            const uint32_t bits = uint32_t(static_cast<const uint16_t*>(weight)[from]) << 16;
-            std::memcpy(&to, &bits, sizeof to);
-        }
-}
-
-}  // namespace
 
 int Ops::divided_columns(int columns, int items) const {
     int parts = 1;
@@ -41,8 +22,8 @@ void Ops::causal_conv(const CausalConv& c) {
     pool_.run((c.channels + most - 1) / most, [&](int item, int thread) {
         const int first = item * most, count = std::min(most, c.channels - first);
         float *weights = scratch_[thread].need(size_t(c.taps + 1) * count), *bias = weights + size_t(c.taps) * count;
-        by_taps(c.weight, c.weight_dtype, first, count, c.taps, weights);
-        if (c.bias) by_taps(c.bias, c.bias_dtype, first, count, 1, bias);
+        kernels_->conv_weights[c.weight_dtype](at(c.weight, size_t(first) * c.taps * size_of(c.weight_dtype)), count, c.taps, weights);
+        if (c.bias) kernels_->conv_weights[c.bias_dtype](at(c.bias, first * size_of(c.bias_dtype)), count, 1, bias);
         for (int b = 0; b < step.sequences(); b++) {
             const size_t row = step.query_start[b];
             ConvSequence s;
@@ -64,7 +45,13 @@ void Ops::gated_delta(const GatedDelta& g) {
     const size_t size = size_of(g.dtype), of_a_head = size_t(sizes.key_dim) * sizes.value_dim;
     const int heads = step.sequences() * sizes.value_heads, columns = divided_columns(sizes.value_dim, heads);
     const int parts = (sizes.value_dim + columns - 1) / columns;
-    pool_.run(heads * parts, [&](int item, int thread) {
+    // The columns of a state that are an item's.
+    auto state_of = [&](int item) {
+        const int of_a_sequence = parts * sizes.value_heads, b = item / of_a_sequence, within = item % of_a_sequence;
+        return g.state + size_t(step.slots[b]) * sizes.value_heads * of_a_head + within / parts * of_a_head + within % parts * columns;
+    };
+    const int items = heads * parts;
+    pool_.run(items, [&](int item, int thread) {
         const int first = item % parts * columns, head = item / parts % sizes.value_heads, b = item / parts / sizes.value_heads;
         const int row = step.query_start[b], key = sizes.key_head(head) * sizes.key_dim, value = head * sizes.value_dim + first;
         const char *qkv = at(g.qkv, size_t(row) * sizes.qkv() * size), *gates = at(g.gates, size_t(row) * g.gates_stride * size);
@@ -75,9 +62,10 @@ void Ops::gated_delta(const GatedDelta& g) {
         d.b = at(gates, head * size), d.a = at(gates, (sizes.value_heads + head) * size), d.gates_stride = g.gates_stride;
         d.rows = step.query_start[b + 1] - row, d.key_dim = sizes.key_dim, d.columns = std::min(columns, sizes.value_dim - first);
         d.decay = g.decay[head], d.dt_bias = g.dt_bias[head];
-        d.state = scratch + delta_scratch(sizes.key_dim), d.state_stride = sizes.value_dim;
-        if (step.kept) d.state = g.state + (size_t(step.slots[b]) * sizes.value_heads + head) * of_a_head + first;
-        else std::fill_n(d.state, of_a_head, 0.0f);
+        d.state = step.kept ? state_of(item) : scratch + delta_scratch(sizes.key_dim), d.state_stride = sizes.value_dim;
+        // While one row passes, the next state can come; while many do, it would only be in the way.
+        d.next = step.kept && d.rows == 1 && item + 1 < items ? state_of(item + 1) : nullptr;
+        if (!step.kept) std::fill_n(d.state, of_a_head, 0.0f);
         d.out = at(g.out, (size_t(row) * sizes.out() + value) * size), d.out_stride = sizes.out();
         kernels_->gated_delta[g.dtype](d, scratch);
     });

@@ -48,8 +48,8 @@ template <class T> struct Paged {
                 slots.push_back(slot(int(b), t));
             }
             rows.shrink_to_fit(), slots.shrink_to_fit();
-            ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), shape.kv_heads, nullptr, nullptr, 0, false, nullptr,
-                                  nullptr, 0, slots.data(), cache.data(), q.data()}, n);
+            ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), shape.kv_heads, false, nullptr, nullptr, 0, false, {nullptr, F32},
+                                  {nullptr, F32}, 0, slots.data(), cache.data(), q.data()}, n);
             check(q == keys[b], "rotate_and_store changed what it should not rotate");
         }
     }
@@ -125,21 +125,23 @@ template <class T> void test_attention(Ops& ops) {
     }
 }
 
-template <class T> void test_rotated_heads(Ops& ops, int half, int head_dim, bool interleaved) {
-    const int rows = 11, group = 2;
+// W: of norms' weights. gated: there are gates behind each query head.
+template <class T, class W> void test_rotated_heads(Ops& ops, int half, int head_dim, bool interleaved, bool gated) {
+    const int rows = 11, group = 2, head = gated ? 2 * head_dim : head_dim, row = group * head + 2 * head_dim;
     for (bool norm : {false, true}) {
-        std::vector<T> qkv = draw<T>(rows * (group + 2) * head_dim), weight = draw<T>(head_dim), q(rows * group * head_dim);
+        std::vector<T> qkv = draw<T>(rows * row), q(rows * group * head_dim);
+        std::vector<W> weight = draw<W>(head_dim);
         std::vector<float> cos = draw<float>(rows * half), sin = draw<float>(rows * half);
         CacheShape shape(4, 1, head_dim, head_dim, CacheType(Number<T>::dtype));
         std::vector<uint32_t> cache(3 * shape.block_bytes() / 4);
         std::vector<int64_t> slots(rows);
         std::iota(slots.begin(), slots.end(), 0);
-        const T* w = norm ? weight.data() : nullptr;
-        ops.rotate_and_store({Number<T>::dtype, &shape, qkv.data(), group, cos.data(), sin.data(), half, interleaved, w, w, 1e-5f,
+        const NormWeight w = {norm ? weight.data() : nullptr, Number<W>::dtype};
+        ops.rotate_and_store({Number<T>::dtype, &shape, qkv.data(), group, gated, cos.data(), sin.data(), half, interleaved, w, w, 1e-5f,
                               slots.data(), cache.data(), q.data()}, rows);
         for (int t = 0; t < rows; t++)
             for (int h = 0; h < group; h++) {
-                const T* x = &qkv[(t * (group + 2) + h) * head_dim];
+                const T* x = &qkv[t * row + h * head];
                 std::vector<double> v(head_dim);
                 for (int i = 0; i < head_dim; i++) v[i] = value(x[i]) * (norm ? inverse_rms(x, head_dim, 1e-5f) * value(weight[i]) : 1);
                 for (int i = 0; i < head_dim; i++) {

@@ -65,8 +65,8 @@ template <class T> struct Coded {
             append(k, key_offset, keys), append(v, nullptr, values);
         }
         rows.shrink_to_fit(), slots.shrink_to_fit();
-        ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), 1, nullptr, nullptr, 0, false, nullptr, nullptr, 0, slots.data(),
-                              cache.data(), q.data(), key_offset},
+        ops.rotate_and_store({Number<T>::dtype, &shape, rows.data(), 1, false, nullptr, nullptr, 0, false, {nullptr, F32}, {nullptr, F32}, 0,
+                              slots.data(), cache.data(), q.data(), key_offset},
                              length);
     }
 

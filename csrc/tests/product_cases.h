@@ -63,14 +63,21 @@ template <class T, class W> void test_linear(Ops& ops) {
     }
 }
 
-double activated(double x, Activation activation) {
-    switch (activation) {
+double activated(double x, ActivationKind kind) {
+    switch (kind) {
+        case CLAMPED_SWIGLU: break;
         case SILU: return x / (1 + std::exp(-x));
         case RELU: return std::max(x, 0.0);
         case GELU: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
         case GELU_TANH: return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
     }
     return 0;
+}
+
+double joined(double gate, double up, const Activation& a) {
+    if (a.kind != CLAMPED_SWIGLU) return activated(gate, a.kind) * up;
+    const double g = std::min(gate, double(a.limit)), u = std::clamp(up, -double(a.limit), double(a.limit));
+    return (u + 1) * g / (1 + std::exp(-double(a.alpha) * g));
 }
 
 template <class T, class W> struct ExpertArrays {
@@ -85,7 +92,7 @@ template <class T, class W> struct ExpertArrays {
                 if (bias) biases[kind].push_back(draw<T>(kind < 2 ? width : hidden, 0.3));
             }
     }
-    template <class Weight> Experts table(const std::vector<std::vector<Weight>>* matrices, Activation activation) const {
+    template <class Weight> Experts table(const std::vector<std::vector<Weight>>* matrices, const Activation& activation) const {
         Experts table{Number<T>::dtype, hidden, width, activation, {}, {}, {}, {}, {}, {}};
         std::vector<Matrix>* to[3] = {&table.gate, &table.up, &table.down};
         std::vector<const void*>* bias_to[3] = {&table.gate_bias, &table.up_bias, &table.down_bias};
@@ -97,7 +104,7 @@ template <class T, class W> struct ExpertArrays {
     }
     double bias(int kind, int e, int i) const { return biases[kind].empty() ? 0 : value(biases[kind][e][i]); }
     // Expert e's output of one row, and the sizes of what was added up for it.
-    std::vector<Sum> run(const T* x, int e, Activation activation) const {
+    std::vector<Sum> run(const T* x, int e, const Activation& activation) const {
         std::vector<Sum> out(hidden);
         for (int i = 0; i < hidden; i++) out[i].add(bias(2, e, i));
         for (int f = 0; f < width; f++) {
@@ -105,8 +112,8 @@ template <class T, class W> struct ExpertArrays {
             gate.add(bias(0, e, f)), up.add(bias(1, e, f));
             for (int i = 0; i < hidden; i++) {
                 const double down = value(weights[2][e][size_t(i) * width + f]);
-                out[i].exact += activated(gate.exact, activation) * up.exact * down;
-                out[i].terms += std::max(1.0, gate.terms) * up.terms * std::abs(down);
+                out[i].exact += joined(gate.exact, up.exact, activation) * down;
+                out[i].terms += std::max(1.0, gate.terms) * (up.terms + (activation.kind == CLAMPED_SWIGLU)) * std::abs(down);
             }
         }
         return out;
@@ -147,7 +154,7 @@ template <class T, class W> void test_experts(Ops& ops) {
     for (int turn = 0; turn < 24; turn++) {
         ExpertArrays<T, W> e(one_of({1, 3, 6}), one_of({1, 31, 70}), one_of({1, 17, 48}), turn % 3 == 0);
         const int rows = one_of({0, 1, 2, 5, 20, 66}), k = uniform(1, std::min(3, e.count));
-        const Activation activation = Activation(turn % 4);
+        const Activation activation = {ActivationKind(turn % 5), 1.7f, 0.8f};
         const bool dense = e.count == 1 && turn % 2, all_to_one = turn % 5 == 0;
         std::vector<T> x = draw<T>(size_t(rows) * e.hidden), out(size_t(rows) * e.hidden);
         std::vector<float> weights(size_t(rows) * k, 1.0f);

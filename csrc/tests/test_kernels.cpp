@@ -11,21 +11,22 @@
 #include "naive_attention.h"
 #include "naive_codes.h"
 #include "product_cases.h"
+#include "recurrent_cases.h"
 #include "sampling_cases.h"
 
 namespace {
 
 // --- row by row ---
 
-template <class T> void test_norms(Ops& ops) {
+template <class T, class W> void test_norms(Ops& ops) {
     const double u = Number<T>::roundoff;
     for (int turn = 0; turn < 20; turn++) {
         const int rows = one_of({0, 1, 3, 40}), n = one_of({1, 7, 16, 33, 500});
         const float multiplier = turn % 2 ? 1.0f : 0.3f;
-        std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), weight = draw<T>(n), sum(x.size()), out(x.size());
-        std::vector<T> alone(x.size());
-        ops.rms_norm({Number<T>::dtype, x.data(), update.data(), multiplier, weight.data(), n, n, 1e-5f, sum.data(), out.data()}, rows);
-        ops.rms_norm({Number<T>::dtype, sum.data(), nullptr, 1, weight.data(), n, n, 1e-5f, nullptr, alone.data()}, rows);
+        std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), sum(x.size()), out(x.size()), alone(x.size());
+        std::vector<W> weight = draw<W>(n);
+        ops.rms_norm({Number<T>::dtype, x.data(), update.data(), multiplier, {weight.data(), Number<W>::dtype}, n, n, 1e-5f, sum.data(), out.data()}, rows);
+        ops.rms_norm({Number<T>::dtype, sum.data(), nullptr, 1, {weight.data(), Number<W>::dtype}, n, n, 1e-5f, nullptr, alone.data()}, rows);
         check(out == alone, "rms_norm: the sum's norm is not the norm of the sum");
         for (size_t i = 0; i < x.size(); i++) {
             Sum s;
@@ -133,10 +134,11 @@ void test_levels() {
 }
 
 template <class T> void test_dtype(Ops& ops) {
-    test_weights<T, T>(ops), test_norms<T>(ops), test_add_gated<T>(ops);
-    test_rotated_heads<T>(ops, 9, 21, false);
-    for (int half : {3, 8, 9, 16, 29}) test_rotated_heads<T>(ops, half, 2 * half + half % 3, true);
+    test_weights<T, T>(ops), test_norms<T, T>(ops), test_norms<T, float>(ops), test_add_gated<T>(ops);
+    test_rotated_heads<T, T>(ops, 9, 21, false, false), test_rotated_heads<T, float>(ops, 9, 21, false, true);
+    for (int half : {3, 8, 9, 16, 29}) test_rotated_heads<T, T>(ops, half, 2 * half + half % 3, true, half % 2);
     test_attention<T>(ops), test_codes<T>(ops);
+    test_convolutions<T>(ops), test_gated_delta<T>(ops), test_gated_norms<T, T>(ops), test_gated_norms<T, float>(ops), test_gates<T>(ops);
 }
 
 }  // namespace

@@ -74,6 +74,7 @@ class RmsNorm(_Call):
         update: int,
         multiplier: float,
         weight: int,
+        weight_dtype: int,
         size: int,
         stride: int,
         eps: float,
@@ -104,12 +105,14 @@ class RotateAndStore(_Call):
         blocks: int,
         qkv: int,
         q_heads: int,
+        gated: bool,
         cos: int,
         sin: int,
         half: int,
         interleaved: bool,
         q_norm: int,
         k_norm: int,
+        norm_dtype: int,
         eps: float,
         slots: int,
         cache: int,
@@ -132,6 +135,80 @@ class Attention(_Call):
         scale: float,
         softcap: float,
         sinks: int,
+        out: int,
+    ) -> None: ...
+
+class CausalConv(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        step: StepStates,
+        x: int,
+        stride: int,
+        channels: int,
+        taps: int,
+        weight: int,
+        weight_dtype: int,
+        bias: int,
+        bias_dtype: int,
+        state: int,
+        slots: int,
+        silu: bool,
+        out: int,
+    ) -> None: ...
+
+class GatedDelta(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        step: StepStates,
+        key_heads: int,
+        value_heads: int,
+        key_dim: int,
+        value_dim: int,
+        tiled: bool,
+        qkv: int,
+        gates: int,
+        gates_stride: int,
+        decay: int,
+        dt_bias: int,
+        state: int,
+        slots: int,
+        out: int,
+    ) -> None: ...
+
+class GatedNorm(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        x: int,
+        gates: int,
+        gates_stride: int,
+        weight: int,
+        weight_dtype: int,
+        eps: float,
+        heads: int,
+        size: int,
+        function: int,
+        out: int,
+    ) -> None: ...
+
+class GateHeads(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        x: int,
+        heads: int,
+        size: int,
+        gates: int,
+        gates_stride: int,
+        head_stride: int,
+        single: bool,
+        function: int,
         out: int,
     ) -> None: ...
 
@@ -166,6 +243,8 @@ class Experts:
         up_bias: Sequence[int],
         down_bias: Sequence[int],
         on_disk: bool = False,
+        alpha: float = 0.0,
+        limit: float = 0.0,
     ) -> None: ...
     def assign(self, other: Experts) -> None: ...
 
@@ -174,6 +253,10 @@ class StepAttention:
     def set(
         self, *, query_start: int, seq_lens: int, block_table: int, batch: int, width: int
     ) -> None: ...
+
+class StepStates:
+    def __init__(self) -> None: ...
+    def set(self, *, query_start: int, slots: int, batch: int, kept: bool) -> None: ...
 
 class CacheShape:
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor
 from moebius import _cpu
 from moebius.ops.cache_spec import CacheSpec, Plane, check_key_offset, key_value_planes
 from moebius.ops.capability import Feature, Operation
-from moebius.ops.cpu.base import CACHES, CpuBase, check_shape, require_dtype
+from moebius.ops.cpu.base import CACHES, CpuBase, check_shape, norm_dtype, require_dtype
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.steps import Rotation, Step, StepInputs
 
@@ -73,10 +73,23 @@ def _check_heads(num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads")
 
 
-def _dtype_of(cache: CpuCache, x: Tensor, *tensors: Tensor | None) -> int:
+def _norm_dtype(dtype: torch.dtype, key_size: int, *norms: Tensor | None) -> int:
+    """Of head norms' weights beside rows of `dtype`. Raises ValueError for weights of two dtypes,
+    or of another size."""
+    numbers = set()
+    for norm in norms:
+        check_shape("a norm's weight", norm, key_size)
+        if norm is not None:
+            numbers.add(norm_dtype(dtype, norm))
+    if len(numbers) > 1:
+        raise ValueError("the CPU kernels want one dtype of the norms of queries and of keys")
+    return numbers.pop() if numbers else require_dtype(dtype)
+
+
+def _dtype_of(cache: CpuCache, x: Tensor) -> int:
     """The dtype of all that goes in or comes out of a cache, and of one that holds no codes."""
     held = cache.keys.dtype
-    return require_dtype(x.dtype if held == torch.int8 else held, x, *tensors)
+    return require_dtype(x.dtype if held == torch.int8 else held, x)
 
 
 class AttentionOps(CpuBase):
@@ -91,6 +104,8 @@ class AttentionOps(CpuBase):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        gated: bool = False,
     ) -> Tensor:
         held = own(cache, CpuCache)
         num_kv_heads, key_size = held.keys.shape
@@ -98,8 +113,8 @@ class AttentionOps(CpuBase):
         cos_TR, sin_TR, interleaved = rotation
         half = cos_TR.shape[1]
         q_size = width - num_kv_heads * (key_size + held.values.shape[1])
-        num_heads = q_size // key_size
-        if q_size % key_size or 2 * half > key_size:
+        num_heads, rest = divmod(q_size, 2 * key_size if gated else key_size)
+        if rest or 2 * half > key_size:
             raise ValueError(
                 f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
                 f"values of {num_kv_heads} key heads of {key_size} values"
@@ -108,21 +123,21 @@ class AttentionOps(CpuBase):
         check_shape("cosines", cos_TR, rows, half)
         check_shape("sines", sin_TR, rows, half)
         check_shape("slots", slot_mapping_T, rows)
-        for norm in (q_norm_N, k_norm_N):
-            check_shape("a norm's weight", norm, key_size)
         out = self._empty(qkv_TI, (num_heads, key_size), qkv_TI.dtype)
         call = _cpu.RotateAndStore(
-            dtype=_dtype_of(held, qkv_TI, q_norm_N, k_norm_N),
+            dtype=_dtype_of(held, qkv_TI),
             shape=held.shape,
             blocks=held.num_blocks,
             qkv=self._at(qkv_TI),
             q_heads=num_heads,
+            gated=gated,
             cos=self._at(cos_TR, torch.float32),
             sin=self._at(sin_TR, torch.float32),
             half=half,
             interleaved=interleaved,
             q_norm=self._at(q_norm_N),
             k_norm=self._at(k_norm_N),
+            norm_dtype=_norm_dtype(qkv_TI.dtype, key_size, q_norm_N, k_norm_N),
             eps=eps,
             slots=self._at(slot_mapping_T, torch.int64),
             cache=self._at(held.buffer),

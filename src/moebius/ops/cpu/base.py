@@ -66,6 +66,11 @@ def require_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> int:
     return DTYPES[dtype]
 
 
+def norm_dtype(dtype: torch.dtype, weight: Tensor) -> int:
+    """The number of a norm weight's dtype beside rows of `dtype`."""
+    return DTYPES[torch.float32] if weight.dtype == torch.float32 else require_dtype(dtype, weight)
+
+
 # Codes whose scales lie in a plane of their own, read where groups of columns are whole blocks.
 _GROUPED = {
     "int4": ("int4 of 32", "int4 of 32 with zeros"),

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.capability import Feature, Operation, Use
-from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.config import Activation, ClampedSwiGLU, RouterConfig
 from moebius.ops.cpu.base import (
     FORMATS,
     CpuBase,
@@ -28,6 +29,7 @@ from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 from moebius.ops.weights import Weight
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+_CLAMPED_SWIGLU = 4
 _SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
 _WEIGHTS = {"raw": 0, "renorm": 1, "softmax": 2, "sigmoid": 3}
 
@@ -124,7 +126,7 @@ class ExpertOps(CpuBase):
             dtype=number,
             hidden=hidden,
             width=width,
-            activation=_ACTIVATIONS[activation],
+            **_activation(activation),
             gate=_matrices(weights.gate_FD, (width, hidden), dtype),
             up=_matrices(weights.up_FD, (width, hidden), dtype),
             down=_matrices(weights.down_DF, (hidden, width), dtype),
@@ -214,6 +216,14 @@ def _own(experts: PreparedExperts, x: Tensor) -> CpuExperts:
         raise ValueError(f"the CPU kernels want one dtype, not {x.dtype} and {prepared.dtype}")
     check_shape("rows for experts", x, len(x), prepared.hidden)
     return prepared
+
+
+def _activation(activation: Activation) -> dict[str, Any]:
+    """What the kernels are told of it."""
+    if isinstance(activation, ClampedSwiGLU):
+        numbers = {"alpha": activation.alpha, "limit": activation.limit}
+        return {"activation": _CLAMPED_SWIGLU, **numbers}
+    return {"activation": _ACTIVATIONS[activation]}
 
 
 def _matrices(

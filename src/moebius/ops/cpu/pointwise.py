@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.capability import Operation, Use
-from moebius.ops.cpu.base import CpuBase, check_shape, require_dtype
+from moebius.ops.cpu.base import CpuBase, check_shape, norm_dtype, require_dtype
 from moebius.ops.steps import Pair, Rotation
 
 
@@ -17,11 +17,12 @@ class PointwiseOps(CpuBase):
         check_shape("a norm's weight", weight_D, size)
         out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         call = _cpu.RmsNorm(
-            dtype=require_dtype(x_TD.dtype, weight_D),
+            dtype=require_dtype(x_TD.dtype),
             x=self._at(x_TD),
             update=0,
             multiplier=1.0,
             weight=self._at(weight_D),
+            weight_dtype=norm_dtype(x_TD.dtype, weight_D),
             size=size,
             stride=size,
             eps=eps,
@@ -40,11 +41,12 @@ class PointwiseOps(CpuBase):
         total = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
         call = _cpu.RmsNorm(
-            dtype=require_dtype(x_TD.dtype, update_TD, weight_D),
+            dtype=require_dtype(x_TD.dtype, update_TD),
             x=self._at(x_TD),
             update=self._at(update_TD),
             multiplier=multiplier,
             weight=self._at(weight_D),
+            weight_dtype=norm_dtype(x_TD.dtype, weight_D),
             size=size,
             stride=size,
             eps=eps,
@@ -60,11 +62,12 @@ class PointwiseOps(CpuBase):
             raise ValueError(f"{len(weight_D)} columns from {start} are not all of {width}")
         at = self._at(x_TI) + start * x_TI.element_size()
         call = _cpu.RmsNorm(
-            dtype=require_dtype(x_TI.dtype, weight_D),
+            dtype=require_dtype(x_TI.dtype),
             x=at,
             update=0,
             multiplier=1.0,
             weight=self._at(weight_D),
+            weight_dtype=norm_dtype(x_TI.dtype, weight_D),
             size=len(weight_D),
             stride=width,
             eps=eps,

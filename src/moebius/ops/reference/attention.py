@@ -109,7 +109,8 @@ class AttentionOps(Ops):
         v_width = kv_heads * held.v.shape[3]
         q_width = qkv_TI.shape[1] - k_width - v_width
         q_TI, k_TI, v_TI = torch.split(qkv_TI, [q_width, k_width, v_width], dim=1)
-        q_THN: Tensor = q_TI.unflatten(1, (-1, 2 * size if gated else size))[..., :size]
+        head = 2 * size if gated else size
+        q_THN = q_TI.view(rows, q_width // head, head)[..., :size]
         k_TGN = k_TI.view(rows, kv_heads, size)
         v_TGN = v_TI.view(rows, kv_heads, held.v.shape[3])
         if turned_first:

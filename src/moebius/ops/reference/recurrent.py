@@ -158,7 +158,7 @@ class RecurrentOps(Ops):
         planned = own(plan, ReferenceStatePlan)
         heads = sizes.value_heads
         q_THK, k_THK, v_THV = _delta_heads(qkv_TC, sizes)
-        b_TH, a_TH = gates_TI[:, start : start + 2 * heads].split(heads, dim=1)
+        b_TH, a_TH = torch.split(gates_TI[:, start : start + 2 * heads], heads, dim=1)
         beta_TH = torch.sigmoid(b_TH.float()).to(b_TH.dtype).float()
         kept_TH = torch.exp(decay_H * F.softplus(a_TH.float() + dt_bias_H))
         row = (heads, sizes.key_dim, sizes.value_dim)
@@ -190,14 +190,16 @@ class RecurrentOps(Ops):
         eps: float,
         gate: GateFunction = "silu",
     ) -> Tensor:
-        x_THN = x_TI.float().unflatten(1, (-1, len(weight_N)))
+        rows, width = x_TI.shape
+        size = len(weight_N)
+        x_THN = x_TI.float().view(rows, width // size, size)
         normed_THN = x_THN * torch.rsqrt(x_THN.square().mean(-1, keepdim=True) + eps)
         if weight_N.dtype == torch.float32:
             normed_THN = normed_THN * weight_N
         else:
             normed_THN = (normed_THN.to(x_TI.dtype) * weight_N).float()
-        gates_TI = gate_TI[:, start : start + x_TI.shape[1]].float()
-        return (normed_THN.flatten(1) * GATES[gate](gates_TI)).to(x_TI.dtype)
+        gates_TI = gate_TI[:, start : start + width].float()
+        return (normed_THN.view(rows, width) * GATES[gate](gates_TI)).to(x_TI.dtype)
 
     def gate_heads(self, x_THN: Tensor, gates_TI: Tensor, at: HeadGates) -> Tensor:
         rows, heads, size = x_THN.shape
@@ -223,13 +225,14 @@ def require_states(step: StepInputs) -> None:
 def _delta_heads(qkv_TC: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys (T, H, K) of each value head, of length 1, and its values (T, H, V)."""
     keys = sizes.key_heads * sizes.key_dim
-    q_TI, k_TI, v_TI = qkv_TC.float().split([keys, keys, sizes.out_size], dim=1)
+    q_TI, k_TI, v_TI = torch.split(qkv_TC.float(), [keys, keys, sizes.out_size], dim=1)
+    rows = len(qkv_TC)
     of_value_head = [sizes.key_head(h) for h in range(sizes.value_heads)]
 
     def normed(x_TI: Tensor) -> Tensor:
-        x_TGK = x_TI.unflatten(1, (sizes.key_heads, sizes.key_dim))
+        x_TGK = x_TI.view(rows, sizes.key_heads, sizes.key_dim)
         x_TGK = x_TGK * torch.rsqrt(x_TGK.square().sum(-1, keepdim=True) + _L2_EPS)
         return x_TGK[:, of_value_head]
 
     q_THK = normed(q_TI) * sizes.key_dim**-0.5
-    return q_THK, normed(k_TI), v_TI.unflatten(1, (sizes.value_heads, sizes.value_dim))
+    return q_THK, normed(k_TI), v_TI.view(rows, sizes.value_heads, sizes.value_dim)
