@@ -43,7 +43,7 @@ def test_a_plan_says_what_happens_to_states() -> None:
     for _ in range(3):  # to the boundaries at 4 and 6, then to the first token
         step(scheduler)
     scheduler.add(make_request("b", range(1, 8), max_tokens=9, arrival=1.0))
-    scheduler.add(make_request("c", [50, 51], max_tokens=9, arrival=2.0))
+    scheduler.add(make_request("c", [50], max_tokens=9, arrival=2.0))
     plan = scheduler.plan(0.0)
     chunks = {chunk.request_id: chunk for chunk in plan.chunks}
     slots = {name: chunk.states.slot for name, chunk in chunks.items()}

@@ -365,17 +365,17 @@ QWEN = CacheSizes((None,), QWEN_BLOCK, state=QWEN_STATE)
 
 
 def test_states_get_half_of_a_small_cache_and_blocks_the_rest() -> None:
-    """Of 3 GiB: 24 slots and 4,892 blocks. Three slots serve a sequence and its two snapshots."""
+    """Of 3 GiB: 25 slots and 4,917 blocks. Three slots serve a sequence and its two snapshots."""
     made = windowed_plan(QWEN, kv_cache_memory_bytes=3 * GIB)
-    assert made.num_slots == 3 * GIB // 2 // QWEN_STATE == 24
-    assert made.num_blocks == (3 * GIB - 24 * QWEN_STATE) // QWEN_BLOCK
-    assert made.sequences(16) == 24, "with fewer snapshots"
+    assert made.num_slots == 3 * GIB // 2 // QWEN_STATE == 25
+    assert made.num_blocks == (3 * GIB - 25 * QWEN_STATE) // QWEN_BLOCK == 4917
+    assert made.sequences(16) == 25, "with fewer snapshots"
     states = made.groups.states
-    # A state is as large as 3,146 tokens' blocks; two chunks of 2,048 are the next multiple.
+    # A state is as large as 3,144 tokens' blocks; two chunks of 2,048 are the next multiple.
     assert states is not None and (states.interval, states.apart) == (4096 // 16, 16)
     rows = {name: remark for name, _, remark in made.rows()}
     assert rows["states"] == (
-        "24 slots of 61.4 MiB: 8 sequences, 2 snapshots each, and one every 4,096 tokens"
+        "25 slots of 61.4 MiB: 8 sequences, 2 snapshots each, and one every 4,096 tokens"
     )
 
 
@@ -411,7 +411,7 @@ def test_without_prefix_caching_no_slot_is_kept_for_snapshots() -> None:
     made = windowed_plan(QWEN, max_num_seqs=4, enable_prefix_caching=False)
     assert made.num_slots == 4
     rows = {name: remark for name, _, remark in made.rows()}
-    assert rows["states"] == "4 slots of 61.4 MiB, without snapshots"
+    assert rows["states"] == "4 slots of 61.4 MiB"
 
 
 def test_states_alone_are_apart_by_their_number() -> None:

@@ -18,13 +18,14 @@ from moebius.models.layout import Layout, sources
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.linear import Linear
+from moebius.nn.mixers.gated_delta import GatedDelta
 from moebius.nn.packed import PackedPast
 from moebius.nn.paged import PagedPast
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Operation, Pair, Use
 from moebius.ops.cache_spec import CacheSpec, Plane
-from moebius.ops.config import RouterConfig
+from moebius.ops.config import DeltaSizes, RouterConfig
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.train.initial import init_weights
@@ -75,6 +76,9 @@ LAYERS = {
     "outputs normed alone": LayerSpec(replace(PLAIN, qk_norm="turned"), ROUTED, "post"),
     "gates of values": LayerSpec(replace(PLAIN, gated="values", value_dim=4), DENSE),
     "gates of heads": LayerSpec(replace(PLAIN, gated="heads", gate_function="softplus"), DENSE),
+    "gates behind queries": LayerSpec(replace(PLAIN, gated="queries"), DENSE),
+    "gated delta": LayerSpec(GatedDelta(DeltaSizes(2, 4, 6, 5), projections="grouped"), ROUTED),
+    "decay itself": LayerSpec(GatedDelta(DeltaSizes(2, 2, 6, 5), logarithm=False), DENSE),
     "a mixer alone": LayerSpec(PLAIN, norms="sandwich"),
     "a feed-forward alone": LayerSpec(feed_forward=ROUTED, norms="sandwich"),
 }  # fmt: skip

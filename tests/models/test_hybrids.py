@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from moebius.nn.mixers.gated_delta import GatedDelta
 from moebius.ops import Ops, select_ops
 from moebius.ops.config import DeltaSizes
 from moebius.ops.reference import ReferenceOps
+from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
 from oracle import FAMILY, TINY, Server, assert_close, save_tiny, tiny_model
 from tiny import write_tokenizer
@@ -194,7 +196,7 @@ def test_the_published_sizes() -> None:
         assert config.num_layers == layers and config.norm == "zero-centred"
         delta, full = config.layers[0].mixer, config.layers[3].mixer
         assert isinstance(delta, GatedDelta) and delta.sizes == DeltaSizes(16, 32, 128, 128)
-        assert isinstance(full, GQA) and full.output_gate and full.rope is not None
+        assert isinstance(full, GQA) and full.gated == "queries" and full.rope is not None
         assert full.rope.size(full.head_dim) == 64
         caches = config.caches(torch.bfloat16)
         assert caches[0].bytes_per_state == 32 * 128 * 128 * 4 + 3 * 8192 * 2
@@ -294,3 +296,61 @@ def test_a_multimodal_model_becomes_a_file(kind: str, tmp_path: Path) -> None:
     server = Server(load_decoder(tmp_path / "out.gguf", torch.float32), block_size=4, num_blocks=8)
     server.step([(0, IDS)])
     assert_same(server.all_logits(0), recurrent(model, IDS))
+
+
+def test_what_predicts_further_tokens_is_left_out_of_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block behind the model's own, which block_count counts."""
+    model = save_tiny(tmp_path, "qwen3_5_moe_text")
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for keys in writer.kv_data:
+            keys.pop("qwen35moe.block_count", None)
+            keys.pop("qwen35moe.attention.recurrent_layers", None)
+        writer.add_block_count(3)
+        writer.add_nextn_predict_layers(1)
+        writer.add_array("qwen35moe.attention.recurrent_layers", [True, False, False])
+        for name in ("nextn.eh_proj", "attn_q", "ffn_gate_inp"):
+            writer.add_tensor(f"blk.2.{name}.weight", np.zeros((5, 24), dtype=np.float32))
+
+    converter(tmp_path).save(tmp_path / "tiny.gguf", change)
+    caplog.set_level(logging.INFO)
+    server = Server(load_decoder(tmp_path / "tiny.gguf", torch.float32), 4, 8)
+    assert "3 tensors are left out" in caplog.text and "blk.2.*" in caplog.text
+    server.step([(0, IDS)])
+    assert_same(server.all_logits(0), recurrent(model, IDS))
+
+
+BLOCKS_OF_32 = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+def test_a_quantised_checkpoint_computes_what_a_file_of_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of single rows, in groups or not: the same bits. The file has norms with their 1 and
+    decays as such, the checkpoint's own tensors do not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    save_tiny(model, "qwen3_next", **BLOCKS_OF_32)
+    write_tokenizer(model)
+    write_model(model, tmp_path / "out.gguf", "q8_0")
+    made = Quantized.of(open_checkpoint(model), "q8_0")
+    made.make()
+    logits = []
+    for checkpoint in (made.checkpoint, open_checkpoint(tmp_path / "out.gguf")):
+        assert checkpoint.formats["q8_0"] > 60_000
+        server = Server(load_decoder(checkpoint, torch.bfloat16), block_size=4, num_blocks=8)
+        server.step([(0, IDS[:13])])
+        server.step([(0, IDS[13:])])
+        logits.append(server.all_logits(0))
+    assert torch.equal(*logits)

@@ -436,15 +436,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the first episode")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--family", choices=FAMILIES, help="of one family's layers only")
     args = parser.parse_args(argv)
     began = default_timer()
     seeds = [args.seed + i * SEEDS_A_PROCESS for i in range(args.processes)]
     total = Stats()
     print(f"seeds {seeds}, {args.steps} steps", flush=True)
     with ProcessPoolExecutor(args.processes) as executor:
-        steps = -(-args.steps // args.processes)
-        jobs = [executor.submit(simulate, steps, seed, family=args.family) for seed in seeds]
+        jobs = [executor.submit(simulate, -(-args.steps // args.processes), seed) for seed in seeds]
         try:
             for job in jobs:
                 total.add(job.result())

@@ -21,6 +21,7 @@ class SnapshotWatch:
     first    those that go first: on the way through a text, and nobody has started from them; or a
              sequence that did has a later one, and so on
     unsure   those of which that cannot be told: several requests have the same tokens
+    odd      those whose kind cannot be told, for the same reason
     gone_on  those from which a sequence has gone on, or that were taken because several will
     starts   where each running request started
     behind   by a request, its snapshot before its answer; by a snapshot, that of the same answer
@@ -36,6 +37,7 @@ class SnapshotWatch:
         self._unsure: set[bytes] = set()
         self._silent: set[str] = set()
         self._awaited: dict[str, tuple[int, set[str]]] = {}
+        self._odd: set[bytes] = set()
         self._gone_on: set[bytes] = set()
         self._starts: dict[str, bytes] = {}
         self._twins: dict[bytes, bytes] = {}
@@ -62,7 +64,7 @@ class SnapshotWatch:
                 self._first.discard(digest)
                 self._unsure.discard(digest)
         self._known = set(self._found())
-        for memory in (self._gone_on, self._first, self._unsure):
+        for memory in (self._gone_on, self._first, self._unsure, self._odd):
             memory &= self._known
         self._twins = {one: two for one, two in self._twins.items() if one in self._known}
 
@@ -131,7 +133,7 @@ class SnapshotWatch:
             checker.broken("I13", "a snapshot was evicted while a slot was free")
         stayed = {d for d in self._known & found.keys() if not states._refs[found[d]]}
         lasting = self._known - self._first - self._unsure
-        if stayed & self._first and gone & lasting:
+        if stayed & (self._first - self._unsure) and gone & lasting:
             checker.broken("I13", "a snapshot went before one that nobody has started from")
         oldest = min((self._used[d] for d in stayed & lasting), default=checker.step)
         if any(self._used[d] > oldest for d in gone & lasting):
@@ -150,7 +152,8 @@ class SnapshotWatch:
         self._awaited.clear()
         waiting = (name for name, why in plan.waiting.items() if why == "prefix_in_flight")
         for name in waiting:
-            hashes = self._checker.tracks[name].hashes
+            track = self._checker.tracks[name]
+            hashes = track.hashes[: (track.request.num_tokens - 1) // pool.block_size]
             part = {one: self._shared(one, hashes) for one in chunks if one != name}
             end = max(part.values()) * pool.block_size
             ahead = {one for one in part if part[one] * pool.block_size == end > chunks[one].end}
@@ -232,14 +235,15 @@ class SnapshotWatch:
         sure = self._checker._sharers[digest] == 1 and not track.request.num_preemptions
         regular = self._regular(chunk.end // self._checker.pool.block_size)
         if not sure:
-            self._unsure.add(digest)
-            self._unsure |= {start, self._twins.get(start)} - {None} if start else set()
+            touched = {digest, start, self._twins.get(start)} - {None}
+            self._unsure |= touched
+            self._odd |= touched
         elif chunk.end == turn:
             self._go_beyond(start)
         elif regular:
             self._first.add(digest)
-        elif chunk.end >= prompt and turn:
-            before = track.hashes[turn // self._checker.pool.block_size - 1]
+        elif chunk.end >= prompt:
+            before = track.hashes[turn // self._checker.pool.block_size - 1] if turn else b""
             if before in self._found():
                 self._twins.update({digest: before, before: digest})
         else:
@@ -251,7 +255,7 @@ class SnapshotWatch:
             return
         self._gone_on.add(start)
         for digest in (start, self._twins.get(start)):
-            if digest in found and digest not in self._restored:
+            if digest in found and digest not in self._restored and start not in self._odd:
                 self._first.add(digest)
             elif digest in found:
                 self._unsure.add(digest)

@@ -13,7 +13,7 @@ import pytest
 
 import moebius
 from schedule.checker import Violation
-from schedule.simulate import Episode, Stats, main, simulate
+from schedule.simulate import FAMILIES, Episode, Stats, main, simulate
 
 SEED = 1
 STEPS = 200_000
@@ -40,6 +40,17 @@ def test_200_000_steps_without_a_violation(capsys):
     assert total.requests == total.finished + total.aborted + total.failed + total.expired
     assert total.prefix_hits > 10_000 and total.refused > 1000
     assert total.blocks_passed > 10_000 and total.snapshots > 3000 and total.restores > 300
+    assert total.turns > 10_000
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_of_models(family):
+    """Each has its own mix of windows and states; work of each kind that it has must have been."""
+    windows, recurrent = FAMILIES[family]
+    total = simulate(6_000, 300, family=family)
+    assert min(total.turns, total.prefix_hits, total.prefix_waits, total.rollbacks) > 5
+    assert (total.blocks_passed > 1000) == any(windows)
+    assert (total.snapshots > 500) == recurrent and (total.restores > 20) == recurrent
 
 
 def test_a_seed_replays():

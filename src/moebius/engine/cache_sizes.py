@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from moebius.engine.plan_words import human_bytes
 from moebius.schedule.groups import StateSpec
 
 # Of a sequence that runs, or is over: before its generation prompt, and behind its answer. Its
@@ -72,11 +71,8 @@ class CacheSizes:
         interval = -(-tokens // block_size)
         return StateSpec(slots, self.scratch, interval, -(-WORTH_TOKENS // block_size))
 
-    def described(self, spec: StateSpec, sequences: int, block_size: int) -> str:
+    def snapshot_words(self, spec: StateSpec, sequences: int, block_size: int) -> str:
         """What the slots are for, in a plan's words."""
         running, each = self.snapshots(spec.num_slots, sequences)
-        slots = f"{spec.num_slots:,} slots of {human_bytes(self.state)}"
-        if not each:
-            return f"{slots}, without snapshots"
-        every = f"one every {spec.interval * block_size:,} tokens"
-        return f"{slots}: {running:,} sequences, {each} snapshots each, and {every}"
+        words = f"{running:,} sequence{'s' * (running > 1)}, {each} snapshots each"
+        return f"{words}, and one every {spec.interval * block_size:,} tokens"

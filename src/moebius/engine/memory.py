@@ -53,6 +53,7 @@ class MemoryPlan:
     available_of: str = ""
     lowered_from: int | None = None
     num_slots: int = 0
+    caching: bool = True
 
     @property
     def groups(self) -> CacheGroups:
@@ -174,7 +175,10 @@ class MemoryPlan:
         requests = self.groups.request_slots
         if states is not None:
             size = human_bytes(states.num_slots * self.cache.state)
-            remark = self.cache.described(states, self.max_num_seqs, self.block_size)
+            remark = f"{states.num_slots:,} slots of {human_bytes(self.cache.state)}"
+            if self.caching:
+                uses = self.cache.snapshot_words(states, self.max_num_seqs, self.block_size)
+                remark = f"{remark}: {uses}"
             rows.append(("states", size, remark))
         if requests is not None:
             size = human_bytes(requests * self.cache.request)
@@ -282,15 +286,13 @@ def plan_memory(
     kv_dtype: what keys and values are held in; None: as they are computed.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
-    half of what is left after weights and workspace. CacheSizes says how states and blocks share.
+    half of what is left after weights and workspace.
     """
     wanted = engine.max_model_len
-    most = model.context
-    length = wanted or most
-    if length > most:
-        raise ConfigError(
-            f"max_model_len = {wanted} is beyond the model's {most} positions; use at most {most}"
-        )
+    length = wanted or model.context
+    if length > model.context:
+        most = f"{model.context} positions; use at most {model.context}"
+        raise ConfigError(f"max_model_len = {wanted} is beyond the model's {most}")
     if recorded is None:
         itemsize = _FLOAT32 if dtype == "float32" else 2
         workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize, ranks)
@@ -311,14 +313,25 @@ def plan_memory(
         device=device,
         kv_dtype=kv_dtype or dtype,
         num_slots=cache.useful_slots(engine.max_num_seqs, caching=engine.enable_prefix_caching),
+        caching=engine.enable_prefix_caching,
     )
     budget = _cache_budget(plan, engine.kv_cache_memory_bytes)
-    needed = plan.most_blocks(1 if wanted is None else length) * cache.block
+    plan = _divided(plan, budget, whole=wanted is not None)
+    return _with_room_for_one(plan, budget, shorter=wanted is None)
+
+
+def _divided(plan: MemoryPlan, budget: int, *, whole: bool) -> MemoryPlan:
+    """The plan with its slots for states and its blocks, of the cache's bytes (CacheSizes).
+
+    whole: there have to be blocks for one sequence of max_model_len.
+    """
+    cache = plan.cache
+    needed = plan.most_blocks(plan.max_model_len if whole else 1) * cache.block
     requests = plan.max_num_seqs * cache.request
     slots = cache.affordable_slots(budget - requests, plan.num_slots, needed)
-    plan = replace(plan, num_slots=slots)
-    blocks = max(budget - plan.states, 0) // cache.block if cache.block else 0
-    return _with_room_for_one(replace(plan, num_blocks=blocks), budget, shorter=wanted is None)
+    left = budget - slots * cache.state - requests
+    blocks = max(left, 0) // cache.block if cache.block else 0
+    return replace(plan, num_slots=slots, num_blocks=blocks)
 
 
 def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:

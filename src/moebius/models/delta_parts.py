@@ -33,7 +33,7 @@ def mixers(reader: ConfigReader, projections: Projections = "apart") -> Sequence
         raise reader.error(
             f"hidden_act is {reader.get('hidden_act')!r}; gated delta nets are supported with silu"
         )
-    full = attention(reader, rope=rope(reader, 0.25), qk_norm="head", output_gate=True, biases=True)
+    full = attention(reader, rope=rope(reader, 0.25), qk_norm="head", gated="queries", biases=True)
     sizes = DeltaSizes(
         key_heads=reader.integer("linear_num_key_heads"),
         value_heads=reader.integer("linear_num_value_heads"),

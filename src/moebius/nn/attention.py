@@ -21,7 +21,7 @@ from moebius.ops.cache_spec import CacheSpec, key_value_spec
 from moebius.ops.config import GateFunction, HeadGates
 
 QKNorm = Literal["none", "head", "full", "turned"]
-Gated = Literal["none", "values", "heads"]
+Gated = Literal["none", "queries", "values", "heads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class GQA:
     scale         of the scores; None for 1 / sqrt(N)
     softcap       scores become c * tanh(scores / c) (Gemma 2, arXiv 2408.00118)
     sinks         one more key a head, without a value, whose score is learned (gpt-oss)
-    output_gate   each value of a head is multiplied by the sigmoid of a gate; the rows of a head's
-                  gates stand behind those of its queries (Qwen3-Next)
     gated         the `values` of heads are multiplied by gates of a projection of their own
-                  (AFMoE), or `heads` by one each (Laguna), behind gate_function
+                  (AFMoE), or `heads` by one each (Laguna), behind gate_function; or values by
+                  gates whose rows stand in q_proj behind those of each head's `queries`
+                  (Qwen3-Next)
     """
 
     num_heads: int
@@ -58,18 +58,15 @@ class GQA:
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
-    output_gate: bool = False
     gated: Gated = "none"
     gate_function: GateFunction = "sigmoid"
 
     def __post_init__(self) -> None:
         require_word("qk_norm", self.qk_norm, QKNorm)
         require_word("gated", self.gated, Gated)
-        whole = self.qk_norm == "full" or self.clip_qkv is not None
-        if self.output_gate and (whole or self.value_dim not in (None, self.head_dim)):
-            raise ConfigError(
-                "output_gate goes with one size of heads, and with norms of single ones at most"
-            )
+        unlike = self.qk_norm == "full" or (self.clip_qkv, self.value_dim) != (None, None)
+        if self.gated == "queries" and unlike:
+            raise ConfigError("gates behind queries go with no clip_qkv, value_dim or full qk_norm")
         for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -93,7 +90,7 @@ class GQA:
     @property
     def q_rows(self) -> int:
         """Of q_proj: queries, and the gates behind them."""
-        return self.q_size * (2 if self.output_gate else 1)
+        return self.q_size * (2 if self.gated == "queries" else 1)
 
     @property
     def k_size(self) -> int:
@@ -109,7 +106,8 @@ class GQA:
 
     @property
     def gate_size(self) -> int:
-        return {"none": 0, "values": self.out_size, "heads": self.num_heads}[self.gated]
+        """Of a projection of gates' own."""
+        return {"values": self.out_size, "heads": self.num_heads}.get(self.gated, 0)
 
     @property
     def score_scale(self) -> float:
@@ -136,7 +134,7 @@ class GQA:
         yield Parameter("o_proj.weight", (hidden_size, self.out_size))
         if self.output_bias:
             yield Parameter("o_proj.bias", (hidden_size,))
-        if self.gated != "none":
+        if self.gate_size:
             yield Parameter("gate_proj.weight", (self.gate_size, hidden_size))
         if self.sinks:
             yield Parameter("sinks", (self.num_heads,), float32=True)
@@ -165,7 +163,7 @@ class GQA:
             yield Use(Operation.RMS_NORM_PART, dtype)
         if self.clip_qkv is not None:
             yield Use(Operation.CLIP, dtype)
-        if self.output_gate or self.gated != "none":
+        if self.gated != "none":
             yield Use(Operation.GATE_HEADS, dtype)
 
     def build(self, place: Place) -> "Attention":
@@ -191,8 +189,8 @@ class Attention(ParameterModule):
         self.rotary = place.rotary(spec.rope, spec.head_dim)
         self.scale = spec.score_scale
         self.gates: HeadGates | None = None
-        if spec.output_gate:
-            self.gates = HeadGates(start=spec.head_dim, stride=2 * spec.head_dim)
+        if spec.gated == "queries":
+            self.gates = HeadGates(spec.head_dim, 2 * spec.head_dim, False, spec.gate_function)
         elif spec.gated != "none":
             stride = spec.gate_size // spec.num_heads
             self.gates = HeadGates(0, stride, spec.gated == "heads", spec.gate_function)
@@ -212,7 +210,7 @@ class Attention(ParameterModule):
         self.v_proj = linear(place.hidden_size, spec.v_size, spec.qkv_bias)
         self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
         self.gate_proj: Linear | None = None
-        if spec.gated != "none":
+        if spec.gate_size:
             self.gate_proj = linear(place.hidden_size, spec.gate_size, bias=False)
         self.q_norm = norm(spec.q_size)
         self.k_norm = norm(spec.k_size)

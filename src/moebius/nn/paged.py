@@ -65,7 +65,7 @@ class PagedPast:
             q_weight,
             k_weight,
             eps,
-            gated=spec.output_gate,
+            gated=spec.gated == "queries",
             turned_first=spec.qk_norm == "turned",
         )
         return self._ops.paged_attention(

@@ -105,7 +105,8 @@ def format_of(recipe: Recipe, source: Source, config: ModelConfig) -> str | None
 
 def _in_layer(recipe: Recipe, role: str, number: int, config: ModelConfig, routed: bool) -> str:
     """The format of a layer's matrix, whatever its rows."""
-    eight = config.experts.get(number) == 8
+    plain = isinstance(FORMATS.get(recipe.usual), Dense)
+    eight = config.experts.get(number) == 8 and not plain
     if eight and role in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
         return "q8_0"
     if eight and recipe.few and role == "self_attn.o_proj.weight":

@@ -151,7 +151,7 @@ class StatePool(Places):
 
     def _goes_first(self, digest: bytes) -> None:
         slot = self._cached[0].get(digest)
-        if slot in self._evictable:
+        if slot is not None and slot in self._evictable:
             self._evictable.move_to_end(slot, last=False)
 
     def _forget(self, place: int) -> None:
