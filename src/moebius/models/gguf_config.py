@@ -201,7 +201,7 @@ def _ropes(keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture) 
     attention's."""
     theta = config.pop("rope_theta")
     usual = architecture.sliding_theta or theta
-    full = {**(config.pop("rope_scaling") or {}), "rope_theta": theta}
+    full = {**config.pop("rope_scaling"), "rope_theta": theta}
     slides = {"rope_theta": keys.number("rope.freq_base_swa", usual)}
     size = config["head_dim"]
     if architecture.partial:
