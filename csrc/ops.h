@@ -85,6 +85,7 @@ struct RouterSettings {
     int weight;  // 0 raw, 1 renorm, 2 softmax, 3 sigmoid
     int num_groups, groups_kept, group_top2;
     float group_fill, renorm_eps, scale, softcap;  // softcap 0: none
+    float renorm_least = 0;                        // what the divisor of renorm is at least
 };
 
 struct Logits {
@@ -134,6 +135,7 @@ struct RotateAndStore {
     uint32_t* cache;       // the layer's
     void* q_out;           // (rows, q_heads, key_dim)
     const float* key_offset = nullptr;  // (kv_heads, key_dim) or null: what codes of keys are made less
+    bool turned_first = false;          // heads are rotated, and rounded, before they are normed
 };
 
 struct Attention {

@@ -90,7 +90,8 @@ void Ops::route(const RouterSettings& r, const float* logits, int rows, const fl
             if (r.weight == 3) for (int i = 0; i < k; i++) w[i] = sigmoid(w[i]);
             float sum = 0;
             for (int i = 0; i < k; i++) sum += w[i];
-            for (int i = 0; i < k; i++) w[i] = (r.weight == 1 ? w[i] / (sum + r.renorm_eps) : w[i]) * r.scale;
+            const float divisor = std::max(sum + r.renorm_eps, r.renorm_least);
+            for (int i = 0; i < k; i++) w[i] = (r.weight == 1 ? w[i] / divisor : w[i]) * r.scale;
         }
     });
     if (!tally.pairs) return;

@@ -3,6 +3,7 @@ run beside them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebius.models.decoder import Decoder
 from moebius.nn.paged import PagedPast
-from moebius.ops.steps import StepInputs
+from moebius.ops import LayerCache
+from moebius.ops.steps import StateInputs, StepInputs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -81,15 +83,134 @@ FAMILY: dict[str, dict[str, Any]] = {
         "head_dim": 10,
         "sliding_window": 4,
     },
+    "glm4_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "head_dim": 12,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "minimax_m2": {
+        "intermediate_size": 14,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "rotary_dim": 8,
+    },
+    "ernie4_5_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "moe_num_experts": 5,
+        "moe_k": 3,
+        "num_hidden_layers": 3,
+    },
+    "mellum": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 10,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "exaone_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+    },
+    "solar_open": {
+        "moe_intermediate_size": 14,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "head_dim": 10,
+        "routed_scaling_factor": 2.5,
+    },
+    "hy_v3": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 2,
+        "head_dim": 10,
+    },
+    "hunyuan_v1_moe": {
+        "intermediate_size": 14,
+        "num_experts": 5,
+        "moe_topk": 2,
+        "head_dim": 10,
+    },
+    "flex_olmo": {"intermediate_size": 14, "num_experts": 5, "num_experts_per_tok": 3},
+    "afmoe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 10,
+        "sliding_window": 4,
+        "route_scale": 2.5,
+        "mup_enabled": True,
+    },
+    "laguna": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "shared_expert_intermediate_size": 18,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_attention_heads_per_layer": [4, 6],
+        "moe_routed_scaling_factor": 1.5,
+    },
+    "phi3": {"intermediate_size": 20},
+    "gemma3_text": {
+        "intermediate_size": 20,
+        "head_dim": 10,
+        "query_pre_attn_scalar": 10,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
+HYBRID: dict[str, Any] = {
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 6,
+}
+SPARSE_HYBRID: dict[str, Any] = {
+    **HYBRID,
+    "moe_intermediate_size": 14,
+    "shared_expert_intermediate_size": 18,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+}
+FAMILY |= {
+    "qwen3_next": {**SPARSE_HYBRID, "intermediate_size": 20},
+    "qwen3_5_moe_text": SPARSE_HYBRID,
+    "qwen3_5_text": {**HYBRID, "intermediate_size": 20},
+}
+FAMILY["granitemoeshared"] = {**FAMILY["granitemoe"], "shared_intermediate_size": 18}
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 model of transformers, its norms and biases random too, in its plainest
     implementation."""
-    return tiny_of(
-        AutoConfig.for_model(model_type, **{**TINY, **FAMILY[model_type], **overrides}), seed
-    )
+    # Configuration classes of transformers write into the objects that they are given.
+    sizes = copy.deepcopy({**TINY, **FAMILY[model_type], **overrides})
+    return tiny_of(AutoConfig.for_model(model_type, **sizes), seed)
 
 
 def tiny_of(config: Any, seed: int = 0) -> Any:
@@ -136,10 +257,14 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
     assert error <= tolerance, f"differs by {error:.2e} of the scale"
 
 
+# Of states, more than sequences that any test runs at a time.
+_SLOTS = 40
+
+
 class Server:
     """Runs a decoder through its paged cache, as an engine would, and keeps every row's logits.
 
-    The cache starts full of NaN: whatever is read before it is written shows.
+    The cache and the states start full of NaN: whatever is read before it is written shows.
     """
 
     def __init__(self, decoder: Decoder, block_size: int, num_blocks: int, seed: int = 0) -> None:
@@ -148,12 +273,22 @@ class Server:
         self.ops = decoder.ops
         self.caches = []
         for spec in config.caches(dtype):
+            if not spec.token:
+                self.caches.append(LayerCache())
+                continue
             size = self.ops.cache_bytes_per_block(spec, block_size) * num_blocks
             memory = torch.full((size,), 255, dtype=torch.uint8)
             self.caches.append(self.ops.make_cache(memory, spec, block_size))
         self.free = torch.randperm(
             num_blocks, generator=torch.Generator().manual_seed(seed)
         ).tolist()
+        self.states = [
+            {
+                plane.name: torch.full((_SLOTS, *plane.shape), torch.nan, dtype=plane.dtype)
+                for plane in spec.state
+            }
+            for spec in config.caches(dtype)
+        ]
         self.blocks: dict[int, list[int]] = {}
         self.done: dict[int, int] = {}
         self.logits: dict[int, list[Tensor]] = {}
@@ -169,8 +304,17 @@ class Server:
                 table.append(self.free.pop())
             tables.append(table)
             self.done[sequence] = start + len(ids)
-        inputs = StepInputs.build([ids for _, ids in work], starts, tables, self.block_size)
-        past = PagedPast(self.ops, self.caches, [0] * len(self.caches), inputs, self.block_size)
+        states = None
+        if any(self.states):
+            slots = [_SLOTS - 1 - sequence for sequence, _ in work]
+            cleared = [slot for slot, start in zip(slots, starts, strict=True) if not start]
+            states = StateInputs(slots, cleared, (), ())
+            for plane in (plane for layer in self.states for plane in layer.values()):
+                plane[cleared] = 0
+        given = [ids for _, ids in work]
+        inputs = StepInputs.build(given, starts, tables, self.block_size, states=states)
+        groups = [0] * len(self.caches)
+        past = PagedPast(self.ops, self.caches, groups, inputs, self.block_size, self.states)
         hidden, _ = self.decoder(inputs.input_ids, inputs.positions, past)
         logits = self.decoder.logits(hidden)
         for (sequence, _), part in zip(

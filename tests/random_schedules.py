@@ -26,9 +26,10 @@ from moebius.ops.config import RouterConfig
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.groups import CacheGroups, GroupSpec
+from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.states import StatePool
 from ops.formats.blocks import random_matrix
 
 MAX_MODEL_LEN = 256
@@ -131,6 +132,9 @@ class Schedule:
     num_blocks counts those of all groups of layers; arrivals[i] is the step in which wish i comes.
     kv_dtype is the one thing that answers do depend on: what keys and values are held in; None: as
     they are computed.
+
+    Of a model with states there are slots for all that run, and a few for snapshots, which are
+    taken every few blocks.
     """
 
     block_size: int
@@ -141,6 +145,11 @@ class Schedule:
     arrivals: tuple[int, ...]
     rounds: int
     kv_dtype: torch.dtype | None = None
+
+    @property
+    def states(self) -> StateSpec:
+        slots = self.max_num_seqs + self.num_blocks % 7
+        return StateSpec(slots, interval=1 + self.num_blocks % 3, apart=1 + self.num_blocks % 2)
 
 
 # A request's tokens and log-probabilities; floats compare by their bits.
@@ -183,10 +192,12 @@ def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
     return made
 
 
-def groups_of(decoder: Decoder) -> CacheGroups:
-    """The block tables that a sequence of this model has."""
-    windows = lay_out(decoder.config.caches(decoder.dtype)).windows
-    return CacheGroups(tuple(map(GroupSpec, windows)))
+def groups_of(decoder: Decoder, states: StateSpec | None = None) -> CacheGroups:
+    """The block tables that a sequence of this model has; and states, if it has any."""
+    specs = decoder.config.caches(decoder.dtype)
+    windows = lay_out(specs).windows
+    recurs = any(spec.state for spec in specs)
+    return CacheGroups(tuple(map(GroupSpec, windows)), states if recurs else None)
 
 
 def random_schedule(count: int, rng: random.Random, groups: CacheGroups | None = None) -> Schedule:
@@ -215,11 +226,24 @@ class PoisonedPool(BlockPool):
 
     def _take(self) -> int:
         block = super()._take()
-        rows: dict[int, LayerCache] = {id(layer): layer for layer in self.cache.layers}
+        placed = zip(self.cache.layers, self.cache.layout.places, strict=True)
+        rows: dict[int, LayerCache] = {id(layer): layer for layer, at in placed if at is not None}
         for layer in rows.values():
             for part in self.cache._ops.block_memory(layer, block):
                 part.view(-1).view(torch.uint8).fill_(255)
         return block
+
+
+class PoisonedStates(StatePool):
+    """The same of slots for states."""
+
+    cache: KVCache
+
+    def _take(self) -> int:
+        slot = super()._take()
+        for plane in (plane for planes in self.cache.states for plane in planes.values()):
+            plane[slot] = torch.nan
+        return slot
 
 
 def build(decoder: Decoder, schedule: Schedule) -> Engine:
@@ -230,10 +254,11 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
 def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, EngineInfo]:
     """What such an engine is made of."""
     config = decoder.config
+    groups = groups_of(decoder, schedule.states)
     pool = PoisonedPool(
         schedule.num_blocks,
         schedule.block_size,
-        groups=groups_of(decoder),
+        groups=groups,
         enable_prefix_caching=schedule.prefix_caching,
         key=bytes(16),
     )
@@ -251,9 +276,13 @@ def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, Engi
         num_blocks=schedule.num_blocks,
         block_size=schedule.block_size,
         device=torch.device("cpu"),
+        num_states=0 if groups.states is None else groups.states.num_slots,
         key_offsets=key_offsets(decoder) if schedule.kv_dtype == torch.int8 else (),
     )
     pool.cache = cache
+    if groups.states is not None:
+        pool.states = PoisonedStates(groups.states, schedule.block_size)
+        pool.states.cache = cache
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
     info = EngineInfo(limits, frozenset(), schedule.block_size, schedule.num_blocks, "fp")
     return Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info

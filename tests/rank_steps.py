@@ -17,24 +17,26 @@ from moebius.models.store.load import Loader
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.ops.cpu import CpuOps
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import StateInputs, StepInputs
 from ops.levels import bits
 
 MAX_TOKENS = 24
 BLOCK_SIZE = 4
-BLOCKS = 81  # one more than batches have
+BLOCKS = 161  # one more than batches have
 CPU = torch.device("cpu")
 
 
 def runner(decoder: Decoder) -> Runner:
     specs = decoder.config.caches(decoder.dtype)
-    cache = KVCache(specs, decoder.ops, num_blocks=BLOCKS, block_size=BLOCK_SIZE, device=CPU)
+    cache = KVCache(
+        specs, decoder.ops, num_blocks=BLOCKS, block_size=BLOCK_SIZE, device=CPU, num_states=4
+    )
     return Runner(decoder, cache, CPU, StepRows(MAX_TOKENS, MAX_TOKENS))
 
 
 class Batches:
     """Steps of four sequences at one rank; sequence s has blocks 10 s to 10 s + 9, and as many 40
-    further on for a second group of layers."""
+    further on for each of three more groups of layers; and slot s."""
 
     def __init__(self, seed: object) -> None:
         self._rng = random.Random(repr(seed))
@@ -53,8 +55,10 @@ class Batches:
             self._computed[s] += count
         ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
         blocks = [range(10 * s, 10 * s + -(-self._computed[s] // BLOCK_SIZE)) for s in some]
-        others = [[[40 + block for block in table] for table in blocks]]
-        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others)
+        others = [[[more + block for block in table] for table in blocks] for more in (40, 80, 120)]
+        begun = [s for s, start in zip(some, starts, strict=True) if not start]
+        states = StateInputs(some, begun, (), ())
+        return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others, states=states)
 
 
 def load(held: dict[str, Any], directory: Path, dtype: torch.dtype, placement: Placement) -> None:

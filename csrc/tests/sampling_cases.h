@@ -44,14 +44,14 @@ std::pair<std::vector<int>, std::vector<double>> routed(const RouterSettings& r,
     if (r.weight == 2) softmax(weights);
     if (r.weight == 3) for (double& w : weights) w = 1 / (1 + std::exp(-w));
     const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-    for (double& w : weights) w = (r.weight == 1 ? w / (total + r.renorm_eps) : w) * r.scale;
+    for (double& w : weights) w = (r.weight == 1 ? w / std::max<double>(total + r.renorm_eps, r.renorm_least) : w) * r.scale;
     return {ids, weights};
 }
 
 void test_route(Ops& ops) {
     for (int turn = 0; turn < 60; turn++) {
         RouterSettings r{one_of({8, 16, 40}), 1, turn % 3, turn % 4, one_of({1, 1, 2, 4}), 1, uniform(0, 1),
-                         one_of({-INFINITY, 0.0f}), 1e-9f, one_of({1.0f, 2.5f}), one_of({0.0f, 3.0f})};
+                         one_of({-INFINITY, 0.0f}), 1e-9f, one_of({1.0f, 2.5f}), one_of({0.0f, 3.0f}), one_of({0.0f, 0.5f})};
         if (r.score == 2 && r.weight == 1) r.weight = 2;  // a sum of logits is near zero at times: nobody divides by it
         r.groups_kept = uniform(1, r.num_groups);
         r.top_k = uniform(1, r.num_experts / r.num_groups * r.groups_kept);

@@ -14,7 +14,8 @@ from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Rows, make_rows, read_documents
 from moebius.inspect.run import write_report
 from moebius.text import Tokenizer
-from tiny import write_model
+from oracle import save_tiny
+from tiny import write_model, write_tokenizer
 
 from .conftest import SETTINGS
 
@@ -226,3 +227,16 @@ def test_the_figures_do_not_depend_on_the_step(
         assert a["counts"] == b["counts"]
         assert a["router_entropy"] == pytest.approx(b["router_entropy"], abs=1e-3)
     assert json.loads(json.dumps(whole["tastes"])) == report["tastes"]
+
+
+def test_routers_behind_states_are_seen_document_by_document(corpus: Path, tmp_path: Path) -> None:
+    """Of a model whose layers recur: each document's part of a row begins with a state of zeros."""
+    model = tmp_path / "model"
+    model.mkdir()
+    sizes = {"vocab_size": 320, "num_experts": E, "moe_intermediate_size": 16}
+    save_tiny(model, "qwen3_5_moe_text", **sizes)
+    write_tokenizer(model)
+    found = write_report(model, read_documents([corpus], 2000), tmp_path / "out", SETTINGS)
+    logits = routed_by_transformers(model, rows_of(model, corpus))
+    assert len(found["layers"]) == 2
+    test_load_and_router_figures(found, logits)

@@ -32,14 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from moebius.models.family import model_types
+from moebius.models.family import Family, _declared, model_types
 
 MODELS = Path(__file__).parent.parent.parent / "src" / "moebius" / "models"
 ROPE = MODELS / "rope_keys.json"
-OURS = {"moebius"}
-"""Types that transformers does not know."""
+TABLES = sorted(
+    kind
+    for kind in model_types()
+    if isinstance(declared := _declared(kind)[0], Family) and declared.keys is None
+)
+"""Types with a table: those that transformers knows, but for what holds a language model."""
 
 # What a decoder meets beside its own two files, from reading the configuration to the next token's
 # logits.
@@ -110,7 +114,8 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
         for a, b in config.attribute_map.items()
     }
     looked_up = dict(shared)
-    _merge(looked_up, _reads(_tree(modeling), _CONFIGS))
+    for part in _run_by(config, _tree(modeling)):
+        _merge(looked_up, _reads(part, _CONFIGS))
     _merge(looked_up, _reads(_tree(config), {"self"}))
     names = {aliases.get(name, name): meaning for name, meaning in looked_up.items()}
     read = {
@@ -122,6 +127,24 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
         field.name for field in own if field.name in read and "None" not in str(field.type)
     ]
     return {"read": read, "never_null": sorted(never_null), "aliases": aliases}
+
+
+def _run_by(config: type, module: ast.Module) -> list[ast.AST]:
+    """What a model of this configuration runs of its module: all of it, or of one that has models
+    of images beside those of text what the latter's class names, and what that names."""
+    if not config.base_config_key:
+        return [module]
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    defined = {node.name: node for node in module.body if isinstance(node, kinds)}
+    wanted = [AutoModelForCausalLM._model_mapping[config].__name__]
+    found: dict[str, ast.AST] = {}
+    while wanted:
+        name = wanted.pop()
+        if name in defined and name not in found:
+            found[name] = defined[name]
+            names = (n.id for n in ast.walk(defined[name]) if isinstance(n, ast.Name))
+            wanted += names
+    return list(found.values())
 
 
 @functools.cache
@@ -233,7 +256,7 @@ def _is_key(name: str, fields: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    for model_type in sys.argv[1:] or sorted(set(model_types()) - OURS):
+    for model_type in sys.argv[1:] or TABLES:
         table(model_type).write_text(as_json(derive(model_type)), encoding="utf-8")
     ROPE.write_text(as_json(rope_types()), encoding="utf-8")
     print(f"the tables are of transformers {transformers.__version__}")

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.gguf_families import OWN_KEYS
+
 ARCHITECTURES = {
     "llama": "LLAMA",
     "mistral": "LLAMA",
@@ -33,8 +35,29 @@ ARCHITECTURES = {
     "dots1": "DOTS1",
     "granitemoe": "GRANITE_MOE",
     "gpt_oss": "GPT_OSS",
+    "granitemoeshared": "GRANITE_MOE",
+    "glm4_moe": "GLM4_MOE",
+    "minimax_m2": "MINIMAXM2",
+    "ernie4_5_moe": "ERNIE4_5_MOE",
+    "exaone_moe": "EXAONE_MOE",
+    "solar_open": "GLM4_MOE",
+    "hunyuan_v1_moe": "HUNYUAN_MOE",
+    "afmoe": "AFMOE",
+    "phi3": "PHI3",
+    "gemma3_text": "GEMMA3",
+    # Which gguf-py does not know yet: tensors are called as in these.
+    "mellum": "QWEN3MOE",
+    "laguna": "DOTS1",
+    "hy_v3": "DOTS1",
 }
-PERMUTED = {"llama", "mistral", "mixtral", "granitemoe"}
+CENTRED = {"gemma3_text"}
+LAGUNA = {
+    "self_attn.g_proj.weight": "attn_gate.weight",
+    "mlp.experts.e_score_correction_bias": "exp_probs_b.bias",
+}
+UNKNOWN = {"mellum", "hy_v3", "laguna"}
+PERMUTED = {"llama", "mistral", "mixtral", "granitemoe", "granitemoeshared"}
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SUFFIXES = (".weight", ".bias")
 # Types that gguf-py widens and does not make: where a block has its scales, and of what size.
 RANDOM: dict[Type, tuple[tuple[int, ...], float]] = {
@@ -97,7 +120,7 @@ class Converter:
     @property
     def rope(self) -> dict[str, Any]:
         found: dict[str, Any] = self.config.get("rope_scaling") or self.config["rope_parameters"]
-        return found
+        return found.get("full_attention", found)
 
     @property
     def head_size(self) -> int:
@@ -107,6 +130,7 @@ class Converter:
     def save(self, path: Path, change: Callable[[gguf.GGUFWriter], None] | None = None) -> None:
         """change: adds keys that the converter would not write."""
         arch = gguf.MODEL_ARCH_NAMES[self.architecture]
+        arch = self.model_type if self.model_type in UNKNOWN else arch
         writer = gguf.GGUFWriter(path, arch)
         self.keys(writer)
         if change:
@@ -126,7 +150,8 @@ class Converter:
         w.add_block_count(c["num_hidden_layers"])
         w.add_context_length(c["max_position_embeddings"])
         w.add_embedding_length(c["hidden_size"])
-        w.add_feed_forward_length(c["intermediate_size"])
+        if "intermediate_size" in c:
+            w.add_feed_forward_length(c["intermediate_size"])
         w.add_head_count(c["num_attention_heads"])
         w.add_head_count_kv(c["num_key_value_heads"])
         w.add_layer_norm_rms_eps(c["rms_norm_eps"])
@@ -145,10 +170,10 @@ class Converter:
         if c.get("head_dim"):
             w.add_key_length(c["head_dim"])
             w.add_value_length(c["head_dim"])
-        experts = [c.get(k) for k in ("num_local_experts", "num_experts", "n_routed_experts")]
+        experts = [c.get(key) for key in COUNTS]
         if any(experts):
             w.add_expert_count(next(filter(None, experts)))
-            w.add_expert_used_count(c["num_experts_per_tok"])
+            w.add_expert_used_count(c.get("num_experts_per_tok", 1))
         self.own_keys(w)
 
     def own_keys(self, w: gguf.GGUFWriter) -> None:
@@ -160,19 +185,8 @@ class Converter:
             w.add_expert_feed_forward_length(c["moe_intermediate_size"])
         if self.model_type == "qwen2_moe":
             w.add_expert_shared_feed_forward_length(c["shared_expert_intermediate_size"])
-        if self.model_type == "dots1":
-            w.add_leading_dense_block_count(c["first_k_dense_replace"])
-            w.add_expert_shared_count(c["n_shared_experts"])
-            w.add_expert_weights_scale(c["routed_scaling_factor"])
-            w.add_expert_weights_norm(c["norm_topk_prob"])
-            w.add_expert_group_count(c["n_group"])
-            w.add_expert_group_used_count(c["topk_group"])
-            w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        if self.model_type == "granitemoe":
-            w.add_attention_scale(c["attention_multiplier"])
-            w.add_embedding_scale(c["embedding_multiplier"])
-            w.add_residual_scale(c["residual_multiplier"])
-            w.add_logit_scale(c["logits_scaling"])
+        if self.model_type in OWN_KEYS:
+            OWN_KEYS[self.model_type](w, c)
         if self.model_type == "gpt_oss":
             w.add_sliding_window(c["sliding_window"])
             w.add_expert_feed_forward_length(c["intermediate_size"])
@@ -210,8 +224,17 @@ class Converter:
             return [(part, f"blk.{layer}.ffn_{kind}_exps.weight") for kind, part in parts]
         if self.model_type == "gpt_oss" and ".experts." in name:
             return self.gpt_oss_experts(name, tensor)
+        if name.endswith("shared_mlp.input_linear.weight"):
+            layer = name.split(".")[2]
+            halves = zip(("gate", "up"), tensor.chunk(2), strict=True)
+            return [(half, f"blk.{layer}.ffn_{kind}_shexp.weight") for kind, half in halves]
+        if self.model_type == "laguna" and name.endswith(tuple(LAGUNA)):
+            _, _, layer, rest = name.split(".", 3)
+            return [(tensor, f"blk.{layer}.{LAGUNA[rest]}")]
         known = name.replace("e_score_correction_bias", "e_score_correction.bias")
         known += ".weight" if known.endswith("sinks") else ""
+        if self.model_type == "afmoe":
+            known = known.replace(".expert_bias", ".expert_bias.bias")
         if self.model_type == "mixtral" and ".experts." in name:
             known = name.removeprefix("model.").replace("block_sparse_moe", "feed_forward")
         place = self.names.get_name(known, SUFFIXES)
@@ -236,15 +259,17 @@ class Converter:
         if self.model_type == "gpt_oss" and ".experts." in name:
             rows = torch.stack(parts, dim=2).flatten(1, 2) if len(parts) > 1 else parts[0]
             return rows if name.endswith("_bias") else rows.transpose(1, 2)
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
 
     def add(self, writer: gguf.GGUFWriter, tensor: Tensor, place: str) -> Tensor:
         """The numbers that the file then holds, in the tensor's own order."""
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
         kind = place.split(".")[2] if place.startswith("blk.") else ""
         count = self.config[heads[kind]] if self.model_type in PERMUTED and kind in heads else None
+        shift = self.model_type in CENTRED and place.endswith("_norm.weight")
         written = tensor if count is None else permuted(tensor, count)
-        if "gate_inp_shexp" in place:
+        written = written + 1 if shift else written
+        if "gate_inp_shexp" in place or "exp_probs_b" in place:
             written = written.squeeze(0)
         always = tensor.ndim == 1 or "_norm" in place or "ffn_gate_inp" in place
         always = always or place.endswith(".bias")
@@ -255,6 +280,8 @@ class Converter:
         writer.add_tensor(place, content, raw_dtype=None if dense else type_)
         numbers = gguf.quants.dequantize(content, type_)
         again = torch.from_numpy(np.array(numbers, dtype=np.float32)).reshape(tensor.shape)
+        if shift:
+            again = again - 1
         return again if count is None else restored(again, count)
 
     def rope_freqs(self, writer: gguf.GGUFWriter) -> None:
@@ -262,7 +289,7 @@ class Converter:
         rope = self.rope
         if rope["rope_type"] != "llama3":
             return
-        size = self.head_size
+        size = int(self.head_size * rope.get("partial_rotary_factor", 1.0))
         context = rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         divisors = []

@@ -18,13 +18,14 @@ from moebius.models.layout import Layout, sources
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.linear import Linear
+from moebius.nn.mixers.gated_delta import GatedDelta
 from moebius.nn.packed import PackedPast
 from moebius.nn.paged import PagedPast
 from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Operation, Pair, Use
 from moebius.ops.cache_spec import CacheSpec, Plane
-from moebius.ops.config import RouterConfig
+from moebius.ops.config import DeltaSizes, RouterConfig
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.train.initial import init_weights
@@ -72,6 +73,12 @@ LAYERS = {
     ),
     "sandwich, all heads normed": LayerSpec(replace(PLAIN, qk_norm="full"), DENSE, "sandwich"),
     "values of another size": LayerSpec(replace(PLAIN, value_dim=4), FeedForwardConfig(8, gated=False)),
+    "outputs normed alone": LayerSpec(replace(PLAIN, qk_norm="turned"), ROUTED, "post"),
+    "gates of values": LayerSpec(replace(PLAIN, gated="values", value_dim=4), DENSE),
+    "gates of heads": LayerSpec(replace(PLAIN, gated="heads", gate_function="softplus"), DENSE),
+    "gates behind queries": LayerSpec(replace(PLAIN, gated="queries"), DENSE),
+    "gated delta": LayerSpec(GatedDelta(DeltaSizes(2, 4, 6, 5), projections="grouped"), ROUTED),
+    "decay itself": LayerSpec(GatedDelta(DeltaSizes(2, 2, 6, 5), logarithm=False), DENSE),
     "a mixer alone": LayerSpec(PLAIN, norms="sandwich"),
     "a feed-forward alone": LayerSpec(feed_forward=ROUTED, norms="sandwich"),
 }  # fmt: skip
@@ -106,8 +113,10 @@ def test_layers_that_are_nothing_are_refused() -> None:
         LayerSpec()
     with pytest.raises(ConfigError, match="num_layers is 0"):
         model()
-    with pytest.raises(ConfigError, match="norms is 'post'; it must be one of pre, sandwich"):
-        LayerSpec(PLAIN, norms="post")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="norms is 'both'; it must be one of pre, sandwich, post"):
+        LayerSpec(PLAIN, norms="both")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="residual_multiplier goes with layers whose inputs"):
+        LayerSpec(PLAIN, norms="post", residual_multiplier=0.5)
 
 
 class CountingOps(ReferenceOps):

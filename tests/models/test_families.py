@@ -37,29 +37,7 @@ GEMMA: dict[str, Any] = {
 }
 NEWCOMERS: dict[str, dict[str, Any]] = {
     "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    "gemma3_text": {
-        **GEMMA,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-            "full_attention": {
-                "rope_type": "linear",
-                "factor": 2.0,
-                "rope_theta": 900.0,
-                "original_max_position_embeddings": 32,
-            },
-        },
-    },
 }
-
-GLM: dict[str, Any] = {
-    **TINY,
-    **FAMILY["dots1"],
-    "head_dim": 16,
-    "use_qk_norm": True,
-    "attention_bias": True,
-}
-del GLM["sliding_window"]
 
 
 @pytest.fixture
@@ -67,12 +45,12 @@ def with_new_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """As if the files of NEW, and the tables that are made for them, lay among the families."""
     directory = tmp_path / "families"
     shutil.copytree(NEW, directory, ignore=shutil.ignore_patterns("__pycache__"))
-    for kind in (*NEWCOMERS, "glm4_moe"):
+    for kind in NEWCOMERS:
         (directory / f"{kind}.json").write_text(as_json(derive(kind)))
     shutil.copy(FAMILIES / "llama.json", directory / "renamed.json")
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(directory)])
     yield
-    for kind in (*NEWCOMERS, "glm4_moe", "renamed"):
+    for kind in (*NEWCOMERS, "renamed"):
         sys.modules.pop(f"{families.__name__}.{kind}", None)
         if hasattr(families, kind):
             delattr(families, kind)
@@ -101,8 +79,7 @@ def save(directory: Path, kind: str) -> Any:
 def test_a_family_that_was_dropped_in_serves_the_logits_of_transformers(
     kind: str, ops: Ops, tmp_path: Path
 ) -> None:
-    """Sandwich norms, capped scores and logits, scaled embeddings, windows in some layers, and
-    two rotary embeddings in one model."""
+    """Sandwich norms, capped scores and logits, scaled embeddings, windows in some layers."""
     model = save(tmp_path, kind)
     server = Server(load_decoder(tmp_path, torch.float32, ops=ops), block_size=4, num_blocks=8)
     server.step([(0, IDS[:7])])
@@ -112,7 +89,6 @@ def test_a_family_that_was_dropped_in_serves_the_logits_of_transformers(
         assert_close(server.all_logits(0), model(torch.tensor([IDS])).logits[0])
 
 
-@pytest.mark.usefixtures("with_new_families")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -126,9 +102,7 @@ def test_a_family_that_was_dropped_in_serves_the_logits_of_transformers(
 def test_a_part_of_each_head_turns_as_transformers_reads_it(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    from transformers import AutoConfig
-
-    tiny_of(AutoConfig.for_model("glm4_moe", **GLM)).save_pretrained(tmp_path)
+    save_tiny(tmp_path, "glm4_moe", head_dim=16)
     raw = json.loads((tmp_path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert "partial" not in " ".join(read_config(raw).ignored)
@@ -138,16 +112,73 @@ def test_a_part_of_each_head_turns_as_transformers_reads_it(
         assert_close(server.all_logits(0), load_theirs(tmp_path)(torch.tensor([IDS])).logits[0])
 
 
-@pytest.mark.usefixtures("with_new_families")
-def test_a_family_says_what_its_checkpoints_hold_beside_the_model(tmp_path: Path) -> None:
-    save(tmp_path, "gemma3_text")
+# What checkpoints hold beside the model, and how a line names it.
+BESIDE: list[tuple[str, dict[str, Any], list[str], str]] = [
+    ("gemma3_text", {}, ["model.vision_tower.a.b.weight"], "*vision_tower.*"),
+    ("exaone_moe", {}, ["mtp.fc.weight", "mtp.layers.0.mlp.gate_proj.weight"], "mtp.*"),
+    ("ernie4_5_moe", {}, ["model.mtp_block.0.self_attn.q_proj.weight"], "model.mtp_*"),
+    (
+        "glm4_moe",
+        {},
+        ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight"],
+        "model.layers.2.*",
+    ),
+    (
+        "hy_v3",
+        {"num_hidden_layers": 3},
+        [f"model.layers.{i}.{x}.weight" for i in (3, 4) for x in ("eh_proj", "enorm")],
+        "model.layers.3.*, model.layers.4.*",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "names", "told"), BESIDE, ids=lambda x: str(x)[:20])
+def test_what_is_no_part_of_the_model_is_left_out_with_a_line(
+    kind: str,
+    changes: dict[str, Any],
+    names: list[str],
+    told: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Layers that predict further tokens, and what sees images."""
+    save_tiny(tmp_path, kind, **changes)
+    plain = load_decoder(tmp_path, torch.float32).state_dict()
     tensors = load_file(tmp_path / "model.safetensors")
-    beside = {f"{name}.weight": torch.zeros(2) for name in ("mtp.fc", "model.vision_tower.a.b")}
+    beside = {name: torch.zeros(2) for name in names}
     save_file({**tensors, **beside}, tmp_path / "model.safetensors")
-    load_decoder(tmp_path, torch.float32)
-    save_file({**tensors, "model.mtp.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"'model\.mtp\.weight' is left over"):
+    with caplog.at_level("INFO", logger="moebius"):
+        found = load_decoder(tmp_path, torch.float32).state_dict()
+    assert [record.getMessage() for record in caplog.records][-1].endswith(
+        f"{len(names)} tensors are left out, as no {kind} model here computes with them: {told}"
+    )
+    assert list(found) == list(plain)
+    save_file(
+        {**tensors, "model.layers.9.x.weight": torch.zeros(2)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(WeightsError, match=r"'model\.layers\.9\.x\.weight' is left over"):
         load_decoder(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"model_type": "llama4", "vision_config": {}}, "attend within chunks"),
+        ({"model_type": "llama4_text"}, "attend within chunks"),
+        ({"model_type": "phimoe"}, "depend on the longest sequence in the batch"),
+        ({"model_type": "dbrx"}, "its norms subtract the mean"),
+        ({"model_type": "nllb-moe"}, "transformers 5 computes something else"),
+        ({"model_type": "mllama", "vision_config": {}}, "it reads images, which is not supported"),
+    ],
+)
+def test_what_is_asked_for_and_missing_is_refused_with_its_reason(
+    raw: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(raw)
+    message = str(caught.value)
+    assert f"model_type {raw['model_type']!r} is not supported: " in message
+    assert words in message and "\n" not in message
 
 
 RENAMED = {
@@ -194,13 +225,12 @@ def test_a_family_names_every_tensor(tied: bool, headless: bool, tmp_path: Path)
     assert set(load_file(tmp_path / "again" / "model.safetensors")) == named
 
 
-@pytest.mark.usefixtures("with_new_families")
 def test_the_context_is_what_the_widest_rope_was_stretched_to() -> None:
-    from transformers import AutoConfig
-
-    raw = AutoConfig.for_model("gemma3_text", **NEWCOMERS["gemma3_text"]).to_dict()
+    full = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 32}
+    ropes = {"sliding_attention": {"rope_type": "default"}, "full_attention": full}
+    raw = {**TINY, **FAMILY["gemma3_text"], "model_type": "gemma3_text", "rope_parameters": ropes}
     assert model_config(raw).context == 64
-    raw["rope_parameters"]["full_attention"]["factor"] = 3.0
+    full["factor"] = 3.0
     assert model_config(raw).context == 96
 
 

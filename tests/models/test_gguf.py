@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from models.gguf_writing import Converter, TypeOf, plain
+from models.gguf_hybrids import converter
+from models.gguf_writing import TypeOf, plain
 from models.ropes import LINEAR, LLAMA3, YARN
+from moebius.gguf import open_gguf
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
+from moebius.quantize.export import write_model
 from oracle import Server, assert_close, load_theirs, save_tiny
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -45,6 +49,39 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("three-layers", "gpt_oss", {"num_hidden_layers": 3, "attention_bias": False, "rope_parameters": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 150.0,
         "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}}),
+    ("plain", "glm4_moe", {}),
+    ("bare-yarn", "glm4_moe", {"use_qk_norm": False, "attention_bias": False, "rope_parameters": YARN}),
+    ("llama3-rope", "glm4_moe", {"rope_parameters": LLAMA3}),
+    ("plain", "minimax_m2", {}),
+    ("plain", "granitemoeshared", {}),
+    ("none-shared", "granitemoeshared", {"shared_intermediate_size": 0}),
+    ("plain", "ernie4_5_moe", {}),
+    ("interval", "ernie4_5_moe", {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_num_shared_experts": 0}),
+    ("window", "mellum", {}),
+    ("yarn", "mellum", {"rope_parameters": {"full_attention": {**YARN, "factor": 2.0},
+                                            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}),
+    ("window", "exaone_moe", {}),
+    ("types-groups", "exaone_moe", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+                                    "num_hidden_layers": 3, "n_group": 3, "topk_group": 2, "norm_topk_prob": False}),
+    ("plain", "solar_open", {}),
+    ("plain", "hy_v3", {}),
+    ("sparse-first", "hy_v3", {"mlp_layer_types": ["sparse", "dense"]}),
+    ("plain", "hunyuan_v1_moe", {}),
+    ("alpha", "hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 100.0}}),
+    ("window", "afmoe", {}),
+    ("five-layers", "laguna", {"num_hidden_layers": 5, "num_attention_heads_per_layer": [4, 6, 6, 2, 4],
+                               "layer_types": ["full_attention"] + ["sliding_attention"] * 3 + ["full_attention"]}),
+    ("elementwise", "laguna", {"gating": "per-element", "num_attention_heads_per_layer": [4, 4]}),
+    ("seven-layers", "gemma3_text", {"num_hidden_layers": 7, "layer_types": None, "final_logit_softcapping": 3.0}),
+    ("plain", "phi3", {}),
+    ("partial", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.67}}),
+    ("plain", "qwen3_next", {}),
+    ("one-value-head-a-key", "qwen3_next", {"linear_num_value_heads": 2, "tie_word_embeddings": True}),
+    ("plain", "qwen3_5_text", {}),
+    ("three-a-key", "qwen3_5_text", {"linear_num_value_heads": 6, "linear_conv_kernel_dim": 3, "layer_types": [
+        "full_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3}),
+    ("plain", "qwen3_5_moe_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 90.0,
+                                                       "partial_rotary_factor": 0.5}}),
 ]  # fmt: skip
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
@@ -60,7 +97,7 @@ def saved(
     """A tiny model's file; the directory beside it holds the same numbers."""
     save_tiny(directory, model_type, **overrides)
     path = directory / "tiny.gguf"
-    Converter(directory, type_of).save(path, change)
+    converter(directory, type_of).save(path, change)
     return path
 
 
@@ -88,6 +125,27 @@ def test_every_architecture_answers_as_the_original(
     tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any], ops: Ops
 ) -> None:
     assert_same_answers(tmp_path, saved(tmp_path, model_type, overrides), ops)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """They stand behind the model's own, and the file counts them with these."""
+
+    def predicting(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop("glm4moe.block_count")
+        writer.add_block_count(3)
+        writer.add_nextn_predict_layers(1)
+        for name in ("nextn.eh_proj.weight", "nextn.enorm.weight", "attn_q.weight"):
+            writer.add_tensor(f"blk.2.{name}", np.zeros((32, 32), dtype=np.float32))
+
+    path = saved(tmp_path, "glm4_moe", {}, change=predicting)
+    assert_same_answers(tmp_path, path, ReferenceOps())
+    again = tmp_path / "again.gguf"
+    write_model(path, again, "f32")
+    metadata = open_gguf(again).metadata
+    assert metadata["glm4moe.block_count"] == 2
+    assert "glm4moe.nextn_predict_layers" not in metadata
+    assert not [name for name in open_gguf(again).tensors if name.startswith("blk.2.")]
+    assert_same_answers(tmp_path, again, ReferenceOps())
 
 
 # Wide enough for blocks of 256 in every matrix.

@@ -18,7 +18,7 @@ from moebius.nn.packed import PackedPast
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from moebius.train.initial import init_weights
-from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
+from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny, tiny_model
 
 ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 
@@ -71,6 +71,54 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
                                "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     ("window-types", "gpt_oss", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6,
                                  "num_key_value_heads": 1, "rope_parameters": {**YARN, "attention_factor": 1.2}}),
+    ("plain", "glm4_moe", {}),
+    ("groups-bare", "glm4_moe", {"n_group": 3, "topk_group": 2, "use_qk_norm": False, "attention_bias": False,
+                                 "first_k_dense_replace": 0, "norm_topk_prob": False}),
+    ("yarn", "glm4_moe", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.34}, "tie_word_embeddings": True}),
+    ("plain", "minimax_m2", {}),
+    ("whole-heads-k1", "minimax_m2", {"rotary_dim": None, "num_experts_per_tok": 1, "num_key_value_heads": 1}),
+    ("plain", "granitemoeshared", {}),
+    ("none-shared", "granitemoeshared", {"shared_intermediate_size": 0, "tie_word_embeddings": True}),
+    ("plain", "ernie4_5_moe", {}),
+    ("interval", "ernie4_5_moe", {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_start_index": 2,
+                                  "moe_layer_end_index": 3, "tie_word_embeddings": False, "head_dim": 10}),
+    ("clamped", "ernie4_5_moe", {"moe_norm_min": 0.9, "moe_num_shared_experts": 0, "num_hidden_layers": 2}),
+    ("window", "mellum", {}),
+    ("ropes-dense", "mellum", {"mlp_layer_types": ["dense", "sparse"], "norm_topk_prob": False, "attention_bias": True,
+                               "rope_parameters": {"full_attention": {**YARN, "factor": 2.0},
+                                                   "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}),
+    ("full", "mellum", {"layer_types": None, "sliding_window": None, "tie_word_embeddings": True}),
+    ("window", "exaone_moe", {}),
+    ("groups-full-first", "exaone_moe", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+                                         "num_hidden_layers": 3, "n_group": 3, "topk_group": 2, "head_dim": 10,
+                                         "mlp_layer_types": ["sparse", "dense", "sparse"], "norm_topk_prob": False}),
+    ("plain", "solar_open", {}),
+    ("bias-yarn", "solar_open", {"attention_bias": True, "rope_parameters": YARN, "n_group": 2, "norm_topk_prob": False}),
+    ("plain", "hy_v3", {}),
+    ("sparse-first", "hy_v3", {"mlp_layer_types": ["sparse", "dense"], "attention_bias": True,
+                               "enable_moe_fp32_combine": False, "tie_word_embeddings": True}),
+    ("plain", "hunyuan_v1_moe", {}),
+    ("alpha-topk-list", "hunyuan_v1_moe", {"moe_topk": [1, 3], "attention_bias": True, "num_key_value_heads": 1,
+                                           "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0,
+                                                               "rope_theta": 100.0}}),
+    ("plain", "flex_olmo", {}),
+    ("renorm-biases", "flex_olmo", {"norm_topk_prob": True, "attention_bias": True, "num_experts_per_tok": 5}),
+    ("window", "afmoe", {}),
+    ("all-full", "afmoe", {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2,
+                           "num_dense_layers": 0, "mup_enabled": False, "attention_bias": True}),
+    ("window", "laguna", {}),
+    ("elementwise-full", "laguna", {"gating": "per-element", "layer_types": None, "attention_bias": True,
+                                    "num_attention_heads_per_layer": None, "moe_router_logit_softcapping": 0.7,
+                                    "mlp_layer_types": ["sparse", "dense"]}),
+    ("plain", "phi3", {}),
+    ("window", "gemma3_text", {}),
+    ("caps-ropes", "gemma3_text", {"query_pre_attn_scalar": 7, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "attention_bias": True,
+                                   "tie_word_embeddings": False, "rope_parameters": {
+                                       "full_attention": {**LINEAR, "rope_theta": 900.0},
+                                       "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}),
+    ("window-partial", "phi3", {"sliding_window": 4, "tie_word_embeddings": True, "head_dim": 10,
+                                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
+                                                    "partial_rotary_factor": 0.67}}),
 ]  # fmt: skip
 PROMPTS = ([5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1], [9, 9, 33, 50, 64, 3, 28])
 
@@ -131,6 +179,8 @@ def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
     ("dots1", {"hidden_size": 32, "moe_intermediate_size": 16}),
     ("llama", {"mlp_bias": True}),
     ("gpt_oss", {}),
+    ("qwen3_next", {}),
+    ("qwen3_5_moe_text", {"linear_num_value_heads": 2}),
 ])  # fmt: skip
 def test_training_logits_and_gradients_equal_transformers(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
@@ -162,8 +212,9 @@ def test_training_logits_and_gradients_equal_transformers(
         assert (grad - theirs_grad).abs().max() <= 1e-4 * scale, source.parameter
 
 
-def test_documents_in_a_row_do_not_see_each_other() -> None:
-    config = model_config(tiny_model("qwen3_moe").config.to_dict())
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_next"])
+def test_documents_in_a_row_do_not_see_each_other(model_type: str) -> None:
+    config = model_config(tiny_model(model_type).config.to_dict())
     decoder = Decoder(config, ReferenceOps())
     init_weights(decoder, torch.Generator().manual_seed(0), std=0.2)
     ids = torch.arange(12)
@@ -176,8 +227,9 @@ def test_documents_in_a_row_do_not_see_each_other() -> None:
         assert_close(packed[part], alone, 1e-5)
 
 
-def test_bfloat16_serves_close_to_its_float32_self(tmp_path: Path) -> None:
-    model = tiny_model("qwen3_moe").to(torch.bfloat16)
+@pytest.mark.parametrize("model_type", list(FAMILY))
+def test_bfloat16_serves_close_to_its_float32_self(tmp_path: Path, model_type: str) -> None:
+    model = tiny_model(model_type).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     logits = {}
     for dtype in (torch.bfloat16, torch.float32):

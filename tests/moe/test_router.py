@@ -23,7 +23,8 @@ SIZES: dict[str, Any] = {
     "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "topk_method": "group_limited_greedy",
     "moe_norm_min": 1e-12, "moe_topk": K, "use_expert_bias": True, "rms_norm_eps": 1e-6, "expert_capacity": T,
     "router_bias": False, "router_jitter_noise": 0.0, "router_ignore_padding_tokens": False, "router_dtype": "float32",
-    "n_routed_experts": E, "moe_num_experts": E, "moe_k": K, "hidden_dim": D,
+    "n_routed_experts": E, "moe_num_experts": E, "moe_k": K, "hidden_dim": D, "router_scaling_factor": 2.5,
+    "moe_router_logit_softcapping": 0.7,
 }  # fmt: skip
 V3 = RouterConfig(
     E, K, "sigmoid", "renorm", selection_bias=True, num_groups=4, groups_kept=2, group_score="top2",
@@ -31,6 +32,7 @@ V3 = RouterConfig(
 )  # fmt: skip
 SOFTMAX = RouterConfig(E, K)
 RENORM = replace(SOFTMAX, weight="renorm")
+BIASED = replace(RENORM, score="sigmoid", selection_bias=True)
 CHOSEN_LOGITS = replace(SOFTMAX, score="logits", weight="softmax")
 
 # architecture, router class, what it is as data, what its configuration says differently
@@ -51,10 +53,17 @@ ROWS: list[tuple[str, str, RouterConfig, dict[str, Any]]] = [
     ("gpt_oss", "GptOssTopKRouter", replace(CHOSEN_LOGITS, logit_bias=True), {}),
     ("granitemoe", "GraniteMoeTopKRouter", CHOSEN_LOGITS, {}),
     ("jamba", "JambaTopKRouter", SOFTMAX, {}),
-    ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter", replace(RENORM, selection_bias=True, renorm_eps=1e-12), {}),
+    ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter", replace(RENORM, selection_bias=True, renorm_least=1e-12), {}),
+    ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter", replace(RENORM, selection_bias=True, renorm_least=0.4),
+     {"moe_norm_min": 0.4}),
     ("minimax", "MiniMaxTopKRouter", RENORM, {}),
     ("minimax_m2", "MiniMaxM2TopKRouter", replace(RENORM, score="sigmoid", selection_bias=True), {}),
     ("hunyuan_v1_moe", "HunYuanMoEV1Gate", RENORM, {}),
+    ("mellum", "MellumTopKRouter", RENORM, {}),
+    ("exaone_moe", "ExaoneMoeTopkRouter", V3, {}),
+    ("solar_open", "SolarOpenTopkRouter", V3, {}),
+    ("hy_v3", "HYV3TopKRouter", replace(BIASED, renorm_eps=1e-20, scale=2.5), {}),
+    ("laguna", "LagunaTopKRouter", replace(BIASED, logit_softcap=0.7), {}),
     ("lfm2_moe", "Lfm2MoeTopKRouter", replace(RENORM, score="sigmoid", selection_bias=True, renorm_eps=1e-6),
      {"routed_scaling_factor": 1.0}),
     ("llama4", "Llama4Router", RouterConfig(E, 1, "logits", "sigmoid"), {"num_experts_per_tok": 1}),
@@ -81,7 +90,7 @@ def theirs(
         for buffer_name, tensor in (*router.named_buffers(), *router.named_parameters()):
             if "correction_bias" in buffer_name:
                 tensor.copy_(bias_E.view_as(tensor))
-    extra = (bias_E,) if architecture in ("minimax_m2", "lfm2_moe") else ()
+    extra = (bias_E,) if architecture in ("minimax_m2", "lfm2_moe", "hy_v3") else ()
     out = router(x_TD, *extra)
     if architecture == "llama4":
         ids = out[0].argmax(-1, keepdim=True)

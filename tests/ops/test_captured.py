@@ -24,11 +24,11 @@ from moebius.ops.program import Program
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.program import Unrecorded
 from moebius.ops.sources import RowSource, StepSource
-from moebius.ops.steps import Step, StepInputs
+from moebius.ops.steps import StateInputs, Step, StepInputs
 from ops.levels import bits
 from oracle import FAMILY, save_tiny
 
-MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 80
+MAX_TOKENS, BLOCK_SIZE, BLOCKS = 24, 4, 160
 CPU = torch.device("cpu")
 
 
@@ -41,14 +41,14 @@ class Plain(CpuOps):
 
 def runner(directory: Path, ops: CpuOps, dtype: torch.dtype) -> Runner:
     decoder = load_decoder(directory, dtype, ops=ops)
-    sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "device": CPU}
+    sizes = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "device": CPU, "num_states": 4}
     cache = KVCache(decoder.config.caches(dtype), ops, **sizes)
     return Runner(decoder, cache, CPU, StepRows(MAX_TOKENS, MAX_TOKENS))
 
 
 def random_step(rng: random.Random, computed: list[int], groups: int = 1) -> StepInputs:
     """New tokens of some of the sequences, none of all of them now and then; sequence s has blocks
-    10 s to 10 s + 9, and as many 40 further on for another group of layers."""
+    10 s to 10 s + 9, and as many 40 further on for another group of layers; and slot s."""
     some = [s for s in range(len(computed)) if rng.random() < 0.7]
     counts = [rng.randint(1, MAX_TOKENS // 4) for _ in some]
     starts = [computed[s] for s in some]
@@ -57,7 +57,9 @@ def random_step(rng: random.Random, computed: list[int], groups: int = 1) -> Ste
     ids = [[rng.randrange(64) for _ in range(count)] for count in counts]
     blocks = [list(range(10 * s, 10 * s + -(-computed[s] // BLOCK_SIZE))) for s in some]
     others = [[[40 * group + b for b in table] for table in blocks] for group in range(1, groups)]
-    return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others)
+    begun = [s for s, start in zip(some, starts, strict=True) if not start]
+    states = StateInputs(some, begun, (), ())
+    return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others, states=states)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

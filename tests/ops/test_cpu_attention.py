@@ -35,7 +35,7 @@ def test_angles(ops: CpuOps) -> None:
     [(4, 2, 64, 32), (3, 1, 6, 1), (7, 7, 80, 20), (2, 1, 33, 16)],
 )
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("norms", ["none", "before", "behind"])
 def test_rotate_and_store(
     ops: CpuOps,
     dtype: torch.dtype,
@@ -43,7 +43,7 @@ def test_rotate_and_store(
     kv_heads: int,
     head_dim: int,
     half: int,
-    norms: bool,
+    norms: str,
     interleaved: bool,
 ) -> None:
     """Queries against float64. Keys are made like queries: attention finds them, to the bit, as if
@@ -52,9 +52,10 @@ def test_rotate_and_store(
     q, k, v = (torch.randn(tokens, n, head_dim).to(dtype) for n in (heads, kv_heads, kv_heads))
     angles = torch.randn(tokens, half)
     turn = Rotation(angles.cos(), angles.sin(), interleaved)
-    weights = (
-        [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)] if norms else [None, None]
-    )
+    weights = [None, None]
+    if norms != "none":
+        weights = [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)]
+    options: dict[str, Any] = {"eps": 1e-6, "turned_first": norms == "behind"}
     for block_size in (1, 3, 16, 24):
         blocks = -(-tokens // block_size)
         step = StepInputs.build([[0] * tokens], [0], [torch.randperm(blocks).tolist()], block_size)
@@ -64,7 +65,8 @@ def test_rotate_and_store(
             rows = side_by_side(q[part], k[part], v[part])
             its_turn = Rotation(turn.cos_TR[part], turn.sin_TR[part], interleaved)
             slots = step.slot_mapping[part]
-            rotated.append(ops.rotate_and_store(rows, its_turn, caches[0], slots, *weights, 1e-6))
+            store = ops.rotate_and_store
+            rotated.append(store(rows, its_turn, caches[0], slots, *weights, **options))
         oracle = empty_cache(REF, blocks, block_size, kv_heads, head_dim, torch.float64)
         wide = [None if w is None else w.double() for w in weights]
         exact = REF.rotate_and_store(
@@ -73,10 +75,13 @@ def test_rotate_and_store(
             oracle,
             step.slot_mapping,
             *wide,
-            1e-6,
+            **options,
         )
-        size = head_dim**0.5 * 1.5 if norms else q.double().norm(dim=-1, keepdim=True)
-        assert_within(torch.cat(rotated), exact, (3 * u + 2.0**-20) * size)
+        plain = norms == "none"
+        size = q.double().norm(dim=-1, keepdim=True) if plain else head_dim**0.5 * 1.5
+        # Rounded once more where what is normed was turned before.
+        roundings = 5 if norms == "behind" else 3
+        assert_within(torch.cat(rotated), exact, (roundings * u + 2.0**-20) * size)
 
         rows = side_by_side(k, k, v)
         keys = ops.rotate_and_store(
@@ -86,7 +91,7 @@ def test_rotate_and_store(
             step.slot_mapping,
             weights[1],
             weights[1],
-            1e-6,
+            **options,
         )
         as_is(ops, caches[2], keys, v, step.slot_mapping)
         plan = ops.plan_attention(step, block_size)

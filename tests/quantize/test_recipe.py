@@ -10,7 +10,7 @@ from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.family import family, model_config
 from moebius.models.layout import sources
-from moebius.quantize.recipe import RECIPES, format_of, recipe
+from moebius.quantize.recipe import PLAIN, RECIPES, format_of, recipe
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -96,6 +96,23 @@ def test_mxfp4_is_for_experts() -> None:
 @pytest.mark.parametrize("name", ["q8_0", "q6_k"])
 def test_the_plain_ones_have_one_format(name: str) -> None:
     assert set(formats(name, config()).values()) == {name, None}
+
+
+def test_plain_numbers_stay_plain_beside_eight_experts() -> None:
+    """As in an f32 file of Mixtral, or of anything else with eight."""
+    model = config(num_experts=8)
+    layout = family(model.model_type).layouts[0]
+    found = {format_of(PLAIN["bf16"], source, model) for source in sources(model, layout)}
+    assert found == {"bfloat16", None}
+
+
+def test_queries_keys_and_values_in_one_matrix_have_more_bits() -> None:
+    model = model_config({"model_type": "qwen3_5_text", "num_hidden_layers": 4})
+    found = formats("q4_k_m", model)
+    assert found["layers.0.self_attn.in_proj_qkv.weight"] == "q5_k"
+    assert found["layers.0.self_attn.in_proj_z.weight"] == "q4_k"
+    for kept in ("conv1d.weight", "A_log", "dt_bias", "norm.weight"):
+        assert found[f"layers.0.self_attn.{kept}"] is None
 
 
 def test_others_are_refused() -> None:

@@ -91,7 +91,7 @@ def bare_decoder(
 @torch.inference_mode()
 def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
     """A step's final hidden states (T, D), its keys and values written to the cache."""
-    past = PagedPast(model.ops, cache.layers, cache.groups, step, cache.block_size)
+    past = PagedPast(model.ops, cache.layers, cache.groups, step, cache.block_size, cache.states)
     hidden_TD: Tensor = model(step.input_ids, step.positions, past)[0]
     return hidden_TD
 

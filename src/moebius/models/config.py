@@ -15,7 +15,7 @@ from moebius.nn.mixer import Mixer
 from moebius.nn.spec import Norm, Parameter, Parameters
 from moebius.ops.cache_spec import CacheSpec
 
-Norms = Literal["pre", "sandwich"]
+Norms = Literal["pre", "sandwich", "post"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class LayerSpec:
     """One layer: a mixer, a feed-forward part, or one after the other.
 
     norms                 `pre`: each part reads the normed residual stream. `sandwich`: what it
-                          adds to the stream is normed too (Gemma 2, arXiv 2408.00118)
+                          adds to the stream is normed too (Gemma 2, arXiv 2408.00118). `post`:
+                          that alone is (OLMo 2, arXiv 2501.00656)
     residual_multiplier   of what each part adds to the stream
     """
 
@@ -36,21 +37,26 @@ class LayerSpec:
         require_word("a layer's norms", self.norms, Norms)
         if self.mixer is None and self.feed_forward is None:
             raise ConfigError("a layer has neither a mixer nor a feed-forward part")
+        if self.norms == "post" and self.residual_multiplier != 1:
+            raise ConfigError("residual_multiplier goes with layers whose inputs are normed")
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of moebius.models.decoder.Layer."""
-        sandwich = self.norms == "sandwich"
+        before = self.norms != "post"
+        behind = self.norms != "pre"
         if self.mixer is not None:
-            yield Parameter("input_layernorm.weight", (hidden_size,), norm=True)
+            if before:
+                yield Parameter("input_layernorm.weight", (hidden_size,), norm=True)
             for parameter in self.mixer.parameters(hidden_size):
                 yield parameter.within("self_attn.")
-            if sandwich:
+            if behind:
                 yield Parameter("mixer_output_norm.weight", (hidden_size,), norm=True)
         if self.feed_forward is not None:
-            yield Parameter("post_attention_layernorm.weight", (hidden_size,), norm=True)
+            if before:
+                yield Parameter("post_attention_layernorm.weight", (hidden_size,), norm=True)
             for parameter in self.feed_forward.parameters(hidden_size):
                 yield parameter.within("mlp.")
-            if sandwich:
+            if behind:
                 yield Parameter("mlp_output_norm.weight", (hidden_size,), norm=True)
 
 
@@ -62,6 +68,7 @@ class ModelConfig:
     context        longest sequence, in tokens, that positions were made for
     layers         what each is made of
     embedding_multiplier, logits_divisor   what embeddings are multiplied by, and logits divided
+    multiplier_rounded   that of embeddings is rounded to the model's dtype first (Gemma)
     norm             how an RMSNorm meets its weight: `rounded` before the product with one of the
                      model's dtype; `float32`, a weight and a product in float32 (gpt-oss); or
                      `zero-centred`, the same with a weight that checkpoints hold less 1
@@ -80,6 +87,7 @@ class ModelConfig:
     norm: Norm = "rounded"
     tie_word_embeddings: bool = False
     embedding_multiplier: float = 1.0
+    multiplier_rounded: bool = False
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     unpublished: str = ""
@@ -151,12 +159,12 @@ class ModelConfig:
 
     @property
     def attention(self) -> GQA:
-        """The sizes of attention that all layers share, whatever their windows. Raises ConfigError
-        where they do not."""
+        """The sizes of attention that all layers with attention share, whatever their windows.
+        Raises ConfigError where they do not."""
         found = [mixer for mixer in self.mixers if isinstance(mixer, GQA)]
         sizes = {(each.num_heads, each.num_kv_heads, each.head_dim) for each in found}
-        if len(found) < self.num_layers or len(sizes) > 1:
+        if len(sizes) != 1:
             raise ConfigError(
-                f"the layers of this {self.model_type} model do not all have attention of one size"
+                f"the layers of this {self.model_type} model do not have attention of one size"
             )
         return found[0]

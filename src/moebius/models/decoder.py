@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from moebius.models.config import LayerSpec, ModelConfig
+from moebius.models.config import LayerSpec, ModelConfig, Norms
 from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.layer import FeedForward
 from moebius.moe.ranks import ExpertRank
@@ -19,7 +19,7 @@ from moebius.nn.linear import Changes, Embedding, Linear, ParameterModule, RMSNo
 from moebius.nn.mixer import MixerModule, Past
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Place
-from moebius.ops import Ops, PreparedLinear, Weight
+from moebius.ops import Ops, Pair, PreparedLinear, Weight
 
 
 class Stream(NamedTuple):
@@ -35,24 +35,26 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec, place: Place, ranks: ExpertRank | None = None) -> None:
         super().__init__()
+        self.ops = place.ops
         self.multiplier = spec.residual_multiplier
 
-        def norm() -> RMSNorm:
+        def norm(*without: Norms) -> RMSNorm | None:
+            if spec.norms in without:
+                return None
             return RMSNorm(place.ops, place.hidden_size, place.norm_eps, dtype=place.norm_dtype)
 
-        sandwich = spec.norms == "sandwich"
         self.self_attn: MixerModule | None = None
         self.mlp: FeedForward | None = None
         if spec.mixer is not None:
-            self.input_layernorm = norm()
+            self.input_layernorm = norm("post")
             self.self_attn = spec.mixer.build(place)
-            self.mixer_output_norm = norm() if sandwich else None
+            self.mixer_output_norm = norm("pre")
         if spec.feed_forward is not None:
-            self.post_attention_layernorm = norm()
+            self.post_attention_layernorm = norm("post")
             dispatch = ranks.dispatcher(place.ops, place.layer) if ranks else LocalDispatcher()
             held = ranks.held(place.layer) if ranks else None
             self.mlp = FeedForward(spec.feed_forward, place, dispatch, held)
-            self.mlp_output_norm = norm() if sandwich else None
+            self.mlp_output_norm = norm("pre")
 
     def forward(
         self, stream: Stream, positions: Positions, past: Past
@@ -60,18 +62,27 @@ class Layer(nn.Module):
         """The residual stream behind this layer, and the routing of one that routes."""
         routing = None
         if self.self_attn is not None:
-            x_TD, normed_TD = self.input_layernorm.add(*stream)
+            x_TD, normed_TD = self._read(stream, self.input_layernorm)
             update_TD = self.self_attn(normed_TD, positions, past)
             if self.mixer_output_norm is not None:
                 update_TD = self.mixer_output_norm(update_TD)
             stream = Stream(x_TD, update_TD, self.multiplier)
         if self.mlp is not None:
-            x_TD, normed_TD = self.post_attention_layernorm.add(*stream)
+            x_TD, normed_TD = self._read(stream, self.post_attention_layernorm)
             update_TD, routing = self.mlp(normed_TD)
             if self.mlp_output_norm is not None:
                 update_TD = self.mlp_output_norm(update_TD)
             stream = Stream(x_TD, update_TD, self.multiplier)
         return stream, routing
+
+    def _read(self, stream: Stream, norm: RMSNorm | None) -> Pair:
+        """The residual stream, and what a part of the layer reads of it: its norm, if any."""
+        if norm is not None:
+            return norm.add(*stream)
+        x_TD, update_TD, _ = stream
+        if update_TD is not None:
+            x_TD = self.ops.add_gated(x_TD, update_TD)
+        return x_TD, x_TD
 
 
 class Decoder(nn.Module):
@@ -109,6 +120,10 @@ class Decoder(nn.Module):
             self.lm_head: Linear | None = None
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)
+        self.embedding_multiplier = config.embedding_multiplier
+        if config.multiplier_rounded:
+            rounded = torch.tensor(config.embedding_multiplier, dtype=dtype, device="cpu")
+            self.embedding_multiplier = float(rounded)
         self._head: PreparedLinear | None = None
         self.changes = Changes()
         """How often a parameter, of whatever part, became another one or lies elsewhere."""
@@ -139,9 +154,7 @@ class Decoder(nn.Module):
         self, input_ids_T: Tensor, positions_T: Tensor, past: Past
     ) -> tuple[Tensor, list[Routing | None]]:
         """Final hidden states (T, D), normed, and each layer's routing (None for a dense one)."""
-        stream = Stream(
-            self.embed_tokens(input_ids_T, self.config.embedding_multiplier, self.dtype)
-        )
+        stream = Stream(self.embed_tokens(input_ids_T, self.embedding_multiplier, self.dtype))
         positions = Positions(positions_T)
         routings = []
         for layer in self.layers:

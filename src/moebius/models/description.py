@@ -5,7 +5,6 @@ Wherever a model is named by a path, it is one of the two: see `is_gguf`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +40,6 @@ class Description(NamedTuple):
     ignored: Sequence[str]
     quantization: Quantization | None = None
 
-    def leaves_out(self, tensor: str) -> bool:
-        """Whether a tensor of the files does not belong to the model."""
-        return any(fnmatchcase(tensor, pattern) for pattern in self.unused)
-
 
 def describe(path: Path) -> Description:
     """Raises ConfigError naming the file and the key that is wrong, or is not supported, and
@@ -68,7 +63,7 @@ def describe_gguf(model: GgufModel) -> Description:
     """By its keys."""
     name = model.files[0].path.name
     found = gguf_config(model)
-    config = read_config(found.config_json, name).config
+    config = found.architecture.held_config(read_config(found.config_json, name).config)
     layers = []
     for layer in config.layers:
         mixer = layer.mixer
@@ -83,4 +78,4 @@ def describe_gguf(model: GgufModel) -> Description:
 
 def _as_stored(rope: RopeConfig, divisors: tuple[float, ...] | None, permuted: bool) -> RopeConfig:
     """Queries and keys turn as their rows lie in the file: nothing is put into another order."""
-    return replace(rope, divisors=divisors, interleaved=permuted)
+    return replace(rope, divisors=divisors, interleaved=permuted or rope.interleaved)

@@ -1,7 +1,8 @@
 """The supported architectures: one module each in moebius.models.families, named after its
 model_type.
 
-Such a module declares FAMILY. Nothing else lists it: which there are is what the directory holds,
+Such a module declares FAMILY, a Family or, for a model that is more than one of language, a Nested.
+Nothing else lists it: which there are is what the directory holds,
 and only the one that a model asks for is imported.
 """
 
@@ -13,13 +14,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError
+from moebius.files import package_table
 from moebius.models import families
 from moebius.models.config import ModelConfig
 from moebius.models.gguf_architecture import GgufArchitecture
 from moebius.models.layout import Layout
 from moebius.models.quantization import Quantization, read_quantization
 from moebius.models.quantization.read import KEYS as QUANTIZATION_KEYS
-from moebius.models.reading import ConfigReader, Keys
+from moebius.models.reading import HARMLESS, ConfigReader, Keys
+
+_REFUSED: Mapping[str, str] = package_table("models/keys.toml")["refused"]
+# Keys of a config.json that describe what sees.
+_SEEING = ("vision_config", "vision_tower", "mm_vision_tower")
+# Keys that a file has one of, for the language model as for the rest.
+_OF_THE_WHOLE = ("tie_word_embeddings", *sorted(QUANTIZATION_KEYS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,34 @@ class Family:
     unused: tuple[str, ...] = ()
     keys: Keys | None = None
     gguf: GgufArchitecture | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """A model_type whose config.json describes a language model in an object; all else is left out.
+
+    model_type   the language model's
+    key          the object
+    """
+
+    model_type: str
+    key: str = "text_config"
+
+    def language_model(self, whole: Mapping[str, Any], where: str) -> ConfigReader:
+        """Of the language model's keys; what the file has one of stands beside its object."""
+        given = whole.get(self.key)
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{where}: {self.key} is {given!r}; it must be an object")
+        kind = given.get("model_type", self.model_type)
+        if kind != self.model_type:
+            raise ConfigError(
+                f"{where}: {self.key}.model_type is {kind!r}; it must be {self.model_type!r}"
+            )
+        shared = {key: whole[key] for key in _OF_THE_WHOLE if key in whole}
+        raw = {**given, **shared, "model_type": kind}
+        reader = config_reader(raw, f"{where}: {self.key}")
+        reader.ignored += sorted(whole.keys() - HARMLESS - shared.keys() - {self.key})
+        return reader
 
 
 class ConfigReading(NamedTuple):
@@ -61,30 +97,37 @@ def model_types() -> tuple[str, ...]:
 
 
 def family(model_type: object) -> Family:
-    """Raises ConfigError where config.json's model_type is none of the supported ones."""
-    return _found(model_type)[0]
+    """That of a model's language model. Raises ConfigError where config.json's model_type is none
+    of the supported ones."""
+    declared, _ = _declared(model_type)
+    return family(declared.model_type) if isinstance(declared, Nested) else declared
 
 
-def _found(model_type: object) -> tuple[Family, Path]:
-    """A family, and the file that declares it."""
+def _declared(
+    model_type: object, config_json: Mapping[str, Any] | None = None
+) -> tuple[Family | Nested, Path]:
+    """What is declared for a model_type, and in which file; config_json tells why not, if so."""
     known = model_types()
     if model_type not in known:
+        sees = any(key in (config_json or {}) for key in _SEEING)
+        why = _REFUSED.get(str(model_type), _REFUSED["images"] if sees else "")
+        reason = f": {why}" if why else ""
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported are "
+            f"config.json: model_type {model_type!r} is not supported{reason}; supported are "
             f"{', '.join(known)}"
         )
     module = import_module(f"{families.__name__}.{model_type}")
-    assert isinstance(module.FAMILY, Family) and module.__file__ is not None
+    assert isinstance(module.FAMILY, Family | Nested) and module.__file__ is not None
     return module.FAMILY, Path(module.__file__)
 
 
 def gguf_families(architecture: str) -> dict[str, Family]:
     """By model_type, those whose models GGUF files of this architecture hold."""
-    every = {model_type: family(model_type) for model_type in model_types()}
+    every = {model_type: _declared(model_type)[0] for model_type in model_types()}
     return {
         model_type: each
         for model_type, each in every.items()
-        if each.gguf is not None and each.gguf.name == architecture
+        if isinstance(each, Family) and each.gguf is not None and each.gguf.name == architecture
     }
 
 
@@ -95,8 +138,10 @@ def gguf_architectures() -> tuple[str, ...]:
 
 
 def config_reader(config_json: Mapping[str, Any], where: str = "config.json") -> ConfigReader:
-    """Of the keys that its model_type has. Raises ConfigError as `family`."""
-    declared, file = _found(config_json.get("model_type"))
+    """Of the language model's keys, which its model_type has. Raises ConfigError as `family`."""
+    declared, file = _declared(config_json.get("model_type"), config_json)
+    if isinstance(declared, Nested):
+        return declared.language_model(config_json, where)
     keys = declared.keys or Keys.of_file(file.with_suffix(".json"))
     return ConfigReader(config_json, keys, f"{where}: ")
 
@@ -105,8 +150,8 @@ def read_config(config_json: Mapping[str, Any], where: str = "config.json") -> C
     """Raises ConfigError naming the key that is wrong, or that counts and has a value which is not
     supported, and the file, which is called `where`."""
     reader = config_reader(config_json, where)
-    quantization = read_quantization(config_json)
-    config = family(config_json.get("model_type")).read(reader)
+    quantization = read_quantization(reader.raw)
+    config = family(reader.raw["model_type"]).read(reader)
     assumed = sorted(reader.computed - reader.raw.keys())
     reader.computed |= QUANTIZATION_KEYS
     reader.finish()

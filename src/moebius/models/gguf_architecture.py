@@ -5,16 +5,27 @@ and a config.json the keys of a GGUF file. Facts as llama.cpp's converter has th
 src/llama-model.cpp of October 2026.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
+from moebius.errors import ConfigError
+from moebius.gguf import Value
 from moebius.models import layout
+from moebius.models.config import ModelConfig
 from moebius.models.layout import Layout, Names, Stacked, stacked
+from moebius.models.parts import DENSE, SPARSE, every_nth_full
+from moebius.models.reading import ConfigReader
+from moebius.nn.attention import GQA
+from moebius.nn.mixer import Mixer
 
 GATE_UP_DOWN = ("gate", "up", "down")
+_OF_MIXER = re.compile(r"(layers\.(\d+)\.self_attn\.)(.+)")
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of a file's tensors."""
 Absent = Callable[[Mapping[str, object]], object]
 """What config.json has of a key that a file lacks, told from what it has of others."""
 
@@ -33,17 +44,73 @@ def meaning(value: object) -> Absent:
 class Key:
     """A key of config.json, and the same in a GGUF file.
 
-    config   config.json's
+    config   config.json's; "" where the file's tensors tell it, and config.json by other keys
     gguf     the file's, behind the architecture's name and a dot
-    kind     how it is stored: uint32, float32 or bool
+    kind     how it is stored: uint32, float32, bool; or a bool for each layer, whether it has a
+             window
     absent   what it means that the file has none, told from what config.json has by then;
              KeyError: every file has it
+    optional   config.json may have none, and then the file has none
     """
 
     config: str
     gguf: str
-    kind: Literal["integer", "number", "flag"] = "integer"
+    kind: Literal["integer", "number", "flag", "sliding"] = "integer"
     absent: Absent = required
+    optional: bool = False
+
+
+class FileKeys(Protocol):
+    """The keys of a file under its architecture's name."""
+
+    def get(self, key: str, default: Value) -> Value:
+        """Of a list, one for each layer, what they all are: ConfigError where they differ."""
+
+    def listed(self, key: str) -> Sequence[object] | None:
+        """A list as it is; None where there is none."""
+
+    def wrong(self, key: str, message: str) -> ConfigError:
+        """What is wrong with a key."""
+
+
+class Moved(NamedTuple):
+    """What of a parameter is otherwise in a file than in Hugging Face's checkpoints.
+
+    parameter       of the layer's mixer there, which it is made of
+    rows, columns   which of the latter's stands where; None: all where they are
+    exponential     the file holds -exp of the numbers
+    """
+
+    parameter: str
+    rows: Sequence[int] | None = None
+    columns: Sequence[int] | None = None
+    exponential: bool = False
+
+
+def _nothing_read(keys: FileKeys, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
+
+
+def _nothing_written(reader: ConfigReader, config: ModelConfig) -> Mapping[str, Value]:
+    return {}
+
+
+def nothing_told(shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
+
+
+def told_by_routers(shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """mlp_layer_types: a layer with a router has experts."""
+    routers = [f"blk.{i}.ffn_gate_inp.weight" for i in range(config["num_hidden_layers"])]
+    return {"mlp_layer_types": [SPARSE if name in shapes else DENSE for name in routers]}
+
+
+def _as_it_is(mixer: Mixer) -> Mixer:
+    return mixer
+
+
+def _nothing_moved(mixer: Mixer, name: str) -> Moved | None:
+    return None
 
 
 def _head_size(config: Mapping[str, object]) -> int:
@@ -71,12 +138,40 @@ USUAL_KEYS = (
 )
 
 
-def expert_keys(count: str, width: str | None = None) -> tuple[Key, ...]:
-    """Of experts, whose number and width config.json has under these names; width None: they have
-    the width that USUAL_KEYS say."""
-    keys = (Key(count, "expert_count"), Key("num_experts_per_tok", "expert_used_count"))
+def expert_keys(
+    count: str, width: str | None = None, chosen: str = "num_experts_per_tok"
+) -> tuple[Key, ...]:
+    """Of experts, whose number and width config.json has under these names, and how many a token
+    has; width None: they have the width that USUAL_KEYS say."""
+    keys = (Key(count, "expert_count"), Key(chosen, "expert_used_count"))
     return keys if width is None else (*keys, Key(width, "expert_feed_forward_length"))
 
+
+SHARED_WIDTH = Key("", "expert_shared_feed_forward_length", absent=meaning(0))
+SLIDING_LAYERS = "attention.sliding_window_pattern"
+SLIDING_WINDOW = Key("sliding_window", "attention.sliding_window", absent=meaning(None))
+
+
+def sliding_layers(period: int, *, full_first: bool = False) -> Key:
+    """Which layers have a window; without the key, all but the last, or the first, of each
+    `period`."""
+
+    def usual(config: Mapping[str, object]) -> list[str]:
+        layers = config["num_hidden_layers"]
+        assert isinstance(layers, int), "the file's key was an integer"
+        before = period - 1 if full_first else 0
+        return every_nth_full(before + layers, period)[before:]
+
+    return Key("layer_types", SLIDING_LAYERS, "sliding", usual)
+
+
+ROUTER_KEYS = (
+    Key("routed_scaling_factor", "expert_weights_scale", "number"),
+    Key("norm_topk_prob", "expert_weights_norm", "flag", meaning(False)),
+    Key("n_group", "expert_group_count", absent=meaning(1)),
+    Key("topk_group", "expert_group_used_count", absent=meaning(1)),
+)
+"""Of DeepSeek-V3's router."""
 
 _ATTENTION = ("q", "k", "v")
 _PARTS = ("weight", "bias")
@@ -135,11 +230,23 @@ class GgufArchitecture:
     values    keys of the file that must have this value where they are present, and are written
     present   flags of config.json that are on where the file has a tensor of that name
     layouts   what tensors are called, the way that is written first
+    partial   a part of each head may turn (partial_rotary_factor): the file says how much
+    ropes     `one` turns all layers, or those that are `sliding`, while the others have no
+              positions; or `each` kind of layer has its own
+    sliding_theta     theta of layers with a window, where the file does not say it; None: as the
+                      others'
+    told      what config.json would have that the file's tensors tell, by their shapes
+    marked    a key that tells its files from another family's, where it is there and not 0
     permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand
               side by side (see `pair_rows`)
     slides    whether a layer has the window that the file states
     truncates yarn's range of dimensions is whole ones, as llama.cpp has it of every model; where
               it is not, files mean what the model was trained with
+    read      what else config.json has, told from keys that are not one by one its own
+    write     these keys, from a config.json and what it describes
+    held      a mixer of a config.json as it lies in such a file
+    moved     what a parameter of that mixer, by its name, is made of, where it is otherwise there
+              than config.json's mixer has it
     """
 
     name: str
@@ -152,6 +259,40 @@ class GgufArchitecture:
     permuted: bool = False
     slides: Callable[[int], bool] = _nowhere
     truncates: bool = True
+    partial: bool = False
+    marked: str = ""
+    ropes: Literal["one", "sliding", "each"] = "one"
+    sliding_theta: float | None = None
+    told: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = nothing_told
+    read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read
+    write: Callable[[ConfigReader, ModelConfig], Mapping[str, Value]] = _nothing_written
+    held: Callable[[Mixer], Mixer] = _as_it_is
+    moved: Callable[[Mixer, str], Moved | None] = _nothing_moved
+
+    def made_of(self, parameter: str, config: ModelConfig) -> Moved | None:
+        """What a file's parameter is made of, by whole names, in a model of a config.json; None for
+        that of the same name as it is."""
+        place = _OF_MIXER.fullmatch(parameter)
+        if place is None:
+            return None
+        before, number, name = place.groups()
+        mixer = config.layers[int(number)].mixer
+        assert mixer is not None, "it has this parameter"
+        moved = self.moved(mixer, name)
+        if self.permuted and isinstance(mixer, GQA):
+            # Neighbours turn together.
+            every = {"q_proj": mixer.num_heads, "k_proj": mixer.num_kv_heads}
+            heads = every.get(name.partition(".")[0])
+            moved = None if heads is None else Moved(name, pair_rows(heads, mixer.head_dim))
+        return None if moved is None else moved._replace(parameter=before + moved.parameter)
+
+    def held_config(self, config: ModelConfig) -> ModelConfig:
+        """A model of a config.json, as it lies in such a file."""
+        layers = (
+            layer if layer.mixer is None else replace(layer, mixer=self.held(layer.mixer))
+            for layer in config.layers
+        )
+        return replace(config, layers=tuple(layers))
 
 
 def pair_rows(heads: int, head_dim: int) -> list[int]:

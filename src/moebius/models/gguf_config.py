@@ -16,7 +16,8 @@ from moebius.files import short_name
 from moebius.gguf import GgufModel, GgufTensor, Value
 from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.models.family import gguf_architectures, gguf_families
-from moebius.models.gguf_architecture import GgufArchitecture, Key
+from moebius.models.gguf_architecture import SLIDING_WINDOW, GgufArchitecture, Key
+from moebius.models.parts import FULL, SLIDING
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -91,6 +92,14 @@ class _Keys:
             raise self.wrong(key, "differs from layer to layer, which is not supported")
         return value[0]
 
+    def listed(self, key: str) -> list[Any] | None:
+        """A list as it is; None where there is none."""
+        self._read.add(key)
+        value = self._metadata.get(self._before + key)
+        if value is not None and not isinstance(value, list):
+            raise self.wrong(key, f"is {value!r}; it must be a list")
+        return value
+
     def typed(self, key: Key) -> Any:
         """A key's value as config.json would have it. Raises ConfigError for another type."""
         value = self.get(key.gguf, 0)
@@ -141,22 +150,67 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     model_type, architecture = _family(model.metadata, where)
     keys = _Keys(model.metadata, architecture.name, where)
     config = {"model_type": model_type, **architecture.fixed}
+    # Layers that predict further tokens stand behind the model's own, and are counted with them.
+    predicting = keys.typed(Key("", "nextn_predict_layers"))
     for key in architecture.keys:
         try:
-            config[key.config] = keys.typed(key) if key.gguf in keys else key.absent(config)
+            config[key.config] = _value(keys, key, config)
         except KeyError:
             raise keys.wrong(key.gguf, "is missing") from None
+        if key.gguf == "block_count":
+            config[key.config] -= predicting
+    config.pop("", None)
     _check_counts(keys, model)
     for flag, tensor in architecture.present.items():
         config[flag] = tensor in model.tensors
     for name, wanted in architecture.values.items():
         keys.check(name, wanted)
-    keys.check("rope.dimension_count", config["head_dim"])
+    if architecture.partial:
+        turning = keys.number("rope.dimension_count", config["head_dim"])
+        config["partial_rotary_factor"] = turning / max(config["head_dim"], 1)
+    else:
+        keys.check("rope.dimension_count", config["head_dim"])
     keys.check("attention.value_length", config["head_dim"])
+    config |= architecture.read(keys, config)
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    config |= architecture.told(shapes, config)
     config["rope_scaling"] = _rope_scaling(keys, config, truncate=architecture.truncates)
+    if architecture.ropes == "each":
+        config["rope_parameters"] = _ropes(keys, config, architecture)
     config["vocab_size"] = _embedding(model, where).shape[0]
     config["tie_word_embeddings"] = HEAD not in model.tensors
     return GgufConfig(config, architecture, _rope_divisors(model, where), keys.finish())
+
+
+def _value(keys: _Keys, key: Key, config: Mapping[str, Any]) -> Any:
+    """What config.json would have. Raises KeyError for a key that is missing."""
+    if key.gguf not in keys:
+        return key.absent(config)
+    if key.kind != "sliding":
+        value = keys.typed(key)
+        return value or None if key is SLIDING_WINDOW else value
+    layers = config["num_hidden_layers"]
+    each = (keys.listed(key.gguf) or [])[:layers]
+    if len(each) != layers or not all(isinstance(slides, bool) for slides in each):
+        raise keys.wrong(key.gguf, "must be a list of true and false, one for each layer")
+    return [SLIDING if slides else FULL for slides in each]
+
+
+def _ropes(keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture) -> dict[str, Any]:
+    """config.json's rope_parameters of each kind of layer; what scales positions is full
+    attention's."""
+    theta = config.pop("rope_theta")
+    usual = architecture.sliding_theta or theta
+    full = {**config.pop("rope_scaling"), "rope_theta": theta}
+    slides = {"rope_theta": keys.number("rope.freq_base_swa", usual)}
+    size = config["head_dim"]
+    if architecture.partial:
+        full["partial_rotary_factor"] = config.pop("partial_rotary_factor")
+        turning = keys.number("rope.dimension_count_swa", size)
+        slides["partial_rotary_factor"] = turning / max(size, 1)
+    else:
+        keys.check("rope.dimension_count_swa", size)
+    return {FULL: full, SLIDING: slides}
 
 
 def _check_counts(keys: _Keys, model: GgufModel) -> None:
@@ -193,15 +247,26 @@ def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchite
             f"{QUANTIZATION_VERSION} can be read: convert the model again with today's llama.cpp"
         )
     sparse = bool(metadata.get(f"{name}.expert_count"))
+    marked: dict[str, GgufArchitecture] = {}
+    plain: dict[str, GgufArchitecture] = {}
     # Of those that a file does not tell apart, the one that the architecture has its name from.
-    for model_type, each in sorted(found.items(), key=lambda entry: entry[0] != name):
-        if each.gguf is not None and (each.gguf.sparse == sparse or len(found) == 1):
-            return model_type, each.gguf
+    for model_type, family in sorted(found.items(), key=lambda entry: entry[0] != name):
+        each = family.gguf
+        if each is None or (each.sparse != sparse and len(found) > 1):
+            continue
+        if not each.marked:
+            plain[model_type] = each
+        elif metadata.get(f"{name}.{each.marked}"):
+            marked[model_type] = each
+    for model_type, each in {**marked, **plain}.items():
+        return model_type, each
     raise ConfigError(f"{where}: {name} with {'' if sparse else 'no '}experts is not supported")
 
 
 def _rope_scaling(keys: _Keys, config: Mapping[str, Any], *, truncate: bool) -> dict[str, Any]:
     """config.json's object of that name."""
+    context = config["max_position_embeddings"]
+    original = keys.get("rope.scaling.original_context_length", context)
     kind = keys.get("rope.scaling.type", "linear")
     # An older name of the same.
     older = keys.number("rope.scale_linear", 0.0)
@@ -214,8 +279,6 @@ def _rope_scaling(keys: _Keys, config: Mapping[str, Any], *, truncate: bool) -> 
         words = f"is {kind!r}; none, linear and yarn are supported"
         raise keys.wrong("rope.scaling.type", words)
     keys.check("rope.scaling.yarn_ext_factor", 1.0)
-    context = config["max_position_embeddings"]
-    original = keys.get("rope.scaling.original_context_length", context)
     # What the converter writes is all of it; what llama.cpp reads is beside yarn's own.
     beside = keys.number("rope.scaling.attn_factor", 1.0)
     attention = keys.number("rope.scaling.yarn_attn_factor", beside * yarn_attention(factor))

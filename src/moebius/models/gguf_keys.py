@@ -1,12 +1,20 @@
 """A config.json as the keys of a GGUF file: the way back of moebius.models.gguf_config."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moebius.errors import ConfigError
+from moebius.gguf import Value
 from moebius.models.config import ModelConfig
 from moebius.models.family import config_reader, family, model_config
-from moebius.models.gguf_architecture import GgufArchitecture, Key
+from moebius.models.gguf_architecture import (
+    SHARED_WIDTH,
+    SLIDING_LAYERS,
+    GgufArchitecture,
+    Key,
+    told_by_routers,
+)
 from moebius.models.gguf_config import yarn_attention
 from moebius.models.reading import ConfigReader
 from moebius.nn.attention import GQA
@@ -19,12 +27,13 @@ _ADVICE = "load the model with --quantization instead"
 class GgufKeys(NamedTuple):
     """What a GGUF file says of a model.
 
-    keys           values by their whole names; of type int uint32, float float32, bool or str
+    keys           values by their whole names; of type int uint32, float float32, bool or str, and
+                   lists of these
     rope_divisors  the values of rope_freqs.weight, where the file needs one
     """
 
     architecture: GgufArchitecture
-    keys: Mapping[str, int | float | bool | str]
+    keys: Mapping[str, Value]
     rope_divisors: tuple[float, ...] | None
 
 
@@ -37,45 +46,108 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     reader = config_reader(config_json)
     _check_windows(architecture, config)
     _check_fixed(architecture, reader)
-    keys: dict[str, int | float | bool | str]
-    keys = {key.gguf: _value(key, reader, config) for key in architecture.keys}
+    attention = _attention(config)
+    rope = _rope(config, architecture)
+    keys: dict[str, Value] = {
+        key.gguf: _value(key, reader, config, rope)
+        for key in architecture.keys
+        if not (key.optional and reader.get(key.config) is None)
+    }
     keys |= architecture.values
-    keys["rope.dimension_count"] = config.attention.head_dim
-    keys["attention.value_length"] = config.attention.head_dim
+    if architecture.ropes == "each":
+        keys |= _sliding_rope_keys(config, rope)
+    keys |= architecture.write(reader, config)
+    keys["rope.dimension_count"] = rope.size(attention.head_dim)
+    keys["attention.value_length"] = attention.head_dim
     keys["vocab_size"] = config.vocab_size
-    rope = _rope(config)
     keys |= _rope_keys(rope, architecture)
+    _check_sparse(architecture, config, keys)
     named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
     named = {"general.architecture": architecture.name, **named}
-    return GgufKeys(architecture, named, _divisors(rope, config.attention.head_dim))
+    return GgufKeys(architecture, named, _divisors(rope, attention.head_dim))
 
 
-def _value(key: Key, reader: ConfigReader, config: ModelConfig) -> int | float | bool:
-    if key.config == "head_dim":
-        return config.attention.head_dim
-    if key.config == "num_key_value_heads":
-        return config.attention.num_kv_heads
+def _value(key: Key, reader: ConfigReader, config: ModelConfig, rope: RopeConfig) -> Value:
+    told = _TOLD.get(key.gguf)
+    if told is not None:
+        return told(config)
     if key.config == "rope_theta":
-        return _rope(config).theta
+        return rope.theta
+    if key.kind == "sliding":
+        return [mixer.window is not None for mixer in _gqas(config)]
     if key.kind == "integer":
         return reader.integer(key.config, low=0)
     return reader.number(key.config) if key.kind == "number" else reader.flag(key.config)
 
 
-def _rope(config: ModelConfig) -> RopeConfig:
-    """That of all layers."""
-    ropes = {mixer.rope for mixer in config.mixers if isinstance(mixer, GQA)}
+def _dense_first(config: ModelConfig) -> int:
+    """How many layers stand before the first that has experts."""
+    routed = [part.router is not None for part in config.feed_forward]
+    return routed.index(True) if True in routed else len(routed)
+
+
+def _check_sparse(
+    architecture: GgufArchitecture, config: ModelConfig, keys: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError where other layers have experts than the file would say."""
+    if architecture.told is told_by_routers:
+        return
+    first = keys.get("leading_dense_block_count", 0)
+    step = keys.get("interleave_moe_layer_step", 1)
+    for number, part in enumerate(config.feed_forward):
+        expected = architecture.sparse and number >= first and (number + 1) % step == 0
+        if expected != (part.router is not None):
+            has = "no experts" if part.router is None else "experts"
+            raise ConfigError(
+                f"layer {number} has {has}, which files of {architecture.name} cannot say; "
+                f"{_ADVICE}"
+            )
+
+
+def _gqas(config: ModelConfig) -> list[GQA]:
+    return [mixer for mixer in config.mixers if isinstance(mixer, GQA)]
+
+
+def _attention(config: ModelConfig) -> GQA:
+    """One layer's, whose sizes all have, but for the number of heads."""
+    found = _gqas(config)
+    sizes = {(mixer.num_kv_heads, mixer.head_dim) for mixer in found}
+    if len(sizes) != 1:
+        raise ConfigError(f"GGUF files hold no models of several sizes of heads; {_ADVICE}")
+    return found[0]
+
+
+def _window(config: ModelConfig) -> int:
+    """That of all layers with one; 0 where no layer has."""
+    windows = {mixer.window for mixer in _gqas(config) if mixer.window is not None}
+    if len(windows) > 1:
+        raise ConfigError(f"windows of {sorted(windows)}, and GGUF files have one; {_ADVICE}")
+    return max(windows, default=0)
+
+
+def _rope(config: ModelConfig, architecture: GgufArchitecture) -> RopeConfig:
+    """That of all layers, or of those of one kind: see GgufArchitecture.ropes."""
+    kept = {
+        "one": _gqas(config),
+        "sliding": [mixer for mixer in _gqas(config) if mixer.window is not None],
+        "each": [mixer for mixer in _gqas(config) if mixer.window is None],
+    }[architecture.ropes]
+    still = {mixer for mixer in _gqas(config) if mixer.rope is None}
+    ropes = {mixer.rope for mixer in kept or _gqas(config)}
     rope = ropes.pop() if ropes else None
-    if rope is None or ropes:
+    expected = set(_gqas(config)) - set(kept) if architecture.ropes == "sliding" else set()
+    if rope is None or ropes or still != expected:
         raise ConfigError(
-            f"GGUF files hold no {config.model_type} models whose layers have different rotary "
-            f"embeddings; {_ADVICE}"
+            f"GGUF files hold no {config.model_type} models whose layers have such different "
+            f"rotary embeddings; {_ADVICE}"
         )
     return rope
 
 
 def _check_windows(architecture: GgufArchitecture, config: ModelConfig) -> None:
     """Raises ConfigError where llama.cpp has none in a layer, or one where there is none."""
+    if any(key.gguf == SLIDING_LAYERS for key in architecture.keys):
+        return
     for number, mixer in enumerate(config.mixers):
         if not isinstance(mixer, GQA):
             continue
@@ -92,6 +164,20 @@ def _check_windows(architecture: GgufArchitecture, config: ModelConfig) -> None:
                 f"this model has no sliding window in layer {number}, but llama.cpp has one there "
                 f"for {architecture.name}; {_ADVICE}"
             )
+
+
+def _sliding_rope_keys(config: ModelConfig, rope: RopeConfig) -> dict[str, int | float]:
+    """Of layers with a window that have an embedding of their own."""
+    ropes = {mixer.rope for mixer in _gqas(config) if mixer.window is not None} or {rope}
+    own = ropes.pop()
+    if ropes or own is None or own.scaling != "none" or rope.scaling == "llama3":
+        raise ConfigError(
+            f"GGUF files hold no such scaling of positions in layers with a window; {_ADVICE}"
+        )
+    return {
+        "rope.freq_base_swa": own.theta,
+        "rope.dimension_count_swa": own.size(_attention(config).head_dim),
+    }
 
 
 def _check_fixed(architecture: GgufArchitecture, reader: ConfigReader) -> None:
@@ -119,7 +205,7 @@ def _rope_keys(rope: RopeConfig, architecture: GgufArchitecture) -> dict[str, in
             raise ConfigError(
                 f"rope truncate is {told}, which files of {architecture.name} cannot say; {_ADVICE}"
             )
-        _, attention = frequencies(rope, 2)
+        _, attention = frequencies(replace(rope, partial=1.0), 2)
         keys |= {
             "rope.scaling.original_context_length": rope.original_max_position,
             "rope.scaling.yarn_beta_fast": rope.beta_fast,
@@ -132,6 +218,16 @@ def _rope_keys(rope: RopeConfig, architecture: GgufArchitecture) -> dict[str, in
 def _divisors(rope: RopeConfig, head_dim: int) -> tuple[float, ...] | None:
     if rope.scaling != "llama3":
         return rope.divisors
-    plain, _ = frequencies(RopeConfig(rope.theta), head_dim)
+    plain, _ = frequencies(RopeConfig(rope.theta, partial=rope.partial), head_dim)
     scaled, _ = frequencies(rope, head_dim)
     return tuple((plain / scaled).tolist())
+
+
+# What is read of the model that a config.json describes, however it says it.
+_TOLD: Mapping[str, Callable[[ModelConfig], int | float]] = {
+    "attention.key_length": lambda config: _attention(config).head_dim,
+    "attention.head_count_kv": lambda config: _attention(config).num_kv_heads,
+    "attention.sliding_window": _window,
+    "leading_dense_block_count": _dense_first,
+    SHARED_WIDTH.gguf: lambda config: max(part.shared_width for part in config.feed_forward),
+}

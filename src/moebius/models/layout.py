@@ -41,7 +41,15 @@ class Stacked:
         return Source(parameter, shape, name, stored, start=first, step=step, transposed=turned)
 
 
-Names = Mapping[str, str | Stacked]
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """One tensor of several parameters, whose rows stand in it in the order of their roles."""
+
+    name: str
+    roles: tuple[str, ...]
+
+
+Names = Mapping[str, str | Stacked | Joined]
 
 
 def experts(
@@ -64,6 +72,11 @@ def stacked(gate_up: str, down: str) -> Names:
         "mlp.experts.up_proj": Stacked(gate_up, 1, 2),
         "mlp.experts.down_proj": Stacked(down),
     }
+
+
+def joined(name: str, *roles: str) -> Names:
+    """One tensor for all of these."""
+    return dict.fromkeys(roles, Joined(name, roles))
 
 
 def transposed(gate_up: str, down: str) -> Names:
@@ -127,8 +140,8 @@ class Layout:
         """What stands before all names but the head's, unless a model was saved without a head."""
         return self.embedding.partition(".")[0] + "."
 
-    def source(self, number: int, parameter: Parameter) -> "Source":
-        """Where a parameter of layer `number` is."""
+    def source(self, number: int, parameter: Parameter, rows_of: Mapping[str, int]) -> "Source":
+        """Where a parameter of layer `number` is, whose roles have so many rows each."""
         name, shape, role, expert, experts, float32, _ = parameter
         role = role or name
         stored = self.names.get(role) or USUAL.get(role) or role
@@ -138,6 +151,11 @@ class Layout:
         if isinstance(stored, str):
             theirs = before + stored.replace("{e}", str(expert))
             return Source(ours, shape, theirs, shape, None, 0, float32, whose)
+        if isinstance(stored, Joined):
+            above = [rows_of[each] for each in stored.roles]
+            whole = (sum(above), *shape[1:])
+            first = sum(above[: stored.roles.index(role)])
+            return Source(ours, shape, before + stored.name, whole, None, first, float32)
         found = stored.source(ours, shape, before + stored.name, experts)
         return found._replace(entry=expert, float32=float32, expert=whose)
 
@@ -145,7 +163,7 @@ class Layout:
 def switched(layout: Layout) -> Layout | None:
     """The same with all experts' matrices of one kind in one tensor, as mlx-lm has them; None where
     they are not one by one in `layout`."""
-    names: dict[str, str | Stacked] = dict(layout.names)
+    names = dict(layout.names)
     for ours in GATE_UP_DOWN:
         role = f"mlp.experts.{ours}"
         stored = layout.names.get(role, USUAL[role])
@@ -157,8 +175,8 @@ def switched(layout: Layout) -> Layout | None:
 
 
 class Source(NamedTuple):
-    """Where a parameter's values are: a whole tensor, or some rows of entry `entry` of a stacked
-    one, every step-th from `start` on.
+    """Where a parameter's values are: a whole tensor, some rows of one, or of entry `entry` of a
+    stacked one: every step-th from `start` on.
 
     shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32
     stays so in any model. expert is whose it is in which layer, where it belongs to one of several
@@ -224,8 +242,9 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
     for number, layer in enumerate(config.layers):
         if layer not in parameters:
             parameters[layer] = tuple(layer.parameters(width))
+        rows_of = {each.role or each.name: each.shape[0] for each in parameters[layer]}
         for parameter in parameters[layer]:
-            source = layout.source(number, parameter)
+            source = layout.source(number, parameter, rows_of)
             yield _of_norm(source, config, layout) if parameter.norm else source
     yield _of_norm(_whole("norm.weight", layout.norm, width), config, layout)
     if not config.tie_word_embeddings:

@@ -20,7 +20,10 @@ from moebius.ops.config import Activation, RouterConfig, Score, Weight
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-_OLD_LAYER_TYPES = {"attention": FULL}
+LINEAR = "linear_attention"
+DENSE = "dense"
+SPARSE = "sparse"
+_OLD_LAYER_TYPES = {"attention": FULL, "mamba": LINEAR}
 """What transformers 4 called them."""
 _ROPE_KEYS: Mapping[str, Sequence[str]] = read_json(Path(__file__).with_name("rope_keys.json"))
 _ACTIVATIONS: Mapping[str, Activation] = package_table("models/keys.toml")["activations"]
@@ -34,17 +37,22 @@ def activation(reader: ConfigReader, key: str = "hidden_act") -> Activation:
 
 
 def layer_types(
-    reader: ConfigReader, known: Sequence[str] = (FULL, SLIDING)
+    reader: ConfigReader, known: Sequence[str] = (FULL, SLIDING), key: str = "layer_types"
 ) -> Sequence[str] | None:
     """One of the known words a layer, None where the key is absent."""
-    value = reader.get("layer_types")
+    value = reader.get(key)
     if value is None:
         return None
     given = value if isinstance(value, list) else []
     types = [_OLD_LAYER_TYPES.get(v, v) if isinstance(v, str) else v for v in given]
     if len(types) != reader.num_layers or not all(v in known for v in types):
-        raise reader.error(f"layer_types must name one of {', '.join(known)} for each layer")
+        raise reader.error(f"{key} must name one of {', '.join(known)} for each layer")
     return types
+
+
+def every_nth_full(layers: int, period: int) -> list[str]:
+    """The words of layers, of which the last of each `period` have no window."""
+    return [SLIDING if (i + 1) % period else FULL for i in range(layers)]
 
 
 def sliding_window(reader: ConfigReader) -> int | None:
@@ -59,6 +67,13 @@ def rope(reader: ConfigReader, partial: float | None = None) -> RopeConfig:
     new = reader.get("rope_parameters")
     name = "rope_scaling" if old else "rope_parameters"
     return rope_of(reader, name, old or new, partial)
+
+
+def given_ropes(reader: ConfigReader, usual: Mapping[str, Any]) -> Any:
+    """rope_parameters, which has an object for each kind of layer (transformers 5); null is the
+    `usual` one."""
+    given = reader.get("rope_parameters")
+    return usual if given is None else given
 
 
 def rope_of(
@@ -170,10 +185,45 @@ def attention(reader: ConfigReader, *, biases: bool = False, **different: Any) -
     )
 
 
-def feed_forward(reader: ConfigReader, **different: Any) -> FeedForwardConfig:
-    """A dense one, and what is `different` about it: fields of FeedForwardConfig."""
+def turning_windows(reader: ConfigReader, types: Sequence[str], **different: Any) -> list[GQA]:
+    """Each layer's attention, where those with a window turn, and those without have no positions
+    (NoPE). `different` is as in `attention`."""
+    full = attention(reader, rope=None, **different)
+    slides = replace(full, rope=rope(reader), window=reader.integer("sliding_window"))
+    return [slides if kind == SLIDING else full for kind in types]
+
+
+def attention_of_kinds(
+    reader: ConfigReader,
+    types: Sequence[str],
+    ropes: Any,
+    partial: float | None = None,
+    **different: Any,
+) -> list[GQA]:
+    """Each layer's attention, where `ropes` has an object for each kind of layer. `partial` is as
+    in rope_of, `different` as in `attention`."""
+    plain = attention(reader, rope=None, **different)
+    kinds = {}
+    for kind in dict.fromkeys(types):
+        given = ropes.get(kind) if isinstance(ropes, dict) else None
+        if not isinstance(given, dict):
+            raise reader.error(f"rope_parameters has no object for {kind}, which a layer is of")
+        turning = rope_of(reader, f"rope_parameters.{kind}", given, partial)
+        kinds[kind] = replace(plain, rope=turning)
+    if SLIDING in kinds:
+        kinds[SLIDING] = replace(kinds[SLIDING], window=reader.integer("sliding_window"))
+    # Where no layer has one, it is none's.
+    reader.computed.add("sliding_window")
+    return [kinds[kind] for kind in types]
+
+
+def feed_forward(
+    reader: ConfigReader, act: str = "hidden_act", **different: Any
+) -> FeedForwardConfig:
+    """A dense one, whose activation the key `act` says, and what is `different` about it: fields of
+    FeedForwardConfig."""
     width = reader.integer("intermediate_size")
-    return FeedForwardConfig(width, activation=activation(reader), **different)
+    return FeedForwardConfig(width, activation=activation(reader, act), **different)
 
 
 def experts(
@@ -183,14 +233,65 @@ def experts(
     *,
     weight: Weight | None = None,
     score: Score = "softmax",
+    chosen: str = "num_experts_per_tok",
 ) -> FeedForwardConfig:
-    """As many experts, and as wide, as the keys `count` and `width` say; weight None is what
-    norm_topk_prob says."""
+    """As many experts, and as wide, as the keys `count` and `width` say, of which a token has as
+    many as `chosen` does; weight None is what norm_topk_prob says."""
     weight = weight or ("renorm" if reader.flag("norm_topk_prob") else "raw")
-    router = RouterConfig(
-        reader.integer(count), reader.integer("num_experts_per_tok"), score=score, weight=weight
-    )
+    router = RouterConfig(reader.integer(count), reader.integer(chosen), score=score, weight=weight)
     return FeedForwardConfig(reader.integer(width), router, activation(reader))
+
+
+def grouped_experts(
+    reader: ConfigReader, count: str = "n_routed_experts", shared: str = "n_shared_experts"
+) -> FeedForwardConfig:
+    """The experts of DeepSeek-V3 (arXiv 2412.19437), all shared ones as a single wide one.
+
+    count, shared: the keys of how many experts there are, and how many shared ones.
+    """
+    plain = experts(reader, count, "moe_intermediate_size", score="sigmoid")
+    assert plain.router is not None
+    router = replace(
+        plain.router,
+        selection_bias=True,
+        num_groups=reader.integer("n_group"),
+        groups_kept=reader.integer("topk_group"),
+        group_score="top2",
+        group_fill="never",
+        renorm_eps=1e-20,
+        scale=reader.number("routed_scaling_factor"),
+    )
+    return replace(plain, router=router, shared_width=plain.width * reader.integer(shared))
+
+
+def biased_experts(
+    reader: ConfigReader, count: str, width: str, shared_width: int = 0, **different: Any
+) -> FeedForwardConfig:
+    """Experts with sigmoid scores and a selection bias; the scores of the chosen are divided by
+    their sum. `different`: fields of RouterConfig."""
+    plain = experts(reader, count, width, score="sigmoid", weight="renorm")
+    assert plain.router is not None
+    router = replace(plain.router, selection_bias=True, **different)
+    return replace(plain, router=router, shared_width=shared_width)
+
+
+def first_dense(
+    reader: ConfigReader, sparse: FeedForwardConfig, first: int
+) -> list[FeedForwardConfig]:
+    """Each layer's feed-forward part, of which the `first` ones are dense."""
+    dense = feed_forward(reader)
+    return [dense if i < first else sparse for i in range(reader.num_layers)]
+
+
+def dense_or_sparse(
+    reader: ConfigReader, sparse: FeedForwardConfig, first: int
+) -> list[FeedForwardConfig]:
+    """The same, unless mlp_layer_types says it of each."""
+    types = layer_types(reader, (DENSE, SPARSE), "mlp_layer_types")
+    if types is None:
+        return first_dense(reader, sparse, first)
+    dense = feed_forward(reader)
+    return [sparse if kind == SPARSE else dense for kind in types]
 
 
 def layers(

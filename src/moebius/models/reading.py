@@ -17,7 +17,7 @@ from typing import Any
 from moebius.errors import ConfigError
 from moebius.files import package_table, read_json
 
-_HARMLESS = frozenset(package_table("models/keys.toml")["harmless"])
+HARMLESS = frozenset(package_table("models/keys.toml")["harmless"])
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class ConfigReader:
         model = f" for model_type {self.raw['model_type']!r}" if "model_type" in self.raw else ""
         for key, value in self.raw.items():
             default = self.keys.read.get(key)
-            if key in self.computed or key in _HARMLESS or (value is None and default is None):
+            if key in self.computed or key in HARMLESS or (value is None and default is None):
                 continue
             counts = self.keys.closed or key in self.keys.read
             neutral = value in ([], {}) or value == default

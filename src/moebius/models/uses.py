@@ -27,6 +27,8 @@ def uses(
         found.update(mixer.uses(dtype, kv_dtype))
     for part in config.feed_forward:
         found.update(part.uses(dtype))
+    if any(layer.norms == "post" for layer in config.layers):
+        found.add(Use(Operation.ADD_GATED, dtype))
     if config.logits_divisor != 1.0:
         found.add(Use(Operation.DIVIDE, torch.float32))
     if config.logits_softcap is not None:

@@ -18,8 +18,10 @@ from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Feature, Operation, PreparedLinear, Rotation, Use
 from moebius.ops.cache_spec import CacheSpec, key_value_spec
+from moebius.ops.config import GateFunction, HeadGates
 
-QKNorm = Literal["none", "head", "full"]
+QKNorm = Literal["none", "head", "full", "turned"]
+Gated = Literal["none", "queries", "values", "heads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,17 @@ class GQA:
     value_dim     size of a value head, where it is not N
     window        a token sees itself and window - 1 before it; None for all
     rope          None for none (NoPE)
-    qk_norm       queries and keys are normed each `head` by itself (Qwen3), or all heads as one
-                  vector, `full` (OLMoE)
+    qk_norm       queries and keys are normed each `head` by itself (Qwen3), once it is `turned`
+                  (Hunyuan), or all heads as one vector, `full` (OLMoE)
     qkv_bias, output_bias   the projections have biases
     clip_qkv      queries, keys and values are cut off at +- this (OLMo)
     scale         of the scores; None for 1 / sqrt(N)
     softcap       scores become c * tanh(scores / c) (Gemma 2, arXiv 2408.00118)
     sinks         one more key a head, without a value, whose score is learned (gpt-oss)
+    gated         the `values` of heads are multiplied by gates of a projection of their own
+                  (AFMoE), or `heads` by one each (Laguna), behind gate_function; or values by
+                  gates whose rows stand in q_proj behind those of each head's `queries`
+                  (Qwen3-Next)
     """
 
     num_heads: int
@@ -52,9 +58,15 @@ class GQA:
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
+    gated: Gated = "none"
+    gate_function: GateFunction = "sigmoid"
 
     def __post_init__(self) -> None:
         require_word("qk_norm", self.qk_norm, QKNorm)
+        require_word("gated", self.gated, Gated)
+        unlike = self.qk_norm == "full" or (self.clip_qkv, self.value_dim) != (None, None)
+        if self.gated == "queries" and unlike:
+            raise ConfigError("gates behind queries go with no clip_qkv, value_dim or full qk_norm")
         for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +88,11 @@ class GQA:
         return self.num_heads * self.head_dim
 
     @property
+    def q_rows(self) -> int:
+        """Of q_proj: queries, and the gates behind them."""
+        return self.q_size * (2 if self.gated == "queries" else 1)
+
+    @property
     def k_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
@@ -88,13 +105,18 @@ class GQA:
         return self.num_heads * (self.value_dim or self.head_dim)
 
     @property
+    def gate_size(self) -> int:
+        """Of a projection of gates' own."""
+        return {"values": self.out_size, "heads": self.num_heads}.get(self.gated, 0)
+
+    @property
     def score_scale(self) -> float:
         """What attention scores are multiplied by."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def activations(self) -> int:
-        return self.q_size + self.k_size + self.v_size + self.out_size
+        return self.q_rows + self.k_size + self.v_size + self.out_size + self.gate_size
 
     @property
     def scores(self) -> int:
@@ -102,7 +124,7 @@ class GQA:
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of Attention."""
-        for name, size in (("q", self.q_size), ("k", self.k_size), ("v", self.v_size)):
+        for name, size in (("q", self.q_rows), ("k", self.k_size), ("v", self.v_size)):
             yield Parameter(f"{name}_proj.weight", (size, hidden_size))
             if self.qkv_bias:
                 yield Parameter(f"{name}_proj.bias", (size,))
@@ -112,6 +134,8 @@ class GQA:
         yield Parameter("o_proj.weight", (hidden_size, self.out_size))
         if self.output_bias:
             yield Parameter("o_proj.bias", (hidden_size,))
+        if self.gate_size:
+            yield Parameter("gate_proj.weight", (self.gate_size, hidden_size))
         if self.sinks:
             yield Parameter("sinks", (self.num_heads,), float32=True)
 
@@ -139,6 +163,8 @@ class GQA:
             yield Use(Operation.RMS_NORM_PART, dtype)
         if self.clip_qkv is not None:
             yield Use(Operation.CLIP, dtype)
+        if self.gated != "none":
+            yield Use(Operation.GATE_HEADS, dtype)
 
     def build(self, place: Place) -> "Attention":
         return Attention(self, place)
@@ -162,6 +188,12 @@ class Attention(ParameterModule):
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
         self.scale = spec.score_scale
+        self.gates: HeadGates | None = None
+        if spec.gated == "queries":
+            self.gates = HeadGates(spec.head_dim, 2 * spec.head_dim, False, spec.gate_function)
+        elif spec.gated != "none":
+            stride = spec.gate_size // spec.num_heads
+            self.gates = HeadGates(0, stride, spec.gated == "heads", spec.gate_function)
         self._projections: PreparedLinear | None = None
 
         def linear(in_size: int, out_size: int, bias: bool) -> Linear:
@@ -173,15 +205,19 @@ class Attention(ParameterModule):
             normed = size if spec.qk_norm == "full" else spec.head_dim
             return RMSNorm(place.ops, normed, place.norm_eps, dtype=place.norm_dtype)
 
-        self.q_proj = linear(place.hidden_size, spec.q_size, spec.qkv_bias)
+        self.q_proj = linear(place.hidden_size, spec.q_rows, spec.qkv_bias)
         self.k_proj = linear(place.hidden_size, spec.k_size, spec.qkv_bias)
         self.v_proj = linear(place.hidden_size, spec.v_size, spec.qkv_bias)
         self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
+        self.gate_proj: Linear | None = None
+        if spec.gate_size:
+            self.gate_proj = linear(place.hidden_size, spec.gate_size, bias=False)
         self.q_norm = norm(spec.q_size)
         self.k_norm = norm(spec.k_size)
         self.head_norms: tuple[RMSNorm, RMSNorm] | None = None
         """Of each query head and of each key head, where there are such."""
-        if spec.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
+        each = spec.qk_norm in ("head", "turned")
+        if each and self.q_norm is not None and self.k_norm is not None:
             self.head_norms = (self.q_norm, self.k_norm)
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
@@ -203,6 +239,10 @@ class Attention(ParameterModule):
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Attends) -> Tensor:
         """What attention adds to the residual stream (T, D)."""
-        out_THN = past.attend(self, self._projected(x_TD), positions.rotation(self.rotary))
+        qkv_TI = self._projected(x_TD)
+        out_THN = past.attend(self, qkv_TI, positions.rotation(self.rotary))
+        if self.gates is not None:
+            gates_TI = qkv_TI if self.gate_proj is None else self.gate_proj(x_TD)
+            out_THN = self.ops.gate_heads(out_THN, gates_TI, self.gates)
         out_TD: Tensor = self.o_proj(out_THN.flatten(1))
         return out_TD

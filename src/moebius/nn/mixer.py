@@ -1,11 +1,9 @@
 """What every mixer is to the rest: a record that knows parameters, cache and module, and no more.
 
-A new kind of mixer is a file beside this one. It holds the record; the module; and, where it keeps
+A new kind of mixer is a file in mixers/. It holds the record; the module; and, where it keeps
 something that no mixer kept before, a protocol such as `Attends`, by which the module reaches it.
 That protocol then joins `Past`, and the two pasts there are (paged.py, packed.py) learn to answer.
-A recurrent mixer's would hand it the states of the step's sequences for a layer, as the backend
-keeps them, to be read and rewritten by the operation; in packed rows each document starts from
-zeros. The decoder, the layouts and the engine do not change.
+The decoder, the layouts and the engine do not change.
 """
 
 from collections.abc import Iterator
@@ -15,13 +13,14 @@ import torch
 from torch import Tensor
 
 from moebius.nn.attention import Attends
+from moebius.nn.mixers.recurs import Recurs
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Parameters, Place
 from moebius.ops import Use
 from moebius.ops.cache_spec import CacheSpec
 
 
-class Past(Attends, Protocol):
+class Past(Attends, Recurs, Protocol):
     """All that mixers ask of whoever runs a step. Made for one step, and handed through to each."""
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moebius.nn.attention import Attention
-from moebius.ops import Rotation
+from moebius.nn.mixers.recurs import Recurrence, Recurrent
+from moebius.ops import Rotation, StatePlan
 from moebius.ops.reference import visible
 
 # Queries of a row that are attended at a time: keys after them are never touched.
@@ -18,7 +19,8 @@ QUERY_BLOCK = 128
 class PackedPast:
     """Tokens see what stands before them in their row, causally.
 
-    With document_ids_T a token sees only tokens of its row with its own id. The mask is made once
+    With document_ids_T a token sees only tokens of its row with its own id, and states begin anew
+    with each. The mask is made once
     for all layers, and queries go in blocks that touch no key behind them: on a CPU several times
     as fast as torch's own with a mask.
     """
@@ -27,6 +29,7 @@ class PackedPast:
         self._length = row_length
         self._document_ids_T = document_ids_T
         self._biases: dict[int | None, Tensor] = {}
+        self._state_plan: StatePlan | None = None
 
     def _bias(self, window: int | None, like: Tensor) -> Tensor:
         """What is added to scores, 0 or about -inf: (R or 1, L, L)."""
@@ -70,22 +73,45 @@ class PackedPast:
         size = out_RGLSN.shape[-1]
         return out_RGLSN.transpose(1, 2).reshape(len(q_THN), spec.num_heads, size)
 
+    def recur(self, mixer: Recurrent, x_TD: Tensor) -> Recurrence:
+        """See moebius.nn.mixers.recurs.Recurs: nothing is kept."""
+        if self._state_plan is None:
+            starts = self._starts(len(x_TD))
+            self._state_plan = mixer.ops.plan_documents(starts, x_TD.device)
+        return Recurrence({}, self._state_plan)
+
+    def _starts(self, tokens: int) -> list[int]:
+        """The first token of each document, and behind them the number of tokens."""
+        if self._document_ids_T is None:
+            return list(range(0, tokens + 1, self._length))
+        ids_RL = self._document_ids_T.view(-1, self._length)
+        first_RL = torch.ones_like(ids_RL, dtype=torch.bool)
+        first_RL[:, 1:] = ids_RL[:, 1:] != ids_RL[:, :-1]
+        return [*first_RL.flatten().nonzero().flatten().tolist(), tokens]
+
 
 def _heads(
     attention: Attention, qkv_TI: Tensor, rotation: Rotation
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
     spec = attention.spec
-    q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_size, spec.k_size, spec.v_size], dim=1)
+    q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_rows, spec.k_size, spec.v_size], dim=1)
     groups = spec.num_kv_heads
-    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, spec.head_dim)
+    # Behind a head's queries stand its gates, where there are such.
+    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)[..., : spec.head_dim]
     k_TGN = k_TI.view(len(qkv_TI), groups, spec.head_dim)
     v_TGN = v_TI.view(len(qkv_TI), groups, spec.v_size // groups)
+    rotary = attention.ops.rotary
+    turned_first = spec.qk_norm == "turned"
+    if turned_first:
+        q_THN = rotary(q_THN, rotation)
+        k_TGN = rotary(k_TGN, rotation)
     if attention.head_norms is not None:
         q_norm, k_norm = attention.head_norms
         q_THN = q_norm(q_THN.contiguous())
         k_TGN = k_norm(k_TGN.contiguous())
-    rotary = attention.ops.rotary
+    if turned_first:
+        return q_THN, k_TGN, v_TGN
     return rotary(q_THN, rotation), rotary(k_TGN, rotation), v_TGN
 
 

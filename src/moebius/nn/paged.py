@@ -1,11 +1,12 @@
-"""The past in serving: each layer's keys and values in a paged cache."""
+"""The past in serving: each layer's keys and values in a paged cache, or its sequences' states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from moebius.nn.attention import Attention
-from moebius.ops import AttentionPlan, LayerCache, Ops, Rotation
+from moebius.nn.mixers.recurs import Recurrence, Recurrent
+from moebius.ops import AttentionPlan, LayerCache, Ops, Rotation, StatePlan
 from moebius.ops.steps import Step
 
 
@@ -13,7 +14,8 @@ class PagedPast:
     """Store the step's keys and values in each layer's cache, and attend over what the cache holds.
 
     caches are one per layer, as Ops.make_cache made them, with blocks of block_size tokens;
-    groups[i] is the group of layer i, by whose block table its cache is found.
+    groups[i] is the group of layer i, by whose block table its cache is found. states[i] are those
+    of layer i, by their planes' names, for a model that has any.
     """
 
     def __init__(
@@ -23,6 +25,7 @@ class PagedPast:
         groups: Sequence[int],
         step: Step,
         block_size: int,
+        states: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
         self._ops = ops
         self._caches = caches
@@ -30,6 +33,8 @@ class PagedPast:
         self._step = step
         self._block_size = block_size
         self._plans: dict[tuple[int, int | None], AttentionPlan] = {}
+        self._states = states
+        self._state_plan: StatePlan | None = None
 
     def _plan(self, group: int, window: int | None) -> AttentionPlan:
         """What attention needs to know of the step: one plan for a group's layers of a window."""
@@ -52,7 +57,17 @@ class PagedPast:
             q_weight = q_norm.weight
             k_weight = k_norm.weight
             eps = q_norm.eps
-        q_THN = self._ops.rotate_and_store(qkv_TI, rotation, cache, slots, q_weight, k_weight, eps)
+        q_THN = self._ops.rotate_and_store(
+            qkv_TI,
+            rotation,
+            cache,
+            slots,
+            q_weight,
+            k_weight,
+            eps,
+            gated=spec.gated == "queries",
+            turned_first=spec.qk_norm == "turned",
+        )
         return self._ops.paged_attention(
             q_THN,
             cache,
@@ -61,3 +76,9 @@ class PagedPast:
             spec.softcap,
             attention.sinks,
         )
+
+    def recur(self, mixer: Recurrent, x_TD: Tensor) -> Recurrence:
+        """See moebius.nn.mixers.recurs.Recurs."""
+        if self._state_plan is None:
+            self._state_plan = self._ops.plan_states(self._step)
+        return Recurrence(self._states[mixer.layer], self._state_plan)

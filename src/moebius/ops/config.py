@@ -112,6 +112,7 @@ class RouterConfig:
                      the top two (`top2`) of their scores. `group_fill` says what the others' scores
                      become: `zero`, or `never`, minus infinity, so that none of them is chosen
     renorm_eps       added to the divisor of `renorm`
+    renorm_least     what that divisor is at least
     scale            multiplies the final weights
     logit_bias       the router's linear layer has a bias
     logit_softcap    c * tanh(logits / c), where given
@@ -129,6 +130,7 @@ class RouterConfig:
     group_score: GroupScore = "max"
     group_fill: GroupFill = "zero"
     renorm_eps: float = 0.0
+    renorm_least: float = 0.0
     scale: float = 1.0
     logit_bias: bool = False
     logit_softcap: float | None = None

@@ -232,13 +232,14 @@ class Ops(SamplerOps, RecurrentOps):
         eps: float = 0.0,
         *,
         gated: bool = False,
+        turned_first: bool = False,
     ) -> Tensor:
         """The step's queries (T, H, N); its keys and values go to the cache.
 
         qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
         gated: behind each query head stand N gates, left alone: (T, (2H + G) * N + G * Nv).
         Queries and keys are normed per head where weights of one dtype are given, then rotated as
-        by `rotary`.
+        by `rotary`; or, with turned_first, rotated (and rounded) before they are normed.
         slot_mapping_T: int64, block id * block_size + offset. Keys for an int8 cache are not
         rounded in between.
         """

@@ -14,7 +14,7 @@ from moebius.gguf.reader import Value
 from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.gguf.writer import TensorToWrite, gguf_file, write_gguf
 from moebius.models.config import ModelConfig
-from moebius.models.gguf_architecture import pair_rows
+from moebius.models.gguf_architecture import GgufArchitecture, Moved
 from moebius.models.gguf_config import ROPE_DIVISORS
 from moebius.models.gguf_keys import gguf_keys
 from moebius.models.layout import Source, sources
@@ -31,12 +31,11 @@ _KEPT = "float32"
 
 
 class Part(NamedTuple):
-    """A parameter, the tensor that holds it, and which of its rows stands where in the file; None:
-    all where they are."""
+    """A parameter, the tensor that holds it, and what of it is otherwise in the file."""
 
     source: Source
     stored: StoredTensor
-    order: Sequence[int] | None
+    moved: Moved | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,8 @@ class Target:
         )
 
     def _pieces(self, rows: Rows) -> Iterator[memoryview]:
-        for source, stored, order in self.parts:
-            yield from rows.of(source, stored, self.format, order)
+        for source, stored, moved in self.parts:
+            yield from rows.of(source, stored, self.format, moved)
 
 
 @dataclass(slots=True)
@@ -140,21 +139,19 @@ def _described(
         metadata = dict(checkpoint.store.metadata)
         for key in [key for key in metadata if key.startswith(("split.", "general.alignment"))]:
             del metadata[key]
-        names = {source.parameter: source for source in checkpoint.sources}
-        targets = _targets(checkpoint, recipe, names, permute=False)
+        _leave_out_predicting(metadata, checkpoint.config)
+        whole = [(each, Part(each, checkpoint.tensors[each.name])) for each in checkpoint.sources]
+        targets = _targets(checkpoint, recipe, whole)
         stored = checkpoint.store.tensors.get(ROPE_DIVISORS)
         if stored is not None:
-            whole = Source(ROPE_DIVISORS, stored.shape, ROPE_DIVISORS, stored.shape)
-            part = Part(whole, stored, None)
-            targets.append(Target(ROPE_DIVISORS, stored.shape, _KEPT, (part,)))
+            source = Source(ROPE_DIVISORS, stored.shape, ROPE_DIVISORS, stored.shape)
+            targets.append(Target(ROPE_DIVISORS, stored.shape, _KEPT, (Part(source, stored),)))
         more = []
     else:
         found = gguf_keys(checkpoint.config_json)
         vocabulary = vocabulary_metadata(checkpoint.path, checkpoint.config.vocab_size)
         metadata = {**found.keys, **vocabulary}
-        layout = found.architecture.layouts[0]
-        names = {source.parameter: source for source in sources(checkpoint.config, layout)}
-        targets = _targets(checkpoint, recipe, names, permute=found.architecture.permuted)
+        targets = _targets(checkpoint, recipe, _moved(checkpoint, found.architecture))
         divisors = found.rope_divisors
         more = [] if divisors is None else [_vector(ROPE_DIVISORS, divisors)]
     metadata["general.file_type"] = recipe.file_type
@@ -162,46 +159,57 @@ def _described(
     return metadata, targets, more
 
 
-def _targets(
-    checkpoint: Checkpoint, recipe: Recipe, names: Mapping[str, Source], *, permute: bool
-) -> list[Target]:
-    """The tensors of a file that has parameters in these, made of the checkpoint's.
+def _moved(checkpoint: Checkpoint, architecture: GgufArchitecture) -> list[tuple[Source, Part]]:
+    """Each parameter of a file, where it stands there, and what it is made of."""
+    config = checkpoint.config
+    origins = {source.parameter: source for source in checkpoint.sources}
+    found = []
+    for wanted in sources(architecture.held_config(config), architecture.layouts[0]):
+        moved = architecture.made_of(wanted.parameter, config)
+        origin = origins[wanted.parameter if moved is None else moved.parameter]
+        found.append((wanted, Part(origin, checkpoint.tensors[origin.name], moved)))
+    return found
 
-    permute: rows of queries and keys become neighbours that turn together.
-    """
-    parts: dict[str, list[tuple[Source, Source]]] = {}
-    for origin in checkpoint.sources:
-        wanted = names[origin.parameter]
-        parts.setdefault(wanted.name, []).append((wanted, origin))
+
+def _leave_out_predicting(metadata: dict[str, Value], config: ModelConfig) -> None:
+    """Count no layers that predict further tokens: they are read by none, and not written."""
+    before = f"{metadata['general.architecture']}."
+    if metadata.pop(f"{before}nextn_predict_layers", 0):
+        metadata[f"{before}block_count"] = config.num_layers
+
+
+def _targets(
+    checkpoint: Checkpoint, recipe: Recipe, parameters: Iterable[tuple[Source, Part]]
+) -> list[Target]:
+    """The tensors of a file: where each parameter stands in it, and what that is made of."""
+    parts: dict[str, list[tuple[Source, Part]]] = {}
+    for wanted, part in parameters:
+        parts.setdefault(wanted.name, []).append((wanted, part))
     targets = []
     for name, found in parts.items():
         found.sort(key=lambda pair: (pair[0].entry or 0, pair[0].start))
-        wanted, origin = found[0]
-        format = _format(recipe, origin, checkpoint)
-        order = _order(origin, checkpoint.config) if permute else None
-        pieces = tuple(Part(each, checkpoint.tensors[each.name], order) for _, each in found)
-        targets.append(Target(name, wanted.stored_shape, format, pieces))
+        wanted, part = found[0]
+        format = _format(recipe, wanted, part.stored, checkpoint.config)
+        shape = _shape(wanted.stored_shape)
+        targets.append(Target(name, shape, format, tuple(part for _, part in found)))
     return targets
 
 
-def _format(recipe: Recipe, source: Source, checkpoint: Checkpoint) -> str:
-    wanted = format_of(recipe, source, checkpoint.config)
+def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A file has no dimension of 1 between others."""
+    last = len(shape) - 1
+    return tuple(size for i, size in enumerate(shape) if size != 1 or i in (0, last))
+
+
+def _format(recipe: Recipe, source: Source, tensor: StoredTensor, config: ModelConfig) -> str:
+    wanted = format_of(recipe, source, config)
     if wanted is not None:
         return wanted
     matrix = len(source.shape) > 1 and source.shape[0] > 1
-    stored = str(checkpoint.tensors[source.name].format)
+    stored = str(tensor.format)
     # Rows that are no whole blocks; a router is worth float32.
-    rows_do_not_fit = matrix and ".router." not in source.parameter
+    rows_do_not_fit = matrix and ".router." not in source.parameter and not source.float32
     return stored if rows_do_not_fit and isinstance(format_named(stored), Dense) else _KEPT
-
-
-def _order(source: Source, config: ModelConfig) -> Sequence[int] | None:
-    """Which row stands where in a file whose neighbours turn together; None where all stay."""
-    attention = config.attention
-    for name, heads in (("q_proj", attention.num_heads), ("k_proj", attention.num_kv_heads)):
-        if f"self_attn.{name}." in source.parameter:
-            return pair_rows(heads, attention.head_dim)
-    return None
 
 
 def _vector(name: str, numbers: Sequence[float]) -> TensorToWrite:

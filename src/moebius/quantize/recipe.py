@@ -27,6 +27,7 @@ _BLOCKS_OF_32 = {
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 # Matrices that stay as they are: small, and what they choose is worth more than their bytes.
 _KEPT = ("mlp.router.", "mlp.shared_gate.")
+_JOINT = "self_attn.in_proj_qkv.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Recipe:
     more       of value and down projections in the layers that get more bits
     experts    of routed experts, where it is not the usual one
     few        of attention's output projections in models with eight experts (Mixtral)
+    joint      of queries, keys and values in one matrix
     file_type  the number in general.file_type of GGUF files, which is a label
     """
 
@@ -48,6 +50,7 @@ class Recipe:
     more: str | None = None
     experts: str | None = None
     few: str | None = None
+    joint: str | None = None
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -56,8 +59,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         for recipe in (
             Recipe("q8_0", "q8_0", "q8_0", 7),
             Recipe("q6_k", "q6_k", "q6_k", 18),
-            Recipe("q5_k_m", "q5_k", "q6_k", 17, more="q6_k"),
-            Recipe("q4_k_m", "q4_k", "q6_k", 15, more="q6_k", few="q5_k"),
+            Recipe("q5_k_m", "q5_k", "q6_k", 17, more="q6_k", joint="q6_k"),
+            Recipe("q4_k_m", "q4_k", "q6_k", 15, more="q6_k", few="q5_k", joint="q5_k"),
             Recipe("mxfp4", "q8_0", "q8_0", 38, experts="mxfp4"),
         )
     }
@@ -84,7 +87,7 @@ def recipe(name: str, among: Mapping[str, Recipe] = RECIPES) -> Recipe:
 def format_of(recipe: Recipe, source: Source, config: ModelConfig) -> str | None:
     """The format of a parameter; None where it stays as it is stored: what the recipe keeps, and
     rows that are no whole blocks of 32."""
-    if len(source.shape) < 2 or source.shape[0] == 1:
+    if len(source.shape) < 2 or source.shape[0] == 1 or source.float32:
         return None
     columns = source.shape[1]
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -102,13 +105,16 @@ def format_of(recipe: Recipe, source: Source, config: ModelConfig) -> str | None
 
 def _in_layer(recipe: Recipe, role: str, number: int, config: ModelConfig, routed: bool) -> str:
     """The format of a layer's matrix, whatever its rows."""
-    eight = config.experts.get(number) == 8
+    plain = isinstance(FORMATS.get(recipe.usual), Dense)
+    eight = config.experts.get(number) == 8 and not plain
     if eight and role in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
         return "q8_0"
     if eight and recipe.few and role == "self_attn.o_proj.weight":
         return recipe.few
     if routed and recipe.experts:
         return recipe.experts
+    if role == _JOINT and recipe.joint:
+        return recipe.joint
     sensitive = role == "self_attn.v_proj.weight" or ".down_proj" in role
     if sensitive and recipe.more and _gets_more(number, config.num_layers):
         return recipe.more

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moebius.errors import WeightsError
 from moebius.files import short_name
+from moebius.models.gguf_architecture import Moved
 from moebius.models.layout import Source
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
@@ -23,6 +24,28 @@ from moebius.quantize.encode import encoded
 
 # Numbers that a thread turns into bytes at a time: an expert's matrix is work for several threads.
 _PIECE = 2**17
+
+
+Change = Callable[[Tensor], Tensor]
+"""What is made of some rows of a parameter, float32."""
+
+
+def _unchanged(x_RK: Tensor) -> Tensor:
+    return x_RK
+
+
+def _change(source: Source, moved: Moved | None) -> Change:
+    columns = None if moved is None or moved.columns is None else torch.tensor(moved.columns)
+    exponential = moved is not None and moved.exponential
+    if not (exponential or source.added or columns is not None):
+        return _unchanged
+
+    def change(x_RK: Tensor) -> Tensor:
+        x_RK = x_RK + source.added if source.added else x_RK
+        x_RK = x_RK if columns is None else x_RK[:, columns]
+        return -x_RK.exp() if exponential else x_RK
+
+    return change
 
 
 class Rows:
@@ -49,14 +72,15 @@ class Rows:
         others it has; of a vector each number is a row."""
         if stored.parts:
             for entry in range(math.prod(stored.shape[:-2])):
-                yield self._of_planes(stored, format, entry, slice(None))
+                yield self._of_planes(stored, format, entry, slice(None), _unchanged)
             return
         columns = stored.shape[-1] if len(stored.shape) > 1 else 1
         matrix = self._matrix(stored, 0, (math.prod(stored.shape) // columns, columns))
         if matrix.format.name == format:
             yield from _as_they_are(matrix)
         else:
-            yield from self._converted(matrix, range(matrix.shape[0]), format, stored)
+            rows = range(matrix.shape[0])
+            yield from self._converted(matrix, rows, format, stored, _unchanged)
         self._done(stored)
 
     def of(
@@ -64,15 +88,17 @@ class Rows:
         source: Source,
         stored: StoredTensor,
         format: str,
-        order: Sequence[int] | None = None,
+        moved: Moved | None = None,
     ) -> Iterator[memoryview]:
-        """The bytes of a parameter in `format`; order: which of its rows stands where."""
+        """The bytes of a parameter in `format`; moved: what of it is otherwise than it is held."""
         entry = source.entry or 0
         rows = range(*source.rows)
+        order = None if moved is None else moved.rows
         wanted = rows if order is None else [rows[row] for row in order]
+        change = _change(source, moved)
         if stored.parts:
             chosen = slice(*source.rows) if order is None else torch.tensor(wanted)
-            yield self._of_planes(stored, format, entry, chosen)
+            yield self._of_planes(stored, format, entry, chosen, change)
             return
         shape = source.stored_shape if source.entry is None else source.stored_shape[1:]
         columns = shape[-1] if len(source.shape) > 1 else 1
@@ -80,11 +106,11 @@ class Rows:
         if source.transposed:
             (plane,) = matrix.planes
             matrix = Matrix.of(plane.t())
-        same = matrix.format.name == format and order is None
-        if same and not (source.scattered or source.added):
+        same = matrix.format.name == format and order is None and change is _unchanged
+        if same and not source.scattered:
             yield from _as_they_are(matrix.rows(*source.rows))
         else:
-            yield from self._converted(matrix, wanted, format, stored, source.added)
+            yield from self._converted(matrix, wanted, format, stored, change)
         self._done(stored)
 
     def _converted(
@@ -93,9 +119,9 @@ class Rows:
         wanted: Sequence[int],
         format: str,
         stored: StoredTensor,
-        added: float = 0.0,
+        change: Change,
     ) -> Iterator[memoryview]:
-        """These rows of a matrix in another format, with what is added to each number."""
+        """These rows of a matrix in another format, changed before."""
 
         def encode(rows: Sequence[int]) -> memoryview:
             # Threads of our own compute pieces; torch's beside them would only wait.
@@ -104,7 +130,7 @@ class Rows:
                     x_RK = matrix.rows(rows.start, rows.stop, rows.step).widened(torch.float32)
                 else:
                     x_RK = matrix.take(torch.tensor(rows), torch.float32)
-                return _bytes(_in_format(x_RK + added if added else x_RK, format, stored))
+                return _bytes(_in_format(change(x_RK), format, stored))
 
         at_once = max(1, _PIECE // matrix.shape[1])
         waiting: deque[Future[memoryview]] = deque()
@@ -116,7 +142,12 @@ class Rows:
             yield waiting.popleft().result()
 
     def _of_planes(
-        self, stored: StoredTensor, format: str, entry: int, chosen: slice | Tensor
+        self,
+        stored: StoredTensor,
+        format: str,
+        entry: int,
+        chosen: slice | Tensor,
+        change: Change,
     ) -> memoryview:
         """Some rows of one of a tensor's matrices, which lie in several planes."""
         rows, columns = stored.shape[-2:]
@@ -126,10 +157,11 @@ class Rows:
             self._files.view(part, dtype, entry * math.prod(shape), shape)
             for part, (dtype, shape) in zip(stored.parts, shapes, strict=True)
         )
-        if isinstance(source, Mxfp4Planes) and format == "mxfp4":
+        if isinstance(source, Mxfp4Planes) and format == "mxfp4" and change is _unchanged:
             return _bytes(mxfp4_blocks(planes[0][chosen], planes[1][chosen]))
         parted, some = source.select(planes, chosen)
-        return _bytes(_in_format(parted.widened(some, torch.float32), format, stored))
+        x_RK = change(parted.widened(some, torch.float32))
+        return _bytes(_in_format(x_RK, format, stored))
 
     def _done(self, stored: StoredTensor) -> None:
         """Pages of what was read are the system's again."""

@@ -16,6 +16,7 @@ from moebius.models.config import ModelConfig
 from moebius.models.family import read_config
 from moebius.moe.config import FeedForwardConfig
 from moebius.moe.training import TrainingRouting
+from moebius.nn.attention import GQA
 from moebius.ops.config import RouterConfig
 from moebius.train.tables import FinetuneRecipe, TrainingRecipe
 
@@ -109,6 +110,8 @@ def dense_twin(table: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str,
         for part in config.feed_forward
     )
     attention = config.attention
+    if not all(isinstance(mixer, GQA) for mixer in config.mixers):
+        raise ConfigError("a dense twin has attention in all layers, which this model has not")
     common = {key: table[key] for key in _KEPT if key in table} | {"head_dim": attention.head_dim}
     published = {("head", False): "qwen3", ("none", True): "qwen2"}
     kind = published.get((attention.qk_norm, attention.qkv_bias))

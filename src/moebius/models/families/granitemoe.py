@@ -7,12 +7,17 @@ from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, Key, 
 from moebius.models.layout import Layout, stacked
 from moebius.models.parts import attention, decoder, experts, layers
 from moebius.models.reading import ConfigReader
+from moebius.moe.config import FeedForwardConfig
 
 
-def read(reader: ConfigReader) -> ModelConfig:
-    part = experts(
+def sparse(reader: ConfigReader) -> FeedForwardConfig:
+    return experts(
         reader, "num_local_experts", "intermediate_size", score="logits", weight="softmax"
     )
+
+
+def model(reader: ConfigReader, part: FeedForwardConfig) -> ModelConfig:
+    """With this feed-forward part in each layer."""
     mixer = attention(reader, scale=reader.number("attention_multiplier"), biases=True)
     residual = reader.number("residual_multiplier")
     return decoder(
@@ -21,6 +26,10 @@ def read(reader: ConfigReader) -> ModelConfig:
         embedding_multiplier=reader.number("embedding_multiplier"),
         logits_divisor=reader.number("logits_scaling"),
     )
+
+
+def read(reader: ConfigReader) -> ModelConfig:
+    return model(reader, sparse(reader))
 
 
 AT = "block_sparse_moe."

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -118,11 +119,42 @@ def _named_in_full(
     """The tensors under their names in a model with a head; one that was saved without has no
     `model.` before them."""
     before = layout.prefix
-    if any(name.startswith(before) for name in tensors):
+    bare = layout.layer.removeprefix(before).partition("{i}")[0]
+    whole = any(name.startswith(before) for name in tensors)
+    if whole or not any(name.startswith(bare) for name in tensors):
         return tensors
     return {
         name if name == layout.head else before + name: tensor for name, tensor in tensors.items()
     }
+
+
+def _without_unused(described: Description, store: Store) -> Mapping[str, StoredTensor]:
+    """The store's tensors without those that the model computes nothing with; a line names them."""
+    names = store.tensors
+    layers = described.config.num_layers
+    patterns = (*described.unused, *_predicting(described.layouts[0], layers, names))
+    unused = {name: pattern for name in names for pattern in patterns if fnmatchcase(name, pattern)}
+    if unused:
+        log.info(
+            "%s: %d tensors are left out, as no %s model here computes with them: %s",
+            store.config,
+            len(unused),
+            described.config.model_type,
+            ", ".join(sorted(set(unused.values()))),
+        )
+    return {name: tensor for name, tensor in names.items() if name not in unused}
+
+
+def _predicting(layout: Layout, layers: int, names: Collection[str]) -> list[str]:
+    """Patterns of the layers behind the model's own that predict further tokens (multi-token
+    prediction, arXiv 2412.19437 section 2.2): a projection of two joined inputs marks them."""
+    found: list[str] = []
+    while True:
+        layer = layout.layer.replace("{i}", str(layers + len(found)))
+        marks = (f"{layer}eh_proj.", f"{layer}nextn.")
+        if not any(name.startswith(marks) for name in names):
+            return found
+        found.append(f"{layer}*")
 
 
 def _harmless(name: str, config: ModelConfig, head: str) -> bool:
@@ -187,11 +219,9 @@ def _match(
     described: Description,
 ) -> tuple[tuple[Source, ...], Mapping[str, StoredTensor]]:
     """The sources of all parameters, in the layout that the checkpoint has; and what they read."""
-    layouts = described.layouts
+    layouts = _with_embedding(described.layouts, config, tensors)
     quantization = described.quantization
     head = layouts[0].head
-    if config.tie_word_embeddings and layouts[0].embedding not in tensors:
-        layouts = tuple(replace(layout, embedding=head) for layout in layouts)
     schemes = () if quantization is None else quantization.schemes
     wanted, missing = _closest(config, tensors, layouts, schemes)
     if quantization is not None:
@@ -212,6 +242,16 @@ def _match(
                 "no such tensor"
             )
     return wanted, tensors
+
+
+def _with_embedding(
+    layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, StoredTensor]
+) -> tuple[Layout, ...]:
+    """The layouts; of a head alone, which serves as embedding, as such."""
+    stored = any(layout.embedding in tensors for layout in layouts)
+    if stored or not config.tie_word_embeddings:
+        return layouts
+    return tuple(replace(layout, embedding=layout.head) for layout in layouts)
 
 
 def _as_stored(
@@ -285,9 +325,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             ", ".join(described.ignored),
         )
     layout = described.layouts[0]
-    known = {name: each for name, each in store.tensors.items() if not described.leaves_out(name)}
-    tensors = _named_in_full(layout, known)
     config = described.config
+    tensors = _named_in_full(layout, _without_unused(described, store))
+    layout = next((each for each in described.layouts if each.embedding in tensors), layout)
     tied = _tied(path, config, layout, tensors)
     config = replace(config, tie_word_embeddings=tied)
     matched, tensors = _match(path, config, store, tensors, described)

@@ -64,7 +64,7 @@ class GgufStore(Store):
         self._heads = {file.path: file.data_start for file in model.files}
 
     def same_shape(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-        """A file does not tell a vector from a matrix of one row."""
+        """A file does not tell a vector from a matrix of one row, nor has it others of one."""
         return _without_ones(stored) == _without_ones(wanted)
 
     def header(self, file: Path) -> bytes:
@@ -72,7 +72,5 @@ class GgufStore(Store):
             return opened.read(self._heads[file])
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape from its first dimension on that is not 1."""
-    first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
-    return shape[first:]
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]

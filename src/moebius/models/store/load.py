@@ -280,7 +280,8 @@ def _spans_of(source: Source, stored: StoredTensor) -> list[tuple[StoredTensor, 
 
 def _first_row(source: Source) -> int:
     """Where a source begins in the rows of all entries of its tensor."""
-    return 0 if source.entry is None else source.entry * source.stored_shape[1] + source.start
+    before = 0 if source.entry is None else source.entry * source.stored_shape[1]
+    return before + source.start
 
 
 def _view(files: _Files, source: Source, stored: StoredTensor) -> Weight:
@@ -292,7 +293,7 @@ def _view(files: _Files, source: Source, stored: StoredTensor) -> Weight:
         return _scattered(files, source, stored, format)
     first_row = _first_row(source)
     if isinstance(format, Dense):
-        skipped = first_row * math.prod(source.stored_shape[2:])
+        skipped = first_row * math.prod(source.shape[1:])
         return files.view(stored, format.dtype, skipped, source.shape)
     rows, columns = source.shape
     ((dtype, shape),) = format.planes(rows, columns)

@@ -26,11 +26,13 @@ def _stored_tensors(
         value = state[source.parameter].detach().to(device="cpu", dtype=kept).contiguous()
         if source.added:
             value = value - source.added
-        if source.entry is None:
+        if source.stored_shape == source.shape:
             tensors[source.name] = value
             continue
-        stacked = tensors.setdefault(source.name, torch.empty(source.stored_shape, dtype=dtype))
-        entry = stacked[source.entry]
+        whole = tensors.setdefault(source.name, torch.empty(source.stored_shape, dtype=kept))
+        entry = whole if source.entry is None else whole[source.entry]
+        if len(entry.shape) > len(source.shape):
+            entry = entry[0]
         (entry.t() if source.transposed else entry)[slice(*source.rows)] = value
     return tensors
 

@@ -257,4 +257,5 @@ def _router_settings(r: RouterConfig) -> _cpu.RouterSettings:
         renorm_eps=r.renorm_eps,
         scale=r.scale,
         softcap=r.logit_softcap or 0.0,
+        renorm_least=r.renorm_least,
     )

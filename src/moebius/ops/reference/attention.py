@@ -100,6 +100,7 @@ class AttentionOps(Ops):
         eps: float = 0.0,
         *,
         gated: bool = False,
+        turned_first: bool = False,
     ) -> Tensor:
         held = own(cache, ReferenceCache)
         rows = len(qkv_TI)
@@ -112,15 +113,20 @@ class AttentionOps(Ops):
         q_THN = q_TI.view(rows, q_width // head, head)[..., :size]
         k_TGN = k_TI.view(rows, kv_heads, size)
         v_TGN = v_TI.view(rows, kv_heads, held.v.shape[3])
+        if turned_first:
+            q_THN = self.rotary(q_THN, rotation)
+            k_TGN = self.rotary(k_TGN, rotation)
         if q_norm_N is not None:
             q_THN = self.rms_norm(q_THN, q_norm_N, eps)
         if k_norm_N is not None:
             k_TGN = self.rms_norm(k_TGN, k_norm_N, eps)
         if held.scales is not None:
             k_TGN = k_TGN.float()
-        k_TGN = self.rotary(k_TGN, rotation)
+        if not turned_first:
+            q_THN = self.rotary(q_THN, rotation)
+            k_TGN = self.rotary(k_TGN, rotation)
         held.write(k_TGN, v_TGN, slot_mapping_T)
-        return self.rotary(q_THN, rotation)
+        return q_THN
 
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
         key_value_planes(spec)

@@ -92,7 +92,8 @@ def route(
     if config.weight in ("raw", "renorm"):
         weights = scores.gather(1, expert_ids)
         if config.weight == "renorm":
-            weights = weights / (weights.sum(-1, keepdim=True) + config.renorm_eps)
+            divisor = weights.sum(-1, keepdim=True) + config.renorm_eps
+            weights = weights / divisor.clamp(min=config.renorm_least)
     else:
         chosen = logits.gather(1, expert_ids)
         weights = (

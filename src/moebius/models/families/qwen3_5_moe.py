@@ -1,0 +1,5 @@
+"""Qwen3.5 with experts and images, of which the language model is read."""
+
+from moebius.models.family import Nested
+
+FAMILY = Nested("qwen3_5_moe_text")
