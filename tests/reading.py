@@ -42,7 +42,8 @@ CORE = (
 )
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
-# What only training uses, and where experts lie.
+# What only training uses, where experts lie, and what only models with recurrent layers have: a
+# mixer is read by who wants to know that mixer (nn/mixers/), as a family is.
 NOT_CORE = {
     "nn/packed.py",
     "moe/training.py",
@@ -53,6 +54,7 @@ NOT_CORE = {
     "moe/placement.py",
     "moe/ranks.py",
     "moe/share.py",
+    "schedule/states.py",
 }
 
 _NOT_CODE = {
