@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,14 +25,17 @@ sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent / "peers"))
 
 import beside
+import torch
 from beside import Comparison, number
 
 from claims.report import ROWS, read, runs_table, verdict
 from moebius.files import anyone, write_file
+from moebius.models.family import model_config
+from moebius.models.layout import Layout, sources
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/claims.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/claims.md", "docs/models.md")
 CHART = ROOT / "docs" / "beside.svg"
 # The record with most engines on all workloads, which the chart shows.
 CHART_RECORD = "avx512/m1.json"
@@ -675,8 +679,49 @@ def _schedules_figure() -> list[str]:
     return _own(what, f"**{different}**", source)
 
 
+# One of each size that is told apart, of those whose configurations tests have.
+SHAPES = (
+    "gpt-oss-20b",
+    "Qwen3-30B-A3B",
+    "Qwen2-57B-A14B-Instruct",
+    "Qwen1.5-MoE-A2.7B",
+    "dots.llm1.inst",
+    "Mixtral-8x7B-v0.1",
+    "OLMoE-1B-7B-0924",
+    "granite-3.0-1b-a400m-instruct",
+    "Llama-3.1-8B-Instruct",
+    "Qwen3-0.6B",
+    "SmolLM2-135M-Instruct",
+)
+# llama.cpp's Q4_K_M, on average.
+BITS_A_WEIGHT = 4.85
+
+
+def models() -> str:
+    """Sizes of published models, from the shapes that their configurations give."""
+    rows = []
+    for name in SHAPES:
+        raw = json.loads((ROOT / "tests" / "models" / "published" / f"{name}.json").read_text())
+        config = model_config(raw)
+        count = sum(math.prod(source.shape) for source in sources(config, Layout()))
+        caches = config.caches(torch.bfloat16)
+        token = sum(cache.bytes_per_token for cache in caches)
+        rows.append(
+            [
+                name,
+                raw["model_type"],
+                f"{count / 1e9:.2f}",
+                f"{count * BITS_A_WEIGHT / 8e9:.1f}",
+                f"{token / 1024:.0f}",
+            ]
+        )
+    head = ["", "type", "parameters, 10⁹", f"GB at {BITS_A_WEIGHT} bits", "KiB a token"]
+    return table(head, rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "models": models,
     "beside-avx512": lambda: beside_others("avx512"),
     "beside-avx2": lambda: beside_others("avx2"),
     "roofline": lambda: table(*beside.in_turn_rows(), (0, 1)),

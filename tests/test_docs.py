@@ -22,6 +22,8 @@ from moebius.engine.client import ExpertLoads, ExpertSpread, LayerLoad, LayerSpr
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import prepare
 from moebius.engine.plan_words import human_bytes
+from moebius.files import package_table
+from moebius.models.family import gguf_architectures, model_types
 from moebius.models.hub import BUNDLED, resolve_model
 from moebius.parallel.traffic import Traffic
 from moebius.request.params import LIMITS, SamplingParams
@@ -275,3 +277,10 @@ def test_operating_names_every_metric_and_no_other() -> None:
     }
     assert {name.removeprefix("moebius_") for name in series} == told
     assert {*FINISHED_REASONS, *REJECTIONS} <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_the_page_of_models_names_each_type_architecture_and_refusal() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    refused = set(package_table("models/keys.toml")["refused"]) - {"images", "llama4_text"}
+    for name in {*model_types(), *gguf_architectures(), *refused}:
+        assert f"`{name}`" in page, name
