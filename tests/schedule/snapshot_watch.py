@@ -108,6 +108,9 @@ class SnapshotWatch:
         saves = chunk.states.save is not None
         if saves and not whole:
             checker.broken("I4", f"{request.id} takes a snapshot inside a block")
+        spare = checker.scheduler.config.max_num_batched_tokens - plan.num_tokens
+        if chunk.end < request.num_tokens and spare and not (whole and caching):
+            checker.broken("I13", f"a chunk of {request.id} ends for nothing at {chunk.end}")
         if not whole:
             return
         digest = self._digest(chunk, chunk.end)
