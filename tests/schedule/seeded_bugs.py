@@ -163,7 +163,7 @@ class _(BlockPool):
         self._withdraw({one for one in lineages if one.publisher == request.id})
 
 
-@bug("requests that read withdrawn blocks go on publishing")
+@bug("requests that read withdrawn blocks go on publishing", "full attention")
 class _(BlockPool):
     def withdraw(self, request, running):
         super().withdraw(request, ())
@@ -274,7 +274,7 @@ class _(BlockPool):
         return super().most_blocks(num_tokens, 1)
 
 
-@bug("a window is planned as if it kept everything")
+@bug("a window is planned as if it kept everything", "gpt-oss")
 class _(BlockPool):
     def __init__(self, *args, groups, **kwargs):
         super().__init__(*args, groups=groups, **kwargs)
@@ -284,7 +284,7 @@ class _(BlockPool):
         )
 
 
-@bug("the state stays where a failed step left it")
+@bug("the state stays where a failed step left it", "all kinds")
 class _(Scheduler):
     def _rewind(self, request, num_tokens):
         request.num_computed_tokens = num_tokens
@@ -292,7 +292,7 @@ class _(Scheduler):
         return True
 
 
-@bug("a preempted request goes on from its old slot")
+@bug("a preempted request goes on from its old slot", "all kinds")
 class _(Scheduler):
     def _compute(self, request, num_tokens, draft):
         super()._compute(request, num_tokens, draft)
@@ -302,7 +302,7 @@ class _(Scheduler):
             draft.chunks[request.id] = chunk._replace(states=states)
 
 
-@bug("a hit takes no notice of snapshots")
+@bug("a hit takes no notice of snapshots", "all kinds")
 class _(BlockPool):
     def match(self, request):
         states, self.states = self.states, None
@@ -314,7 +314,7 @@ class _(BlockPool):
         return hit._replace(snapshot=digest)
 
 
-@bug("a hit takes any snapshot of the prefix")
+@bug("a hit takes any snapshot of the prefix", "all kinds")
 class _(BlockPool):
     def match(self, request):
         hit = super().match(request)
@@ -325,7 +325,7 @@ class _(BlockPool):
         return hit._replace(snapshot=next(digest for digest in known if digest in found))
 
 
-@bug("a snapshot may be taken by another before it was copied")
+@bug("a snapshot may be taken by another before it was copied", "all kinds")
 class _(BlockPool):
     def open(self, request, hit, chunk, *, reserved=0):
         opened = super().open(request, hit, chunk, reserved=reserved)
@@ -344,7 +344,7 @@ class _(BlockPool):
         return slots._replace(restore=restore)
 
 
-@bug("a snapshot is published although its step failed")
+@bug("a snapshot is published although its step failed", "all kinds")
 class _(BlockPool):
     def free(self, request):
         if request.states is not None:
@@ -352,7 +352,7 @@ class _(BlockPool):
         super().free(request)
 
 
-@bug("a snapshot can be found before its step was computed")
+@bug("a snapshot can be found before its step was computed", "all kinds")
 class _(BlockPool):
     def state_slots(self, request, end):
         slots = super().state_slots(request, end)
@@ -361,7 +361,7 @@ class _(BlockPool):
         return slots
 
 
-@bug("a snapshot's slot stays owned when its step is over")
+@bug("a snapshot's slot stays owned when its step is over", "all kinds")
 class _(BlockPool):
     def publish(self, request, num_tokens):
         own = request.states
@@ -371,14 +371,14 @@ class _(BlockPool):
         super().publish(request, num_tokens)
 
 
-@bug("a sequence's slots are not given back")
+@bug("a sequence's slots are not given back", "all kinds")
 class _(BlockPool):
     def free(self, request):
         request.states = None
         super().free(request)
 
 
-@bug("scratch slots are not given back")
+@bug("scratch slots are not given back", "all kinds")
 class _(BlockPool):
     def free(self, request):
         if request.states is not None:
@@ -386,14 +386,14 @@ class _(BlockPool):
         super().free(request)
 
 
-@bug("two sequences share a slot")
+@bug("two sequences share a slot", "all kinds")
 class _(BlockPool):
     def state_slots(self, request, end):
         slots = super().state_slots(request, end)
         return slots and StateSlots(0, slots.scratch, slots.restore, slots.save)
 
 
-@bug("snapshots of a failed request stay")
+@bug("snapshots of a failed request stay", "all kinds")
 class _(BlockPool):
     def withdraw(self, request, running):
         states, self.states = self.states, None

@@ -16,7 +16,7 @@ __all__ = ["BUGS"]
 # ----------------------------------------------------------------------------------------------------- where they are taken
 
 
-@bug("the start of the generation prompt is not looked at")
+@bug("the start of the generation prompt is not looked at", "all kinds")
 class _(BlockPool):
     def _open_states(self, request, hit, states):
         asked = request.asked
@@ -26,7 +26,7 @@ class _(BlockPool):
         return owned
 
 
-@bug("the next turn is to start at the end of the block, not at its beginning")
+@bug("the next turn is to start at the end of the block, not at its beginning", "all kinds")
 class _(BlockPool):
     def _open_states(self, request, hit, states):
         owned = super()._open_states(request, hit, states)
@@ -36,7 +36,7 @@ class _(BlockPool):
         return owned
 
 
-@bug("the next turn is to start behind a prompt's last token")
+@bug("the next turn is to start behind a prompt's last token", "all kinds")
 class _(BlockPool):
     def _open_states(self, request, hit, states):
         owned = super()._open_states(request, hit, states)
@@ -46,7 +46,7 @@ class _(BlockPool):
         return owned
 
 
-@bug("where the next turn starts is forgotten once a hit is found")
+@bug("where the next turn starts is forgotten once a hit is found", "all kinds")
 class _(BlockPool):
     def _open_states(self, request, hit, states):
         owned = super()._open_states(request, hit, states)
@@ -55,7 +55,7 @@ class _(BlockPool):
         return owned
 
 
-@bug("a snapshot is taken inside a block")
+@bug("a snapshot is taken inside a block", "all kinds")
 class _(BlockPool):
     def _open_states(self, request, hit, states):
         owned = super()._open_states(request, hit, states)
@@ -71,13 +71,13 @@ class _(BlockPool):
         return self.states.place(request.states, "turn", digest[-1] if digest else b"")
 
 
-@bug("no chunk ends for a snapshot")
+@bug("no chunk ends for a snapshot", "all kinds")
 class _(Scheduler):
     def _to_boundary(self, request, num_tokens):
         return num_tokens
 
 
-@bug("chunks of running requests pass over snapshots")
+@bug("chunks of running requests pass over snapshots", "all kinds")
 class _(Scheduler):
     def _serve_running(self, draft):
         kept, self._slotted = self._slotted, False
@@ -136,7 +136,7 @@ class _(StatePool):
         return super().next_boundary(owned, position, min(known, owned.prompt - 1))
 
 
-@bug("snapshots are taken although prefix caching is off")
+@bug("snapshots are taken although prefix caching is off", "all kinds")
 class _(BlockPool):
     def state_slots(self, request, end):
         caching, self.enable_prefix_caching = self.enable_prefix_caching, True
@@ -145,7 +145,7 @@ class _(BlockPool):
         return slots
 
 
-@bug("a request that read what was withdrawn goes on taking snapshots")
+@bug("a request that read what was withdrawn goes on taking snapshots", "all kinds")
 class _(BlockPool):
     def state_slots(self, request, end):
         publishes, request.publishes = request.publishes, True
@@ -162,7 +162,7 @@ class _(BlockPool):
 # ----------------------------------------------------------------------------------------------------- what they are found by
 
 
-@bug("a snapshot is found by the hash of the block before")
+@bug("a snapshot is found by the hash of the block before", "all kinds")
 class _(BlockPool):
     def state_slots(self, request, end):
         if request.states is None or end < 2 * self.block_size:
@@ -174,7 +174,7 @@ class _(BlockPool):
         return self.states.place(request.states, kind, digest)
 
 
-@bug("a snapshot is found by the sequence's last hash")
+@bug("a snapshot is found by the sequence's last hash", "all kinds")
 class _(BlockPool):
     def state_slots(self, request, end):
         slots = super().state_slots(request, end)
@@ -184,7 +184,7 @@ class _(BlockPool):
         return slots
 
 
-@bug("a hit is the shortest that there is")
+@bug("a hit is the shortest that there is", "all kinds")
 class _(BlockPool):
     def _resumable(self, hashes, limit):
         best = super()._resumable(hashes, limit)
@@ -194,7 +194,7 @@ class _(BlockPool):
         return next((count for count in shorter if count), best)
 
 
-@bug("a hit looks at the first window only")
+@bug("a hit looks at the first window only", "two windows")
 class _(BlockPool):
     def _resumable(self, hashes, limit):
         windowed, self._windowed = self._windowed, self._windowed[:1]
@@ -203,7 +203,7 @@ class _(BlockPool):
         return best
 
 
-@bug("a hit with a snapshot looks at no window")
+@bug("a hit with a snapshot looks at no window", "all kinds")
 class _(BlockPool):
     def _resumable(self, hashes, limit):
         if self.states is None:
@@ -214,7 +214,7 @@ class _(BlockPool):
         return best
 
 
-@bug("what one window has passed is given back in all of them")
+@bug("what one window has passed is given back in all of them", "two windows")
 class _(BlockPool):
     def leave(self, request):
         windowed = self._windowed
@@ -225,7 +225,7 @@ class _(BlockPool):
         self._windowed = windowed
 
 
-@bug("of several windows only the first gives blocks back")
+@bug("of several windows only the first gives blocks back", "Gemma 4")
 class _(BlockPool):
     def leave(self, request):
         windowed, self._windowed = self._windowed, self._windowed[:1]
@@ -233,7 +233,7 @@ class _(BlockPool):
         self._windowed = windowed
 
 
-@bug("a window is one token too short")
+@bug("a window is one token too short", "gpt-oss")
 class _(BlockPool):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -296,7 +296,7 @@ class _(StatePool):
         self._free.append(place)
 
 
-@bug("snapshots outlive the blocks before them")
+@bug("snapshots outlive the blocks before them", "all kinds")
 class _(BlockPool):
     def _forget(self, place):
         states, self.states = self.states, None
@@ -358,7 +358,7 @@ class _(StatePool):
 # ----------------------------------------------------------------------------------------------------- who waits for one
 
 
-@bug("a request waits for a snapshot that was passed")
+@bug("a request waits for a snapshot that was passed", "all kinds")
 class _(BlockPool):
     def _ahead(self, request, states):
         found = super()._ahead(request, states)
@@ -367,23 +367,21 @@ class _(BlockPool):
         return found or next((owner for owner in owners if owner is not None), None)
 
 
-@bug("a request waits for one with other tokens")
+@bug("a request waits for one with other tokens", "all kinds")
 class _(BlockPool):
     def _ahead(self, request, states):
         return super()._ahead(request, states) or next(iter(self._claims.values()), None)
 
 
-@bug("a snapshot that was asked for is asked inside of a block")
-class _(BlockPool):
-    def _ahead(self, request, states):
-        owner = super()._ahead(request, states)
-        if owner is not None and self.block_size > 1:
-            wanted = owner.states.wanted
-            wanted |= {at - 1 for at in wanted if at > owner.num_computed_tokens + 1}
-        return owner
+@bug_of_states("a snapshot is asked for inside of a block")
+class _(StatePool):
+    def want(self, owned, position):
+        end = super().want(owned, position)
+        owned.wanted.add(end - 1)
+        return end
 
 
-@bug("who is waited for is not asked to stop there")
+@bug("who is waited for is not asked to stop there", "all kinds")
 class _(BlockPool):
     def _ahead(self, request, states):
         want, states.want = states.want, lambda owned, position: position

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.scheduler import Scheduler
 from schedule.checker import Violation
 from schedule.seeded_bugs import BUGS
+from schedule.seeding import FAMILIES
 from schedule.simulate import simulate
 
 MAX_STEPS = 200_000
@@ -19,23 +19,24 @@ SEED = 500_000
 MISSPELT = re.compile("AttributeError|NameError|TypeError")
 
 
-def find(cls: type[Scheduler] | type[BlockPool]) -> Violation | None:
+def find(description: str) -> Violation | None:
+    cls = BUGS[description]
     classes = {"pool_class" if issubclass(cls, BlockPool) else "scheduler_class": cls}
     try:
-        simulate(MAX_STEPS, SEED, **classes)
+        simulate(MAX_STEPS, SEED, family=FAMILIES.get(description), **classes)
     except Violation as violation:
         return violation
     return None
 
 
 def test_there_are_enough_bugs():
-    assert len(BUGS) >= 40
+    assert len(BUGS) >= 140
 
 
 def test_simulation_finds_every_seeded_bug(capsys):
     missed = []
-    for description, cls in BUGS.items():
-        violation = find(cls)
+    for description in BUGS:
+        violation = find(description)
         if violation is None or MISSPELT.search(str(violation)):
             missed.append(description)
         with capsys.disabled():
@@ -53,7 +54,7 @@ def test_simulation_finds_every_seeded_bug(capsys):
 )
 def test_violation_comes_again_from_its_seed(description):
     cls = BUGS[description]
-    first = find(cls)
+    first = find(description)
     assert first is not None
     classes = {"pool_class" if issubclass(cls, BlockPool) else "scheduler_class": cls}
     with pytest.raises(Violation) as again:
