@@ -51,6 +51,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
                                          "num_experts_per_tok": 1}),
     ("yarn", "qwen3_5_moe_text", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
     ("plain", "qwen3_5_text", {}),
+    ("positions-of-images", "qwen3_5_text", {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 90.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True}}),
     ("every-third", "qwen3_5_text", {"full_attention_interval": 3, "num_hidden_layers": 4, "linear_conv_kernel_dim": 5,
                                      "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
 ]  # fmt: skip
@@ -201,6 +204,15 @@ def test_the_published_sizes() -> None:
         caches = config.caches(torch.bfloat16)
         assert caches[0].bytes_per_state == 32 * 128 * 128 * 4 + 3 * 8192 * 2
         assert sum(spec.bytes_per_token for spec in caches) == layers // 4 * 2 * 2 * 256 * 2
+
+
+def test_a_configuration_of_transformers_4_says_the_same() -> None:
+    """Positions beside, not in, an object; which layers recur by how many, or by an old name."""
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5}
+    new = needed("qwen3_next", layer_types=[LINEAR, FULL], rope_parameters=rope)
+    old = needed("qwen3_next", rope_scaling=None, rope_theta=1e7, partial_rotary_factor=0.5)
+    named = {**old, "layer_types": ["mamba", "attention"]}
+    assert model_config(new) == model_config(old) == model_config(named)
 
 
 @pytest.mark.parametrize(
