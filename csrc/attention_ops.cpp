@@ -13,30 +13,37 @@ void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
     const size_t queries_bytes = r.q_heads * head_bytes, row_bytes = queries_bytes + shape.kv_heads * (key_bytes + value_bytes);
     const auto rotate_query = kernels_->rotate[r.dtype][r.q_norm.dtype], rotate_key = kernels_->rotate[r.dtype][r.k_norm.dtype];
     const auto rotate_key_wide = kernels_->rotate_wide[r.dtype][r.k_norm.dtype];
-    const int group = r.q_heads / shape.kv_heads;
+    const int group = r.q_heads / shape.kv_heads, half = r.turned_first ? 0 : r.half;
     // Two neighbouring tokens may share a group of the cache: a head's tokens of one step are written by one thread.
     const int items = rows <= 4 ? 1 : shape.kv_heads, heads = shape.kv_heads / items;
     const bool coded = shape.type == INT8_CACHE;
     pool_.run(items, [&](int item, int thread) {
-        float* rotated = scratch_[thread].need(coded ? size_t(2) * shape.key_dim + shape.value_dim : shape.key_dim);
+        const size_t codes = coded ? size_t(shape.key_dim) + shape.value_dim : 0;
+        float *rotated = scratch_[thread].need(2 * shape.key_dim + codes), *turned = rotated + shape.key_dim + codes;
         int8_t *k_codes = reinterpret_cast<int8_t*>(rotated + shape.key_dim), *v_codes = k_codes + shape.key_dim;
         for (int t = 0; t < rows; t++) {
             const float *cos = r.cos + size_t(t) * r.half, *sin = r.sin + size_t(t) * r.half;
+            // A head as the kernels have it that norm it and turn what is not turned yet.
+            const auto head = [&](const char* x) -> const void* {
+                if (!r.turned_first) return x;
+                kernels_->rotate[r.dtype][r.dtype](x, nullptr, 0, cos, sin, r.half, r.interleaved, shape.key_dim, turned);
+                return turned;
+            };
             const char *row = at(r.qkv, t * row_bytes), *keys = row + queries_bytes, *values = keys + shape.kv_heads * key_bytes;
             for (int h = item * heads; h < (item + 1) * heads; h++) {
                 for (int i = h * group; i < (h + 1) * group; i++)
-                    rotate_query(row + i * head_bytes, r.q_norm.values, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim,
+                    rotate_query(head(row + i * head_bytes), r.q_norm.values, r.eps, cos, sin, half, r.interleaved, shape.key_dim,
                                  at(r.q_out, t * q_bytes + i * key_bytes));
                 const char *key = keys + h * key_bytes, *value = values + h * value_bytes;
                 if (coded) {
-                    rotate_key_wide(key, r.k_norm.values, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim, rotated);
+                    rotate_key_wide(head(key), r.k_norm.values, r.eps, cos, sin, half, r.interleaved, shape.key_dim, rotated);
                     const float* less = r.key_offset ? r.key_offset + size_t(h) * shape.key_dim : nullptr;
                     const Codes k{k_codes, kernels_->quantise[F32](rotated, less, shape.key_dim, k_codes)};
                     const Codes v{v_codes, kernels_->quantise[r.dtype](value, nullptr, shape.value_dim, v_codes)};
                     write_codes(shape, r.cache, k, v, r.slots[t], h);
                     continue;
                 }
-                rotate_key(key, r.k_norm.values, r.eps, cos, sin, r.half, r.interleaved, shape.key_dim, rotated);
+                rotate_key(head(key), r.k_norm.values, r.eps, cos, sin, half, r.interleaved, shape.key_dim, rotated);
                 write_kv(r.dtype, shape, r.cache, rotated, value, r.slots[t], h);
             }
         }

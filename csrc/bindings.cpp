@@ -273,12 +273,12 @@ void bind_calls(nb::module_& m) {
     bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, int blocks, Address qkv, int q_heads,
                                                           bool gated, Address cos, Address sin, int half, bool interleaved, Address q_norm,
                                                           Address k_norm, int norm_dtype, float eps, Address slots, Address cache, Address key_offset,
-                                                          Address q_out) {
+                                                          Address q_out, bool turned_first) {
         new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, gated, array<float>(cos), array<float>(sin), half,
                                        interleaved, norm_weight(dtype, q_norm, norm_dtype), norm_weight(dtype, k_norm, norm_dtype), eps, array<int64_t>(slots), array<uint32_t>(cache),
-                                       array<V>(q_out), array<float>(key_offset)}, blocks};
+                                       array<V>(q_out), array<float>(key_offset), turned_first}, blocks};
     }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "gated"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "norm_dtype"_a, "eps"_a, "slots"_a, "cache"_a,
-       "key_offset"_a, "q_out"_a);
+       "key_offset"_a, "q_out"_a, "turned_first"_a);
     bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
                                                 Address cache, Address key_offset, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
         new (self) AttentionCall{{Dtype(dtype), &shape, &step, array<uint32_t>(cache), array<V>(q), q_heads, scale, softcap,

@@ -135,6 +135,7 @@ struct RotateAndStore {
     uint32_t* cache;       // the layer's
     void* q_out;           // (rows, q_heads, key_dim)
     const float* key_offset = nullptr;  // (kv_heads, key_dim) or null: what codes of keys are made less
+    bool turned_first = false;          // heads are rotated, and rounded, before they are normed
 };
 
 struct Attention {

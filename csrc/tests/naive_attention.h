@@ -125,8 +125,8 @@ template <class T> void test_attention(Ops& ops) {
     }
 }
 
-// W: of norms' weights. gated: there are gates behind each query head.
-template <class T, class W> void test_rotated_heads(Ops& ops, int half, int head_dim, bool interleaved, bool gated) {
+// W: of norms' weights. gated: there are gates behind each query head. turned_first: rotated before they are normed.
+template <class T, class W> void test_rotated_heads(Ops& ops, int half, int head_dim, bool interleaved, bool gated, bool turned_first = false) {
     const int rows = 11, group = 2, head = gated ? 2 * head_dim : head_dim, row = group * head + 2 * head_dim;
     for (bool norm : {false, true}) {
         std::vector<T> qkv = draw<T>(rows * row), q(rows * group * head_dim);
@@ -138,21 +138,30 @@ template <class T, class W> void test_rotated_heads(Ops& ops, int half, int head
         std::iota(slots.begin(), slots.end(), 0);
         const NormWeight w = {norm ? weight.data() : nullptr, Number<W>::dtype};
         ops.rotate_and_store({Number<T>::dtype, &shape, qkv.data(), group, gated, cos.data(), sin.data(), half, interleaved, w, w, 1e-5f,
-                              slots.data(), cache.data(), q.data()}, rows);
+                              slots.data(), cache.data(), q.data(), nullptr, turned_first}, rows);
         for (int t = 0; t < rows; t++)
             for (int h = 0; h < group; h++) {
                 const T* x = &qkv[t * row + h * head];
                 std::vector<double> v(head_dim);
-                for (int i = 0; i < head_dim; i++) v[i] = value(x[i]) * (norm ? inverse_rms(x, head_dim, 1e-5f) * value(weight[i]) : 1);
+                for (int i = 0; i < head_dim; i++)
+                    v[i] = value(x[i]) * (norm && !turned_first ? inverse_rms(x, head_dim, 1e-5f) * value(weight[i]) : 1);
+                std::vector<double> exact = v, terms(head_dim);
                 for (int i = 0; i < head_dim; i++) {
                     const bool first = interleaved ? i % 2 == 0 : i < half;
                     const int pair = i + (first ? 1 : -1) * (interleaved ? 1 : half), r = t * half + (interleaved ? i / 2 : first ? i : pair);
-                    double exact = v[i], terms = std::abs(v[i]);
+                    terms[i] = std::abs(v[i]);
                     if (i < 2 * half) {
-                        exact = v[i] * cos[r] + (first ? -1 : 1) * v[pair] * sin[r];
-                        terms = std::abs(v[i] * cos[r]) + std::abs(v[pair] * sin[r]);
+                        exact[i] = v[i] * cos[r] + (first ? -1 : 1) * v[pair] * sin[r];
+                        terms[i] = std::abs(v[i] * cos[r]) + std::abs(v[pair] * sin[r]);
                     }
-                    close("rotated head", q[(t * group + h) * head_dim + i], exact, (3.1 * Number<T>::roundoff + 0x1p-20) * terms);
+                }
+                double squares = 0;
+                for (double turned : exact) squares += turned * turned;
+                const double scale = norm && turned_first ? 1 / std::sqrt(squares / head_dim + 1e-5f) : 1;
+                for (int i = 0; i < head_dim; i++) {
+                    const double weighed = scale * (norm && turned_first ? value(weight[i]) : 1);
+                    const double bound = (turned_first ? 4.1 : 3.1) * Number<T>::roundoff + 0x1p-20;
+                    close("rotated head", q[(t * group + h) * head_dim + i], exact[i] * weighed, bound * terms[i] * std::abs(weighed));
                 }
             }
     }

@@ -118,6 +118,7 @@ class RotateAndStore(_Call):
         cache: int,
         key_offset: int,
         q_out: int,
+        turned_first: bool,
     ) -> None: ...
 
 class Attention(_Call):

@@ -45,6 +45,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "granitemoe", {}),
     ("tied", "granitemoe", {"tie_word_embeddings": True}),
     ("plain", "gpt_oss", {}),
+    ("plain-rope", "gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 150.0}}),
     ("three-layers", "gpt_oss", {"num_hidden_layers": 3, "attention_bias": False, "rope_parameters": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 150.0,
         "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}}),

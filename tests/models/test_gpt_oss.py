@@ -19,7 +19,9 @@ from moebius.models.decoder import Decoder
 from moebius.models.family import model_config, read_config
 from moebius.models.gguf_keys import gguf_keys
 from moebius.models.store import open_checkpoint
-from moebius.models.store.load import load_decoder
+from moebius.models.store.load import Loader, load_decoder
+from moebius.moe.placement import LayerPlacement, Placement
+from moebius.moe.ranks import ExpertRank
 from moebius.nn.attention import GQA
 from moebius.nn.rope import frequencies
 from moebius.ops import Matrix, Ops
@@ -116,6 +118,27 @@ def test_square_matrices_are_told_from_their_transposes(tmp_path: Path) -> None:
         decoder = load_decoder(directory, F32, ops=ReferenceOps())
         assert_holds(decoder, meant(plain))
         assert_same_answers(decoder, plain)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_ranks_hold_their_own_experts(tmp_path: Path, near: bool) -> None:
+    """And get those that come to them."""
+    wanted = meant(in_mxfp4(tmp_path))
+    checkpoint = open_checkpoint(tmp_path)
+    ranks = ExpertRank(Placement.linear(checkpoint.config.experts, 2), 0, 8)
+    decoder = Decoder(checkpoint.config, ReferenceOps(), F32, "meta", ranks=ranks)
+    loader = Loader(checkpoint, torch.device("cpu"), near=near)
+    loader.fill(decoder)
+
+    def experts() -> set[str]:
+        names = {name for name in held(decoder) if ".experts." in name}
+        assert_holds(decoder, {name: wanted[name] for name in names})
+        return {name.rsplit(".", 1)[1] for name in names}
+
+    assert experts() == {"0", "1"}
+    layers = {layer: LayerPlacement(3, ((0, 2), (1,))) for layer in range(2)}
+    loader.move_experts(decoder, loader.bring_experts(decoder, Placement(layers)))
+    assert experts() == {"0", "2"}
 
 
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:

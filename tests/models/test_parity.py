@@ -18,7 +18,7 @@ from moebius.nn.packed import PackedPast
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from moebius.train.initial import init_weights
-from oracle import Server, assert_close, load_theirs, save_tiny, tiny_model
+from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny, tiny_model
 
 ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 
@@ -227,8 +227,9 @@ def test_documents_in_a_row_do_not_see_each_other(model_type: str) -> None:
         assert_close(packed[part], alone, 1e-5)
 
 
-def test_bfloat16_serves_close_to_its_float32_self(tmp_path: Path) -> None:
-    model = tiny_model("qwen3_moe").to(torch.bfloat16)
+@pytest.mark.parametrize("model_type", list(FAMILY))
+def test_bfloat16_serves_close_to_its_float32_self(tmp_path: Path, model_type: str) -> None:
+    model = tiny_model(model_type).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     logits = {}
     for dtype in (torch.bfloat16, torch.float32):

@@ -201,7 +201,7 @@ def _ropes(keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture) 
     attention's."""
     theta = config.pop("rope_theta")
     usual = architecture.sliding_theta or theta
-    full = {**(config.pop("rope_scaling") or {}), "rope_theta": theta}
+    full = {**config.pop("rope_scaling"), "rope_theta": theta}
     slides = {"rope_theta": keys.number("rope.freq_base_swa", usual)}
     size = config["head_dim"]
     if architecture.partial:
@@ -263,10 +263,8 @@ def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchite
     raise ConfigError(f"{where}: {name} with {'' if sparse else 'no '}experts is not supported")
 
 
-def _rope_scaling(
-    keys: _Keys, config: Mapping[str, Any], *, truncate: bool
-) -> dict[str, Any] | None:
-    """config.json's object of that name; None where positions are as they are."""
+def _rope_scaling(keys: _Keys, config: Mapping[str, Any], *, truncate: bool) -> dict[str, Any]:
+    """config.json's object of that name."""
     context = config["max_position_embeddings"]
     original = keys.get("rope.scaling.original_context_length", context)
     kind = keys.get("rope.scaling.type", "linear")
@@ -274,7 +272,7 @@ def _rope_scaling(
     older = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", older) or 1.0
     if kind == "none" or (kind == "linear" and factor == 1):
-        return None
+        return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":

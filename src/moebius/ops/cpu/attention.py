@@ -106,6 +106,7 @@ class AttentionOps(CpuBase):
         eps: float = 0.0,
         *,
         gated: bool = False,
+        turned_first: bool = False,
     ) -> Tensor:
         held = own(cache, CpuCache)
         num_kv_heads, key_size = held.keys.shape
@@ -143,6 +144,7 @@ class AttentionOps(CpuBase):
             cache=self._at(held.buffer),
             key_offset=self._at(held.key_offset),
             q_out=self._at(out),
+            turned_first=turned_first,
         )
         use = Operation.ROTATE_AND_STORE
         self._run(use, call, qkv_TI, rows, held, features=held.features)
