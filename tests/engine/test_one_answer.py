@@ -155,6 +155,7 @@ def test_windows_that_give_blocks_back_give_one_answer(
     [
         ("bundled", torch.bfloat16),
         ("qwen2-upper-window", torch.bfloat16),
+        ("gpt-oss", torch.bfloat16),
         ("mixed", torch.float32),
     ],
 )
@@ -162,8 +163,8 @@ def test_keys_and_values_in_int8_give_one_answer(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Quantised once, when they are written: what is read is the same behind a prefix, in other
-    blocks and after a preemption. Qwen2's keys are held less a part of their biases, and scores
-    with sinks and caps get it back."""
+    blocks and after a preemption. Qwen2's and gpt-oss' keys are held less a part of their biases,
+    and scores with sinks and caps get it back."""
     if name == "bundled":
         decoders = [load_decoder(BUNDLED, dtype, ops=ops) for ops in KERNELS.values()]
     else:
