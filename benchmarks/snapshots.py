@@ -180,7 +180,7 @@ def main() -> None:
     for name, milliseconds in record["copies"]["ms"].items():
         print(f"{name}: {milliseconds:.3f} ms")
     record["conversations"] = []
-    for count, slots in ((1, 4), (8, 24), (8, 48)):
+    for count, slots in ((1, 4), (8, 16), (8, 24)):
         record["conversations"] += conversations(count, 10, slots)
     for row in record["conversations"]:
         print(

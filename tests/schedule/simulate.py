@@ -90,7 +90,7 @@ class Mood:
             burst=rng.choice((1, 1, 4, 10)),
             abort=rng.choice((0.0, 0.02, 0.1)),
             rollback=rng.choice((0.0, 0.02, 0.1)),
-            failure=rng.choice((0.0, 0.0, 0.03)),
+            failure=rng.choice((0.0, 0.0, 0.05)),
             several=rng.choice((0.0, 0.3)),
             nothing_drawn=rng.choice((0.0, 0.0, 0.05)),
             deadline=rng.choice((0.0, 0.1, 0.4)),
@@ -126,7 +126,7 @@ def random_groups(rng: Random, seqs: int, family: str) -> CacheGroups:
     states = None
     if recurrent:
         scratch = rng.choice((0, 0, 2))
-        spare = rng.randint(0, rng.choice((1, 4, seqs * (1 + scratch) + 6)))
+        spare = rng.randint(0, rng.choice((2, seqs * (1 + scratch), 40)))
         interval = rng.choice((1, 2, 4))
         states = StateSpec(1 + scratch + spare, scratch, interval, rng.choice((1, 1, 2)))
     request_slots = rng.randint(1, seqs) if rng.random() < 0.2 else None
@@ -164,7 +164,7 @@ class Episode:
         longest = min(64, size * num_blocks + 4)
         drawn = rng.choice((*FAMILIES, *["full attention"] * 4))
         groups = random_groups(rng, seqs, family or drawn)
-        num_blocks *= len(groups.blocks)
+        num_blocks *= len(groups.blocks) * rng.choice((1, 1, 3) if groups.states else (1,))
         self.config = EngineConfig(
             max_num_seqs=seqs,
             max_num_batched_tokens=rng.randint(max(seqs, 4), rng.choice((12, 64))),
@@ -237,7 +237,8 @@ class Episode:
         values = self.checker.computed(plan)
         self._maybe_abort()
         if plan.chunks and self.rng.random() < self.mood.failure:
-            self._fail(self.rng.choice(plan.chunks).request_id)
+            first = plan.chunks[0]  # others may have read what it has computed
+            self._fail(self.rng.choice((first, *plan.chunks)).request_id)
         drawn = {
             chunk.request_id: self._draw(chunk.request_id, values)
             for chunk in plan.chunks

@@ -3,6 +3,7 @@ worked out a second time, from the plans alone."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ class SnapshotWatch:
     odd      those whose kind cannot be told, for the same reason
     gone_on  those from which a sequence has gone on, or that were taken because several will
     starts   where each running request started
-    behind   by a request, its snapshot before its answer; by a snapshot, that of the same answer
+    twins    of a snapshot those around the same answer, or answers
     silent   ids of requests that have read in this step what was withdrawn
     awaited  by waiting requests: where they part from those ahead, and who these are
     """
@@ -40,7 +41,7 @@ class SnapshotWatch:
         self._odd: set[bytes] = set()
         self._gone_on: set[bytes] = set()
         self._starts: dict[str, bytes] = {}
-        self._twins: dict[bytes, bytes] = {}
+        self._twins: dict[bytes, set[bytes]] = {}
 
     def _found(self) -> Mapping[bytes, int]:
         states = self._checker.pool.states
@@ -156,8 +157,8 @@ class SnapshotWatch:
             hashes = track.hashes[: (track.request.num_tokens - 1) // pool.block_size]
             part = {one: self._shared(one, hashes) for one in chunks if one != name}
             end = max(part.values()) * pool.block_size
-            ahead = {one for one in part if part[one] * pool.block_size == end > chunks[one].end}
-            if ahead:
+            ahead = {one for one in part if part[one] * pool.block_size == end}
+            if all(chunks[one].end < end for one in ahead):
                 self._awaited[name] = (end, ahead)
 
     def _shared(self, name: str, hashes: Sequence[bytes]) -> int:
@@ -200,6 +201,11 @@ class SnapshotWatch:
         }
         if self._known - found.keys() - replaced:
             checker.broken("I13", "a snapshot is gone that nothing has replaced")
+        taken = Counter(
+            self._digest(chunk, chunk.end)
+            for chunk in plan.chunks
+            if chunk.states and chunk.states.save is not None and chunk.request_id in checker.tracks
+        )
         for chunk in plan.chunks:
             track = checker.tracks.get(chunk.request_id)
             saves = chunk.states is not None and chunk.states.save is not None
@@ -210,7 +216,7 @@ class SnapshotWatch:
             if digest not in found and checker._sharers[digest] == 1:
                 checker.broken("I13", f"the snapshot of {chunk.request_id} cannot be found")
             self._check_replaced(chunk, track)
-            self._note(chunk, track, digest)
+            self._note(chunk, track, digest, taken[digest] == 1)
         self._known = set(found)
 
     def _check_replaced(self, chunk: Chunk, track: Track) -> None:
@@ -224,41 +230,43 @@ class SnapshotWatch:
             if sharers[digest] == 1 and digest in self._found():
                 self._checker.broken("I13", f"{track.request.id} keeps a snapshot it has replaced")
 
-    def _note(self, chunk: Chunk, track: Track, digest: bytes) -> None:
-        """What a new snapshot is, and what it makes of others."""
+    def _note(self, chunk: Chunk, track: Track, digest: bytes, alone: bool) -> None:
+        """What a new snapshot is, and what it makes of others. `alone`: no other sequence took the
+        same in this step."""
         self._used[digest] = self._checker.step
         self._first.discard(digest)
         self._unsure.discard(digest)
         turn = self._turn(track)
         prompt = len(track.request.prompt_ids)
         start = self._starts.get(chunk.request_id)
-        sure = self._checker._sharers[digest] == 1 and not track.request.num_preemptions
+        shared = self._checker._sharers[digest] > 1 or track.request.num_preemptions
         regular = self._regular(chunk.end // self._checker.pool.block_size)
-        if not sure:
-            touched = {digest, start, self._twins.get(start)} - {None}
-            self._unsure |= touched
-            self._odd |= touched
-        elif chunk.end == turn:
-            self._go_beyond(start)
-        elif regular:
-            self._first.add(digest)
-        elif chunk.end >= prompt:
+        if chunk.end >= prompt and not regular:
             before = track.hashes[turn // self._checker.pool.block_size - 1] if turn else b""
             if before in self._found():
-                self._twins.update({digest: before, before: digest})
-        else:
-            self._gone_on.add(digest)
+                self._twins.setdefault(digest, set()).add(before)
+                self._twins.setdefault(before, set()).add(digest)
+        if alone and chunk.end == turn:
+            self._go_beyond(start)
+        elif alone and chunk.end < prompt and not regular:
+            self._gone_on.add(digest)  # there is no other reason for it
+        elif shared or not alone:
+            touched = {digest, *self._twins.get(start, ())} | ({start} if start else set())
+            self._unsure |= touched
+            self._odd |= touched
+        elif regular:
+            self._first.add(digest)
 
     def _go_beyond(self, start: bytes | None) -> None:
         found = self._found()
         if start not in found or start in self._gone_on:
             return
         self._gone_on.add(start)
-        for digest in (start, self._twins.get(start)):
-            if digest in found and digest not in self._restored and start not in self._odd:
-                self._first.add(digest)
-            elif digest in found:
-                self._unsure.add(digest)
+        twins = self._twins.get(start, set())
+        for digest in {start, *twins} & found.keys():
+            owned = digest in self._restored
+            certain = start not in self._odd and (digest == start or len(twins) == 1)
+            (self._first if certain and not owned else self._unsure).add(digest)
 
     def withdrawn(self) -> None:
         """A request has failed: what derives from it is gone."""

@@ -29,7 +29,7 @@ def find(cls: type[Scheduler] | type[BlockPool]) -> Violation | None:
 
 
 def test_there_are_enough_bugs():
-    assert len(BUGS) >= 40
+    assert len(BUGS) >= 140
 
 
 def test_simulation_finds_every_seeded_bug(capsys):
