@@ -251,6 +251,7 @@ KINDS: dict[str, Kind] = {
 SIZES = {
     "llama": {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 72},
     "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 32, "head_dim": 16},
+    "phi3": {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 72},
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from models.gguf_hybrids import converter
+from models.quantization.test_loading import plain_copy
 from models.ropes import LLAMA3, YARN
 from moebius.errors import ConfigError, WeightsError
 from moebius.models.family import model_config, read_config
@@ -29,7 +30,8 @@ from moebius.ops.config import DeltaSizes
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
-from oracle import FAMILY, TINY, Server, assert_close, save_tiny, tiny_model
+from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_model
+from quantised import KINDS, write_quantised
 from tiny import write_tokenizer
 
 IDS = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1, 1, 50, 3, 44, 12, 9, 61]
@@ -51,6 +53,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
                                          "num_experts_per_tok": 1}),
     ("yarn", "qwen3_5_moe_text", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
     ("plain", "qwen3_5_text", {}),
+    ("positions-of-images", "qwen3_5_text", {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 90.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True}}),
     ("every-third", "qwen3_5_text", {"full_attention_interval": 3, "num_hidden_layers": 4, "linear_conv_kernel_dim": 5,
                                      "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
 ]  # fmt: skip
@@ -201,6 +206,15 @@ def test_the_published_sizes() -> None:
         caches = config.caches(torch.bfloat16)
         assert caches[0].bytes_per_state == 32 * 128 * 128 * 4 + 3 * 8192 * 2
         assert sum(spec.bytes_per_token for spec in caches) == layers // 4 * 2 * 2 * 256 * 2
+
+
+def test_a_configuration_of_transformers_4_says_the_same() -> None:
+    """Positions beside, not in, an object; which layers recur by how many, or by an old name."""
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5}
+    new = needed("qwen3_next", layer_types=[LINEAR, FULL], rope_parameters=rope)
+    old = needed("qwen3_next", rope_scaling=None, rope_theta=1e7, partial_rotary_factor=0.5)
+    named = {**old, "layer_types": ["mamba", "attention"]}
+    assert model_config(new) == model_config(old) == model_config(named)
 
 
 @pytest.mark.parametrize(
@@ -354,3 +368,18 @@ def test_a_quantised_checkpoint_computes_what_a_file_of_it_does(
         server.step([(0, IDS[13:])])
         logits.append(server.all_logits(0))
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "fp8-ue8m0", "pack-4-zeros", "gptq-ordered", "awq"])
+def test_rows_in_groups_are_taken_out_of_quantised_matrices(tmp_path: Path, kind: str) -> None:
+    """Also where blocks of rows with one scale lie across groups."""
+    save_tiny(tmp_path, "qwen3_next", **BLOCKS_OF_32)
+    meant = write_quantised(tmp_path, KINDS[kind])
+    decoder = load_decoder(tmp_path, torch.float32, ops=ReferenceOps())
+    server = Server(decoder, block_size=4, num_blocks=8)
+    server.step([(0, IDS)])
+    theirs = load_theirs(plain_copy(tmp_path, meant))
+    assert_same(server.all_logits(0), recurrent(theirs, IDS))
+    in_kernels = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=8)
+    in_kernels.step([(0, IDS)])
+    assert_close(in_kernels.all_logits(0), server.all_logits(0), 1e-3)

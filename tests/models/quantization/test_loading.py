@@ -88,6 +88,15 @@ def test_every_kind_is_held_as_it_is_stored(tmp_path: Path, kind: Kind) -> None:
     assert_close(logits(decoder), theirs)
 
 
+@each_kind
+def test_matrices_that_are_joined_are_rows_of_planes(tmp_path: Path, kind: Kind) -> None:
+    """Queries, keys and values in one tensor, gate and up in another."""
+    meant = made(tmp_path, kind, "phi3")
+    with torch.inference_mode():
+        theirs = load_theirs(plain_copy(tmp_path, meant))(torch.tensor([[*PROMPT, 7]])).logits[0]
+    assert_close(logits(load_decoder(tmp_path, F32, ops=ReferenceOps())), theirs)
+
+
 @pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros", "gptq-ordered", "int-zeros"])
 def test_kernels_compute_with_the_same_numbers(tmp_path: Path, kind: str) -> None:
     """What they do not read in place is widened when it is loaded."""
