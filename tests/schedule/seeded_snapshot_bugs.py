@@ -340,9 +340,9 @@ class _(StatePool):
 
 @bug_of_states("a sequence starts with one slot, whatever it needs")
 class _(StatePool):
-    def open(self, start=b"", position=0, prompt=0, turn=0):
+    def open(self, start=b"", position=0, prompt=0, turn=0, behind=b""):
         spec, self.spec = self.spec, replace(self.spec, scratch=0)
-        owned = super().open(start, position, prompt, turn)
+        owned = super().open(start, position, prompt, turn, behind)
         self.spec = spec
         return owned
 

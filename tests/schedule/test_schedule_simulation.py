@@ -65,7 +65,7 @@ def test_episodes_follow_each_other_until_the_steps_are_done():
 
 
 def test_a_request_that_does_not_end_is_a_violation():
-    episode = Episode(1)
+    episode = Episode(2)
     episode._compute = lambda plan: (
         episode.scheduler.rollback(plan) or episode.checker.rolled_back(plan)
     )

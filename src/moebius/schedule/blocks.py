@@ -210,7 +210,8 @@ class BlockPool(Places):
         prompt = len(request.prompt_ids)
         given = request.asked.generation_start
         turn = min(prompt - 1, prompt if given is None else given) // size * size
-        owned = states.open(hit.snapshot, start, prompt, turn)
+        behind = self._hash_blocks(request, turn // size)[turn // size - 1] if turn else b""
+        owned = states.open(hit.snapshot, start, prompt, turn, behind)
         if owned is not None:
             states.want(owned, hit.seen * size)
         return owned

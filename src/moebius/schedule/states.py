@@ -26,7 +26,7 @@ class OwnedStates:
     prompt   tokens of its prompt
     turn     position of its snapshot of that kind
     wanted   positions of all snapshots but rolling and passing ones, and where it started
-    start, behind, rolling   hashes of the snapshots where it started, at `turn`, and of its answer
+    start, behind, rolling   hashes of what is before its start, before `turn`, and of its answer
     restore and save are as in StateSlots; held so long as the step that copies them is under way.
     """
 
@@ -59,10 +59,15 @@ class StatePool(Places):
         return self._cached[0].get(digest)
 
     def open(
-        self, start: bytes = b"", position: int = 0, prompt: int = 0, turn: int = 0
+        self,
+        start: bytes = b"",
+        position: int = 0,
+        prompt: int = 0,
+        turn: int = 0,
+        behind: bytes = b"",
     ) -> OwnedStates | None:
         """Slots for a sequence that starts at `position` from the snapshot of this hash, or from
-        zeros; None if there are too few."""
+        zeros; None if there are too few. The rest is as in OwnedStates."""
         snapshot = self.snapshot(start)
         evictable = snapshot in self._evictable
         if self.num_free - evictable < self.spec.slots_per_sequence:
@@ -71,7 +76,6 @@ class StatePool(Places):
             self._share((snapshot,))  # nobody may take it before it was copied
         slot = self._take()
         scratch = tuple(self._take() for _ in range(self.spec.scratch))
-        behind = start if position == turn else b""
         wanted = {position, turn}
         return OwnedStates(slot, scratch, prompt, turn, wanted, start, behind, restore=snapshot)
 
@@ -106,8 +110,6 @@ class StatePool(Places):
 
     def place(self, owned: OwnedStates, kind: Kind | None, digest: bytes) -> StateSlots:
         """The slots of the next chunk; with a `kind`, one for a snapshot, if it is to be had."""
-        if kind == "turn":
-            owned.behind = digest
         if kind is not None and digest not in self._cached[0]:
             if kind == "rolling" and not self._free:
                 self.drop(owned.rolling)
