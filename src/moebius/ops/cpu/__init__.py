@@ -4,7 +4,8 @@ The instruction set is the best that the processor has; the environment variable
 limits it (portable, avx2, avx512, avx512vnni, avx512bf16, amx, or reference for plain PyTorch).
 Every kernel computes a row in the same way whatever rows surround it, however many threads there
 are and wherever the KV cache holds its tokens: they are batch invariant (promise P1). Products with
-weights in blocks have the same bits on every instruction set (csrc/block_kernels.h).
+weights in blocks have the same bits on every instruction set (csrc/block_kernels.h), and so have
+recurrent layers (csrc/recurrent.h).
 """
 
 from collections.abc import Callable, Sequence
