@@ -254,10 +254,10 @@ void bind_calls(nb::module_& m) {
         new (self) AddGated{Dtype(dtype), array<V>(a), array<V>(b), array<float>(gate), size, array<V>(out)};
     }, "dtype"_a, "a"_a, "b"_a, "gate"_a, "size"_a, "out"_a);
     bind_call<RmsNormCall>(m, "RmsNorm", [](RmsNormCall* self, int dtype, Address x, Address update, float multiplier, Address weight, int weight_dtype,
-                                            int size, int stride, float eps, Address sum, Address out) {
+                                            int size, int stride, float eps, Address sum, Address out, bool less_mean) {
         new (self) RmsNormCall{{Dtype(dtype), array<V>(x), array<V>(update), multiplier, norm_weight(dtype, weight, weight_dtype), size, stride,
-                                eps, array<V>(sum), array<V>(out)}};
-    }, "dtype"_a, "x"_a, "update"_a, "multiplier"_a, "weight"_a, "weight_dtype"_a, "size"_a, "stride"_a, "eps"_a, "sum"_a, "out"_a);
+                                eps, array<V>(sum), array<V>(out), less_mean}};
+    }, "dtype"_a, "x"_a, "update"_a, "multiplier"_a, "weight"_a, "weight_dtype"_a, "size"_a, "stride"_a, "eps"_a, "sum"_a, "out"_a, "less_mean"_a = false);
     bind_call<ClipCall>(m, "Clip", [](ClipCall* self, int dtype, Address x, int size, float limit, Address out) {
         new (self) ClipCall{{Dtype(dtype), array<V>(x), size, limit, array<V>(out)}};
     }, "dtype"_a, "x"_a, "size"_a, "limit"_a, "out"_a);

@@ -162,9 +162,9 @@ struct Kernels {
     // out = round(base + sum over k, in order, of weights[k] * rows[k]); base may be null.
     void (*combine[2])(const void* const* rows, const float* weights, int k, int n, const void* base, void* out);
     // sum = round(x + multiplier * update) where update is given (else sum is not written), out = norm(sum) * weight. Of norms there
-    // is one for each dtype of a row and of its weight; null for float32 with bfloat16.
+    // is one for each dtype of a row and of its weight; null for float32 with bfloat16. less_mean: of the sum less its mean.
     void (*rms_norm[2][2])(const void* x, const void* update, float multiplier, const void* weight, int n, float eps,
-                           void* sum, void* out);
+                           bool less_mean, void* sum, void* out);
     // One head: RMS norm where weight is given, then rotation of the first 2 * half values, in pairs of i and half + i, or
     // of 2i and 2i + 1 where they are interleaved; out may be x.
     void (*rotate[2][2])(const void* x, const void* weight, float eps, const float* cos, const float* sin, int half,

@@ -115,6 +115,7 @@ struct RmsNorm {
     float eps;
     void* sum;
     void* out;
+    bool less_mean = false;  // a layer norm: of x less its mean
 };
 
 // Normalises (where norms are given) and rotates queries into q_out, and keys into the cache with their values.

@@ -111,6 +111,36 @@ template <class T> INLINE float inverse_rms(const T* x, int n, float eps) {
     return 1.0f / __builtin_sqrtf(sum_of_squares(x, n) / float(n) + eps);
 }
 
+template <class T> INLINE float mean_of(const T* x, int n) {
+    V even = zero(), odd = zero();
+    for (int i = 0; i < n; i += 32) {
+        even = add(even, take(x + i, min_of(16, n - i)));
+        if (i + 16 < n) odd = add(odd, take(x + i + 16, min_of(16, n - i - 16)));
+    }
+    return reduce_add(add(even, odd)) / float(n);
+}
+
+// The variance: of squares of what is left of x less its mean.
+template <class T> INLINE float inverse_deviation(const T* x, int n, float mean, float eps) {
+    V even = zero(), odd = zero();
+    auto square = [&](int i, V sum) {
+        const int count = min_of(16, n - i);
+        V less = all(mean);
+        if (count < 16) {
+            float lanes[16] = {};
+            for (int j = 0; j < count; j++) lanes[j] = mean;
+            less = load(lanes);
+        }
+        const V v = sub(take(x + i, count), less);
+        return fma(v, v, sum);
+    };
+    for (int i = 0; i < n; i += 32) {
+        even = square(i, even);
+        if (i + 16 < n) odd = square(i + 16, odd);
+    }
+    return 1.0f / __builtin_sqrtf(reduce_add(add(even, odd)) / float(n) + eps);
+}
+
 // A normed value of a row of T with its weight of W: rounded before their product where both are of one type.
 template <class T, class W> INLINE V weighted(V normed, V weight) {
     if constexpr (sizeof(T) == sizeof(W)) return mul(as_stored<T>(normed), weight);
@@ -118,7 +148,7 @@ template <class T, class W> INLINE V weighted(V normed, V weight) {
 }
 
 template <class T, class W>
-void rms_norm(const void* x_row, const void* update_row, float multiplier, const void* weight, int n, float eps,
+void rms_norm(const void* x_row, const void* update_row, float multiplier, const void* weight, int n, float eps, bool less_mean,
               void* sum_row, void* out_row) {
     const T* x = static_cast<const T*>(x_row);
     const W* w = static_cast<const W*>(weight);
@@ -131,9 +161,10 @@ void rms_norm(const void* x_row, const void* update_row, float multiplier, const
         });
         x = sum;
     }
-    const V inverse = all(inverse_rms(x, n, eps));
+    const float mean = less_mean ? mean_of(x, n) : 0.0f;
+    const V less = all(mean), inverse = all(less_mean ? inverse_deviation(x, n, mean, eps) : inverse_rms(x, n, eps));
     each_vector(n, [&](int i, int count) {
-        put(out + i, weighted<T, W>(mul(take(x + i, count), inverse), take(w + i, count)), count);
+        put(out + i, weighted<T, W>(mul(sub(take(x + i, count), less), inverse), take(w + i, count)), count);
     });
 }
 

@@ -23,17 +23,22 @@ template <class T, class W> void test_norms(Ops& ops) {
     for (int turn = 0; turn < 20; turn++) {
         const int rows = one_of({0, 1, 3, 40}), n = one_of({1, 7, 16, 33, 500});
         const float multiplier = turn % 2 ? 1.0f : 0.3f;
+        const bool less_mean = turn % 4 > 1;
         std::vector<T> x = draw<T>(size_t(rows) * n), update = draw<T>(x.size()), sum(x.size()), out(x.size()), alone(x.size());
         std::vector<W> weight = draw<W>(n);
-        ops.rms_norm({Number<T>::dtype, x.data(), update.data(), multiplier, {weight.data(), Number<W>::dtype}, n, n, 1e-5f, sum.data(), out.data()}, rows);
-        ops.rms_norm({Number<T>::dtype, sum.data(), nullptr, 1, {weight.data(), Number<W>::dtype}, n, n, 1e-5f, nullptr, alone.data()}, rows);
+        ops.rms_norm({Number<T>::dtype, x.data(), update.data(), multiplier, {weight.data(), Number<W>::dtype}, n, n, 1e-5f, sum.data(), out.data(), less_mean}, rows);
+        ops.rms_norm({Number<T>::dtype, sum.data(), nullptr, 1, {weight.data(), Number<W>::dtype}, n, n, 1e-5f, nullptr, alone.data(), less_mean}, rows);
         check(out == alone, "rms_norm: the sum's norm is not the norm of the sum");
         for (size_t i = 0; i < x.size(); i++) {
             Sum s;
             s.add(value(x[i])), s.add(double(multiplier) * value(update[i]));
             close("residual", sum[i], s.exact, (u + 0x1p-23) * s.terms);
-            const double exact = value(sum[i]) * inverse_rms(&sum[i / n * n], n, 1e-5f) * value(weight[i % n]);
-            close("rms_norm", out[i], exact, (2.1 * u + (n / 32.0 + 8) * 0x1p-24) * std::abs(exact));
+            double mean = 0, squares = 0, size = 0;
+            if (less_mean) for (int j = 0; j < n; j++) mean += value(sum[i / n * n + j]) / n, size = std::max(size, std::abs(value(sum[i / n * n + j])));
+            for (int j = 0; j < n; j++) squares += std::pow(value(sum[i / n * n + j]) - mean, 2) / n;
+            const double weighed = value(weight[i % n]) / std::sqrt(squares + 1e-5f), exact = (value(sum[i]) - mean) * weighed;
+            const double rounded = (n / 32.0 + 8) * 0x1p-24;
+            close("rms_norm", out[i], exact, (2.1 * u + rounded) * std::abs(exact) + 2 * rounded * size * std::abs(weighed));
         }
     }
 }

@@ -80,6 +80,7 @@ class RmsNorm(_Call):
         eps: float,
         sum: int,
         out: int,
+        less_mean: bool = False,
     ) -> None: ...
 
 class Clip(_Call):

@@ -9,6 +9,7 @@ import gguf
 
 Config = dict[str, Any]
 SIGMOID = gguf.ExpertGatingFuncType.SIGMOID
+SOFTMAX = gguf.ExpertGatingFuncType.SOFTMAX
 
 
 def turning(w: gguf.GGUFWriter, c: Config) -> None:
@@ -137,6 +138,22 @@ def laguna(w: gguf.GGUFWriter, c: Config) -> None:
     w.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
 
 
+def cohere2_moe(w: gguf.GGUFWriter, c: Config) -> None:
+    windows(w, c)
+    w.add_logit_scale(c["logit_scale"])
+    w.add_vocab_size(c["vocab_size"])
+    w.add_layer_norm_eps(c["layer_norm_eps"])
+    w.add_expert_feed_forward_length(c["intermediate_size"])
+    w.add_leading_dense_block_count(c["mlp_layer_types"].index("sparse"))
+    w.add_expert_weights_norm(c["norm_topk_prob"])
+    w.add_expert_gating_func({"softmax": SOFTMAX, "sigmoid": SIGMOID}[c["expert_selection_fn"]])
+    if c["num_shared_experts"]:
+        w.add_expert_shared_count(c["num_shared_experts"])
+        shared = c["intermediate_size"] * c["num_shared_experts"]
+        w.add_expert_shared_feed_forward_length(shared)
+    turning(w, c)
+
+
 def phi3(w: gguf.GGUFWriter, c: Config) -> None:
     turning(w, c)
     w.add_rope_scaling_orig_ctx_len(c["original_max_position_embeddings"])
@@ -158,5 +175,6 @@ OWN_KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "afmoe": afmoe,
     "gemma3_text": gemma3_text,
     "laguna": laguna,
+    "cohere2_moe": cohere2_moe,
     "phi3": phi3,
 }

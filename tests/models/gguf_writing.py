@@ -49,13 +49,17 @@ ARCHITECTURES = {
     "mellum": "QWEN3MOE",
     "laguna": "DOTS1",
     "hy_v3": "DOTS1",
+    "cohere2_moe": "DOTS1",
 }
 CENTRED = {"gemma3_text"}
 LAGUNA = {
     "self_attn.g_proj.weight": "attn_gate.weight",
     "mlp.experts.e_score_correction_bias": "exp_probs_b.bias",
 }
-UNKNOWN = {"mellum", "hy_v3", "laguna"}
+UNKNOWN = {
+    **{kind: kind for kind in ("mellum", "hy_v3", "laguna")},
+    "cohere2_moe": "cohere2moe",
+}
 PERMUTED = {"llama", "mistral", "mixtral", "granitemoe", "granitemoeshared"}
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SUFFIXES = (".weight", ".bias")
@@ -130,7 +134,7 @@ class Converter:
     def save(self, path: Path, change: Callable[[gguf.GGUFWriter], None] | None = None) -> None:
         """change: adds keys that the converter would not write."""
         arch = gguf.MODEL_ARCH_NAMES[self.architecture]
-        arch = self.model_type if self.model_type in UNKNOWN else arch
+        arch = UNKNOWN.get(self.model_type, arch)
         writer = gguf.GGUFWriter(path, arch)
         self.keys(writer)
         if change:
@@ -151,10 +155,12 @@ class Converter:
         w.add_context_length(c["max_position_embeddings"])
         w.add_embedding_length(c["hidden_size"])
         if "intermediate_size" in c:
-            w.add_feed_forward_length(c["intermediate_size"])
+            dense = c.get("prefix_dense_intermediate_size")
+            w.add_feed_forward_length(dense or c["intermediate_size"])
         w.add_head_count(c["num_attention_heads"])
         w.add_head_count_kv(c["num_key_value_heads"])
-        w.add_layer_norm_rms_eps(c["rms_norm_eps"])
+        if c["rms_norm_eps"] is not None:
+            w.add_layer_norm_rms_eps(c["rms_norm_eps"])
         rope = self.rope
         w.add_rope_freq_base(rope["rope_theta"])
         if rope["rope_type"] in ("linear", "yarn"):

@@ -79,6 +79,7 @@ LAYERS = {
     "gates behind queries": LayerSpec(replace(PLAIN, gated="queries"), DENSE),
     "gated delta": LayerSpec(GatedDelta(DeltaSizes(2, 4, 6, 5), projections="grouped"), ROUTED),
     "decay itself": LayerSpec(GatedDelta(DeltaSizes(2, 2, 6, 5), logarithm=False), DENSE),
+    "both parts read one norm": LayerSpec(PLAIN, ROUTED, "parallel", 0.5),
     "a mixer alone": LayerSpec(PLAIN, norms="sandwich"),
     "a feed-forward alone": LayerSpec(feed_forward=ROUTED, norms="sandwich"),
 }  # fmt: skip

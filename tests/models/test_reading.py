@@ -230,7 +230,8 @@ def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     first = (getattr(config, "layer_types", None) or [None])[0]
     theirs = config.rope_parameters.get(first, config.rope_parameters)
     assert rope is not None and rope.theta == theirs["rope_theta"]
-    assert ours.norm_eps == config.rms_norm_eps
+    rms = config.rms_norm_eps
+    assert ours.norm_eps == (config.layer_norm_eps if rms is None else rms)
     assert ours.tie_word_embeddings == config.tie_word_embeddings
     assert ours.context == config.max_position_embeddings
 
@@ -341,6 +342,10 @@ def test_a_name_that_the_class_does_not_know_is_none() -> None:
         ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "neighbours"]),
         ("hunyuan_v1_moe", {"rope_parameters": {"rope_type": "dynamic", "alpha": "50"}}, ["alpha", "'50'"]),
         ("afmoe", {"sliding_window": None}, ["sliding_window", "null"]),
+        ("cohere2_moe", {"expert_selection_fn": "top"}, ["expert_selection_fn", "'top'", "softmax, sigmoid"]),
+        ("cohere2_moe", {"shared_expert_combination_strategy": None}, ["shared_expert_combination_strategy"]),
+        ("cohere2_moe", {"logit_scale": 0.0}, ["logit_scale", "0.0"]),
+        ("cohere2_moe", {"sliding_window": None}, ["sliding_window", "null"]),
         ("laguna", {"gating": "tanh"}, ["gating", "tanh", "per-element"]),
         ("laguna", {"gating": False}, ["gating", "False"]),
         ("laguna", {"num_attention_heads_per_layer": [4]}, ["num_attention_heads_per_layer"]),

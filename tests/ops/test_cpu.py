@@ -124,6 +124,23 @@ def test_norms_with_float32_weights(ops: CpuOps) -> None:
     assert torch.equal(ops.rms_norm_part(wide.clone(), 20, part, 0.1), expected)
 
 
+def test_norms_of_what_is_left_of_the_mean(ops: CpuOps, dtype: torch.dtype) -> None:
+    """LayerNorm without a bias, of rows far from zero too; weights are float32."""
+    u = ROUNDOFF[dtype]
+    for rows, size in [(r, s) for r in (0, 1, 3, 70) for s in SIZES]:
+        x, update = (3 + torch.randn(rows, size)).to(dtype), torch.randn(rows, size).to(dtype)
+        weight = torch.randn(size)
+        for backend in (ops, REF):
+            total, added = backend.add_rms_norm(x, update, 0.5, weight, 1e-5, less_mean=True)
+            alone = backend.rms_norm(x, weight, 1e-5, less_mean=True)
+            for out, of in ((alone, x.double()), (added, total.double())):
+                left = of - of.mean(-1, keepdim=True)
+                scale = torch.rsqrt(left.square().mean(-1, keepdim=True) + 1e-5) * weight
+                rounded = (size / 32 + 8) * 2.0**-24
+                bound = (2.1 * u + rounded) * left.abs() + 4 * rounded * of.abs().amax(-1, True)
+                assert_within(out, left * scale, bound * scale.abs())
+
+
 def test_embed(ops: CpuOps, dtype: torch.dtype) -> None:
     table, ids = torch.randn(9, 33).to(dtype), torch.tensor([8, 0, 0, 3])
     assert torch.equal(ops.embed(ids, table), table[ids])

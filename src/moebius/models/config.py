@@ -15,7 +15,7 @@ from moebius.nn.mixer import Mixer
 from moebius.nn.spec import Norm, Parameter, Parameters
 from moebius.ops.cache_spec import CacheSpec
 
-Norms = Literal["pre", "sandwich", "post"]
+Norms = Literal["pre", "sandwich", "post", "parallel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,9 @@ class LayerSpec:
 
     norms                 `pre`: each part reads the normed residual stream. `sandwich`: what it
                           adds to the stream is normed too (Gemma 2, arXiv 2408.00118). `post`:
-                          that alone is (OLMo 2, arXiv 2501.00656)
-    residual_multiplier   of what each part adds to the stream
+                          that alone is (OLMo 2, arXiv 2501.00656). `parallel`: both parts read
+                          one normed stream (GPT-J)
+    residual_multiplier   of what each part adds to the stream; in parallel, of the feed-forward's
     """
 
     mixer: Mixer | None = None
@@ -37,13 +38,15 @@ class LayerSpec:
         require_word("a layer's norms", self.norms, Norms)
         if self.mixer is None and self.feed_forward is None:
             raise ConfigError("a layer has neither a mixer nor a feed-forward part")
+        if self.norms == "parallel" and (self.mixer is None or self.feed_forward is None):
+            raise ConfigError("parts are parallel where there are two")
         if self.norms == "post" and self.residual_multiplier != 1:
             raise ConfigError("residual_multiplier goes with layers whose inputs are normed")
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of moebius.models.decoder.Layer."""
         before = self.norms != "post"
-        behind = self.norms != "pre"
+        behind = self.norms in ("sandwich", "post")
         if self.mixer is not None:
             if before:
                 yield Parameter("input_layernorm.weight", (hidden_size,), norm=True)
@@ -52,7 +55,7 @@ class LayerSpec:
             if behind:
                 yield Parameter("mixer_output_norm.weight", (hidden_size,), norm=True)
         if self.feed_forward is not None:
-            if before:
+            if before and self.norms != "parallel":
                 yield Parameter("post_attention_layernorm.weight", (hidden_size,), norm=True)
             for parameter in self.feed_forward.parameters(hidden_size):
                 yield parameter.within("mlp.")
@@ -72,7 +75,7 @@ class ModelConfig:
     norm             how an RMSNorm meets its weight: `rounded` before the product with one of the
                      model's dtype; `float32`, a weight and a product in float32 (gpt-oss); or
                      `zero-centred`, the same with a weight that checkpoints hold less 1
-                     (Qwen3-Next)
+                     (Qwen3-Next); or `less-mean`, a layer norm with a float32 weight (Cohere)
     logits_softcap   c * tanh(logits / c), where given
     unpublished      what no published model_type has, so that the model can be trained and
                      measured, but not served

@@ -41,20 +41,21 @@ class Layer(nn.Module):
         def norm(*without: Norms) -> RMSNorm | None:
             if spec.norms in without:
                 return None
-            return RMSNorm(place.ops, place.hidden_size, place.norm_eps, dtype=place.norm_dtype)
+            return _stream_norm(place)
 
+        self.parallel = spec.norms == "parallel"
         self.self_attn: MixerModule | None = None
         self.mlp: FeedForward | None = None
         if spec.mixer is not None:
             self.input_layernorm = norm("post")
             self.self_attn = spec.mixer.build(place)
-            self.mixer_output_norm = norm("pre")
+            self.mixer_output_norm = norm("pre", "parallel")
         if spec.feed_forward is not None:
-            self.post_attention_layernorm = norm("post")
+            self.post_attention_layernorm = norm("post", "parallel")
             dispatch = ranks.dispatcher(place.ops, place.layer) if ranks else LocalDispatcher()
             held = ranks.held(place.layer) if ranks else None
             self.mlp = FeedForward(spec.feed_forward, place, dispatch, held)
-            self.mlp_output_norm = norm("pre")
+            self.mlp_output_norm = norm("pre", "parallel")
 
     def forward(
         self, stream: Stream, positions: Positions, past: Past
@@ -66,9 +67,11 @@ class Layer(nn.Module):
             update_TD = self.self_attn(normed_TD, positions, past)
             if self.mixer_output_norm is not None:
                 update_TD = self.mixer_output_norm(update_TD)
-            stream = Stream(x_TD, update_TD, self.multiplier)
+            stream = Stream(x_TD, update_TD, 1.0 if self.parallel else self.multiplier)
         if self.mlp is not None:
-            x_TD, normed_TD = self._read(stream, self.post_attention_layernorm)
+            x_TD, read_TD = self._read(stream, self.post_attention_layernorm)
+            if not self.parallel:
+                normed_TD = read_TD
             update_TD, routing = self.mlp(normed_TD)
             if self.mlp_output_norm is not None:
                 update_TD = self.mlp_output_norm(update_TD)
@@ -83,6 +86,11 @@ class Layer(nn.Module):
         if update_TD is not None:
             x_TD = self.ops.add_gated(x_TD, update_TD)
         return x_TD, x_TD
+
+
+def _stream_norm(place: Place) -> RMSNorm:
+    sizes = place.ops, place.hidden_size, place.norm_eps
+    return RMSNorm(*sizes, dtype=place.norm_dtype, less_mean=place.norm == "less-mean")
 
 
 class Decoder(nn.Module):
@@ -116,7 +124,7 @@ class Decoder(nn.Module):
                 Layer(spec, replace(place, layer=number), ranks)
                 for number, spec in enumerate(config.layers)
             )
-            self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=place.norm_dtype)
+            self.norm = _stream_norm(place)
             self.lm_head: Linear | None = None
             if not config.tie_word_embeddings:
                 self.lm_head = Linear(ops, config.hidden_size, config.vocab_size, dtype=dtype)

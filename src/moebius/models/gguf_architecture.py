@@ -231,7 +231,7 @@ class GgufArchitecture:
     present   flags of config.json that are on where the file has a tensor of that name
     layouts   what tensors are called, the way that is written first
     partial   a part of each head may turn (partial_rotary_factor): the file says how much
-    ropes     `one` turns all layers, or those that are `sliding`, while the others have no
+    ropes     `one` turns all layers, those that are `sliding`, or `some`, while the others have no
               positions; or `each` kind of layer has its own
     sliding_theta     theta of layers with a window, where the file does not say it; None: as the
                       others'
@@ -261,7 +261,7 @@ class GgufArchitecture:
     truncates: bool = True
     partial: bool = False
     marked: str = ""
-    ropes: Literal["one", "sliding", "each"] = "one"
+    ropes: Literal["one", "sliding", "some", "each"] = "one"
     sliding_theta: float | None = None
     told: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = nothing_told
     read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read

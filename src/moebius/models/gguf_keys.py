@@ -130,12 +130,14 @@ def _rope(config: ModelConfig, architecture: GgufArchitecture) -> RopeConfig:
     kept = {
         "one": _gqas(config),
         "sliding": [mixer for mixer in _gqas(config) if mixer.window is not None],
+        "some": [mixer for mixer in _gqas(config) if mixer.rope is not None],
         "each": [mixer for mixer in _gqas(config) if mixer.window is None],
     }[architecture.ropes]
     still = {mixer for mixer in _gqas(config) if mixer.rope is None}
     ropes = {mixer.rope for mixer in kept or _gqas(config)}
     rope = ropes.pop() if ropes else None
-    expected = set(_gqas(config)) - set(kept) if architecture.ropes == "sliding" else set()
+    apart = architecture.ropes in ("sliding", "some")
+    expected = set(_gqas(config)) - set(kept) if apart else set()
     if rope is None or ropes or still != expected:
         raise ConfigError(
             f"GGUF files hold no {config.model_type} models whose layers have such different "

@@ -336,9 +336,10 @@ def decoder(reader: ConfigReader, specs: Sequence[LayerSpec], **different: Any) 
         "vocab_size": reader.integer("vocab_size"),
         "context": _context(reader, specs),
         "layers": tuple(specs),
-        "norm_eps": reader.number("rms_norm_eps"),
         "tie_word_embeddings": reader.flag("tie_word_embeddings"),
     }
+    if "norm_eps" not in different:
+        usual["norm_eps"] = reader.number("rms_norm_eps")
     return ModelConfig(**usual | different)
 
 

@@ -9,7 +9,7 @@ transformers 4 and 5 are both read.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,12 @@ class ConfigReader:
 
     def optional_number(self, key: str) -> float | None:
         return None if self.get(key) is None else self.number(key)
+
+    def word(self, key: str, known: Sequence[str]) -> str:
+        value = self.get(key)
+        if value not in known:
+            raise self.error(f"{key} is {value!r}; supported are {', '.join(known)}")
+        return str(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self._checked(key, default, (bool,), "true or false"))

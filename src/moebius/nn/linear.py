@@ -167,19 +167,25 @@ class RMSNorm(ParameterModule):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467).
 
     dtype: the weight's, which the product with it is rounded as: see Ops.rms_norm.
+    less_mean: a layer norm.
     """
 
-    def __init__(self, ops: Ops, size: int, eps: float, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, ops: Ops, size: int, eps: float, *, dtype: torch.dtype, less_mean: bool = False
+    ) -> None:
         super().__init__()
         self.ops = ops
         self.eps = eps
+        self.less_mean = less_mean
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps, less_mean=self.less_mean)
 
     def add(self, x: Tensor, update: Tensor | None, multiplier: float) -> tuple[Tensor, Tensor]:
         """x + multiplier * update (x without one): the residual stream, and its norm."""
         if update is None:
-            return x, self.ops.rms_norm(x, self.weight, self.eps)
-        return self.ops.add_rms_norm(x, update, multiplier, self.weight, self.eps)
+            return x, self(x)
+        return self.ops.add_rms_norm(
+            x, update, multiplier, self.weight, self.eps, less_mean=self.less_mean
+        )

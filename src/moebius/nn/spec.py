@@ -9,7 +9,7 @@ import torch
 from moebius.nn.rope import RopeConfig, Rotary
 from moebius.ops import Ops
 
-Norm = Literal["rounded", "float32", "zero-centred"]
+Norm = Literal["rounded", "float32", "zero-centred", "less-mean"]
 
 
 class Parameter(NamedTuple):

@@ -131,8 +131,11 @@ class Ops(SamplerOps, RecurrentOps):
     # Norms, rotation, residuals
 
     @abstractmethod
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, *, less_mean: bool = False
+    ) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467); with
+        less_mean, of x - mean(x) (LayerNorm, arXiv 1607.06450).
 
         Inside in float32; rounded before the product with the weight and after it. A weight may be
         float32 where x is not, here and wherever a norm is: then rounded after it alone. x may have
@@ -141,7 +144,14 @@ class Ops(SamplerOps, RecurrentOps):
 
     @abstractmethod
     def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+        self,
+        x_TD: Tensor,
+        update_TD: Tensor,
+        multiplier: float,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        less_mean: bool = False,
     ) -> Pair:
         """The residual stream x + multiplier * update, rounded once, and its rms_norm."""
 

@@ -44,14 +44,25 @@ class TrainingOps(ReferenceOps):
         return part.drawn(rows, lambda mask: mask.bernoulli_(1 - share).div_(1 - share))
 
     def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+        self,
+        x_TD: Tensor,
+        update_TD: Tensor,
+        multiplier: float,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        less_mean: bool = False,
     ) -> Pair:
         mask_TD = self.dropout_mask(update_TD, update_TD.shape[1], routed=False)
         if mask_TD is not None:
             update_TD = update_TD * mask_TD
-        return super().add_rms_norm(x_TD, update_TD, multiplier, weight_D, eps)
+        return super().add_rms_norm(x_TD, update_TD, multiplier, weight_D, eps, less_mean=less_mean)
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, *, less_mean: bool = False
+    ) -> Tensor:
+        if less_mean:
+            return F.layer_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps=eps)
         return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
 
     def rotary(self, x_THN: Tensor, rotation: Rotation) -> Tensor:

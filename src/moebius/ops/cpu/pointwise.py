@@ -12,7 +12,9 @@ from moebius.ops.steps import Pair, Rotation
 class PointwiseOps(CpuBase):
     """`rotary`, which serving does in rotate_and_store, is left to the reference."""
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, *, less_mean: bool = False
+    ) -> Tensor:
         size = x_TD.shape[-1]
         check_shape("a norm's weight", weight_D, size)
         out = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
@@ -28,12 +30,20 @@ class PointwiseOps(CpuBase):
             eps=eps,
             sum=0,
             out=self._at(out),
+            less_mean=less_mean,
         )
         self._run(Operation.RMS_NORM, call, x_TD, x_TD.numel() // size)
         return out
 
     def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+        self,
+        x_TD: Tensor,
+        update_TD: Tensor,
+        multiplier: float,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        less_mean: bool = False,
     ) -> Pair:
         size = x_TD.shape[-1]
         check_shape("an update", update_TD, *x_TD.shape)
@@ -52,6 +62,7 @@ class PointwiseOps(CpuBase):
             eps=eps,
             sum=self._at(total),
             out=self._at(out),
+            less_mean=less_mean,
         )
         self._run(Operation.ADD_RMS_NORM, call, x_TD, x_TD.numel() // size)
         return total, out

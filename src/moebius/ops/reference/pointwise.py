@@ -8,18 +8,29 @@ from moebius.ops.steps import Pair, Rotation
 
 
 class PointwiseOps(Ops):
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, *, less_mean: bool = False
+    ) -> Tensor:
         x = x_TD.float()
+        if less_mean:
+            x = x - x.mean(-1, keepdim=True)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         if weight_D.dtype == torch.float32:
             return (x * weight_D).to(x_TD.dtype)
         return x.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
     def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor, multiplier: float, weight_D: Tensor, eps: float
+        self,
+        x_TD: Tensor,
+        update_TD: Tensor,
+        multiplier: float,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        less_mean: bool = False,
     ) -> Pair:
         x_TD = x_TD + (update_TD if multiplier == 1.0 else update_TD * multiplier)
-        return x_TD, self.rms_norm(x_TD, weight_D, eps)
+        return x_TD, self.rms_norm(x_TD, weight_D, eps, less_mean=less_mean)
 
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
         before_TI, part_TD, after_TI = torch.tensor_split(
