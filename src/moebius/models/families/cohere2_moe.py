@@ -69,7 +69,8 @@ def read(reader: ConfigReader) -> ModelConfig:
     scale = reader.number("logit_scale")
     if not scale > 0:
         raise reader.error(f"logit_scale is {scale}; logits are multiplied by it")
-    eps, rms = reader.number("layer_norm_eps"), reader.optional_number("rms_norm_eps")
+    eps = reader.number("layer_norm_eps")
+    rms = reader.optional_number("rms_norm_eps")
     norm = {"norm": "less-mean", "norm_eps": eps} if rms is None else {"norm_eps": rms}
     return decoder(reader, specs, logits_divisor=1 / scale, **norm)
 
