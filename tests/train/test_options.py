@@ -68,6 +68,7 @@ ROUTERS: dict[str, list[dict[str, Any]]] = {
         {**GROUPS, "group_fill": "one", REFUSED: "must be one of zero, never"},
     ],
     "renorm_eps": [{"weight": "renorm", "renorm_eps": 0.5}],
+    "renorm_least": [{"weight": "renorm", "renorm_least": 0.9}],
     "scale": [{"scale": 3.0}],
     "logit_bias": [
         {"logit_bias": True},
@@ -147,6 +148,11 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "value_dim": [{"v_head_dim": 16, REFUSED: "v_head_dim = 16 is not supported"}],
     "softcap": [{"attn_logit_softcapping": 50.0, REFUSED: "is not supported"}],
     "sinks": [{"sinks": True, REFUSED: "sinks = True is not supported"}],
+    "gated": [{"gated": "heads", REFUSED: "gated = 'heads' is not supported"}],
+    "gate_function": [
+        {"gate_function": "silu", REFUSED: "gate_function = 'silu' is not supported"}
+    ],
+    "multiplier_rounded": [{"multiplier_rounded": True, REFUSED: "is not supported"}],
     "norm": [{"norm": "float32", REFUSED: "norm = 'float32' is not supported"}],
     "norms": [{"norms": "sandwich", REFUSED: "norms = 'sandwich' is not supported"}],
     "logits_softcap": [{"final_logit_softcapping": 30.0, REFUSED: "is not supported"}],

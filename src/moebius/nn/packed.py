@@ -98,7 +98,9 @@ def _heads(
     q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_rows, spec.k_size, spec.v_size], dim=1)
     groups = spec.num_kv_heads
     # Behind a head's queries stand its gates, where there are such.
-    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, -1)[..., : spec.head_dim]
+    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, spec.q_rows // spec.num_heads)[
+        ..., : spec.head_dim
+    ]
     k_TGN = k_TI.view(len(qkv_TI), groups, spec.head_dim)
     v_TGN = v_TI.view(len(qkv_TI), groups, spec.v_size // groups)
     rotary = attention.ops.rotary
