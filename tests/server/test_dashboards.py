@@ -107,7 +107,9 @@ def samples(tiny_model: Path) -> Iterator[list[Sample]]:
                 for each in found
                 if each.name == "http_requests_total" and each.labels["method"] == "POST"
             )
-            return sum(each.value for each in posts) >= 3
+            longest = "vllm:request_max_num_generation_tokens_count"
+            ended = (each.value for each in found if each.name == longest)
+            return sum(each.value for each in posts) >= 3 and sum(ended) >= 3
 
         wait_until(all_counted)
         yield found
