@@ -219,6 +219,9 @@ FAMILY |= {
 FAMILY["granitemoeshared"] = {**FAMILY["granitemoe"], "shared_intermediate_size": 18}
 
 
+PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
+
+
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 model of transformers, its norms and biases random too, in its plainest
     implementation."""
@@ -341,3 +344,19 @@ class Server:
 
     def all_logits(self, sequence: int) -> Tensor:
         return torch.cat(self.logits[sequence])
+
+
+def assert_same_answers(decoder: Decoder, directory: Path) -> None:
+    """Logits of PROMPT in chunks and of each token after it, and which ones follow, as transformers
+    has them of the checkpoint in `directory`."""
+    server = Server(decoder, block_size=5, num_blocks=8)
+    ids = list(PROMPT)
+    server.step([(0, ids[:4])])
+    server.step([(0, ids[4:])])
+    for _ in range(6):
+        ids.append(server.greedy(0))
+        server.step([(0, ids[-1:])])
+    with torch.inference_mode():
+        theirs = load_theirs(directory)(torch.tensor([ids])).logits[0]
+    assert_close(server.all_logits(0), theirs)
+    assert ids[len(PROMPT) :] == theirs[len(PROMPT) - 1 : -1].argmax(-1).tolist()

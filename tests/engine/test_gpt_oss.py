@@ -7,17 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.windows import assert_windows_are_given_back
 from moebius.engine.config import EngineConfig
 from moebius.engine.kv_cache import block_bytes, lay_out
-from moebius.engine.load import load_engine, prepare
+from moebius.engine.load import prepare
 from moebius.engine.memory import CacheSizes, plan_memory
 from moebius.engine.weight_bytes import WeightBytes
 from moebius.files import read_json
 from moebius.models.family import model_config
 from moebius.ops.reference import ReferenceOps
-from moebius.request.engine_request import EngineRequest
-from moebius.request.params import SamplingParams
-from moebius.schedule.request import Request
 from tiny_gpt_oss import PUBLISHED, in_mxfp4, write_gpt_oss
 
 
@@ -48,24 +46,7 @@ def test_blocks_behind_windows_are_planned_as_free_at_its_sizes() -> None:
 
 def test_an_engine_gives_back_what_its_windows_have_passed(tmp_path: Path) -> None:
     write_gpt_oss(tmp_path)
-    config = EngineConfig(
-        block_size=8, max_num_batched_tokens=32, max_num_seqs=2, max_model_len=1024
-    )
-    engine = load_engine(tmp_path, config)
-    windows = [spec.window for spec in engine.scheduler.pool.groups.blocks]
-    assert sorted(map(str, windows)) == ["24", "24", "None"]
-    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
-    prompt = [i % 300 for i in range(800)]
-    limits = engine.info.limits
-    engine.add(Request(EngineRequest.create("a", prompt, params, limits, arrival=0.0, seed=0)))
-    request = engine.scheduler.requests["a"]
-    while engine.has_work:
-        engine.step()
-        full = -(-request.num_computed_tokens // 8)
-        if 1 < len(request.output_ids) < 20:
-            # Each window's 24 tokens lie in three or four blocks.
-            assert full + 6 <= engine.stats().used_blocks <= full + 8
-    assert engine.stats().used_blocks == 0
+    assert_windows_are_given_back(tmp_path, full=1, windowed=2)
 
 
 @pytest.mark.parametrize("isa", ["", "reference"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.windows import assert_windows_are_given_back
 from moebius.engine.config import EngineConfig
 from moebius.engine.kv_cache import KVCache, block_bytes, lay_out, state_bytes
 from moebius.engine.load import load_engine, prepare
@@ -249,28 +250,9 @@ def write_qwen2(directory: Path, **changes: object) -> None:
     save_tiny(directory, "qwen2", **{**sizes, **window, **changes})
 
 
-def test_an_engine_holds_a_window_and_says_so(tmp_path: Path) -> None:
+def test_an_engine_gives_back_what_its_window_has_passed(tmp_path: Path) -> None:
     write_qwen2(tmp_path)
-    config = EngineConfig(
-        block_size=8, max_num_batched_tokens=32, max_num_seqs=2, max_model_len=1024
-    )
-    engine = load_engine(tmp_path, config)
-    groups = engine.scheduler.pool.groups
-    assert sorted(str(spec.window) for spec in groups.blocks) == ["24", "None", "None"]
-    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
-    prompt = [i % 300 for i in range(800)]
-    limits = engine.info.limits
-    engine.add(Request(EngineRequest.create("a", prompt, params, limits, arrival=0.0, seed=0)))
-    request = engine.scheduler.requests["a"]
-    while engine.has_work:
-        engine.step()
-        full = 2 * -(-request.num_computed_tokens // 8)
-        if 1 < len(request.output_ids) < 20:
-            # The window's 24 tokens lie in three or four blocks.
-            assert full + 3 <= engine.stats().used_blocks <= full + 4
-        elif engine.has_work:
-            assert engine.stats().used_blocks <= full + (23 + 32 + 6) // 8 + 1
-    assert engine.stats().used_blocks == 0
+    assert_windows_are_given_back(tmp_path, full=2, windowed=1)
 
 
 def test_a_sequence_longer_than_the_cache_runs_in_its_window(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from moebius.models.store.load import load_decoder
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.export import write_model
-from oracle import Server, assert_close, load_theirs, save_tiny
+from oracle import PROMPT, Server, assert_same_answers, save_tiny
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "llama", {}),
@@ -87,7 +87,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
                                                        "partial_rotary_factor": 0.5}}),
 ]  # fmt: skip
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
-PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
 
 
 def saved(
@@ -104,22 +103,6 @@ def saved(
     return path
 
 
-def assert_same_answers(directory: Path, path: Path, ops: Ops) -> None:
-    """Logits of a prompt in chunks and of each token after it, and which ones follow."""
-    decoder = load_decoder(path, torch.float32, ops=ops)
-    server = Server(decoder, block_size=5, num_blocks=8)
-    ids = list(PROMPT)
-    server.step([(0, ids[:4])])
-    server.step([(0, ids[4:])])
-    for _ in range(4):
-        ids.append(server.greedy(0))
-        server.step([(0, ids[-1:])])
-    with torch.inference_mode():
-        theirs = load_theirs(directory)(torch.tensor([ids])).logits[0]
-    assert_close(server.all_logits(0), theirs)
-    assert ids[len(PROMPT) :] == theirs[len(PROMPT) - 1 : -1].argmax(-1).tolist()
-
-
 @pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
 @pytest.mark.parametrize(
     ("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES]
@@ -127,7 +110,8 @@ def assert_same_answers(directory: Path, path: Path, ops: Ops) -> None:
 def test_every_architecture_answers_as_the_original(
     tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any], ops: Ops
 ) -> None:
-    assert_same_answers(tmp_path, saved(tmp_path, model_type, overrides), ops)
+    path = saved(tmp_path, model_type, overrides)
+    assert_same_answers(load_decoder(path, torch.float32, ops=ops), tmp_path)
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
@@ -141,14 +125,14 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
             writer.add_tensor(f"blk.2.{name}", np.zeros((32, 32), dtype=np.float32))
 
     path = saved(tmp_path, "glm4_moe", {}, change=predicting)
-    assert_same_answers(tmp_path, path, ReferenceOps())
+    assert_same_answers(load_decoder(path, torch.float32, ops=ReferenceOps()), tmp_path)
     again = tmp_path / "again.gguf"
     write_model(path, again, "f32")
     metadata = open_gguf(again).metadata
     assert metadata["glm4moe.block_count"] == 2
     assert "glm4moe.nextn_predict_layers" not in metadata
     assert not [name for name in open_gguf(again).tensors if name.startswith("blk.2.")]
-    assert_same_answers(tmp_path, again, ReferenceOps())
+    assert_same_answers(load_decoder(again, torch.float32, ops=ReferenceOps()), tmp_path)
 
 
 # Wide enough for blocks of 256 in every matrix.
@@ -182,7 +166,7 @@ def test_every_type_means_what_gguf_py_makes_of_it(tmp_path: Path, kind: Type) -
     path = saved(tmp_path, "llama", WIDE, lambda _: kind)
     stored = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()}
     assert stored == {"F32", kind.name}
-    assert_same_answers(tmp_path, path, ReferenceOps())
+    assert_same_answers(load_decoder(path, torch.float32, ops=ReferenceOps()), tmp_path)
 
 
 def mixed(place: str) -> Type:
@@ -209,7 +193,7 @@ def test_types_may_differ_from_tensor_to_tensor(
     path = saved(tmp_path, model_type, {**WIDE, **sizes}, mixed)
     stored = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()}
     assert len(stored) >= 8
-    assert_same_answers(tmp_path, path, ReferenceOps())
+    assert_same_answers(load_decoder(path, torch.float32, ops=ReferenceOps()), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -30,13 +30,12 @@ from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
-from oracle import Server, assert_close, load_theirs, save_tiny
+from oracle import PROMPT, Server, assert_close, assert_same_answers, load_theirs, save_tiny
 from quantised import held
 from tiny import write_tokenizer
 from tiny_gpt_oss import EXPERTS, PUBLISHED, SIZES, in_mxfp4
 
 F32 = torch.float32
-PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
 OPS = [ReferenceOps(), CpuOps(1, activations="float")]
 
 
@@ -66,21 +65,6 @@ def assert_holds(decoder: Decoder, wanted: dict[str, Tensor]) -> None:
         weight = weights[name]
         wide = weight.widened(F32) if isinstance(weight, Matrix) else weight
         assert torch.equal(wide, numbers), name
-
-
-def assert_same_answers(decoder: Decoder, directory: Path) -> None:
-    """Logits of a prompt in chunks and of each token after it, as transformers has them."""
-    server = Server(decoder, block_size=4, num_blocks=8)
-    ids = list(PROMPT)
-    server.step([(0, ids[:6])])
-    server.step([(0, ids[6:])])
-    for _ in range(6):
-        ids.append(server.greedy(0))
-        server.step([(0, ids[-1:])])
-    with torch.inference_mode():
-        theirs = load_theirs(directory)(torch.tensor([ids])).logits[0]
-    assert_close(server.all_logits(0), theirs)
-    assert ids[len(PROMPT) :] == theirs[len(PROMPT) - 1 : -1].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)

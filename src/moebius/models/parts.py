@@ -265,14 +265,16 @@ def grouped_experts(
 
 
 def biased_experts(
-    reader: ConfigReader, count: str, width: str, shared_width: int = 0, **different: Any
+    reader: ConfigReader, count: str, width: str, shared: str | None = None, **different: Any
 ) -> FeedForwardConfig:
     """Experts with sigmoid scores and a selection bias; the scores of the chosen are divided by
-    their sum. `different`: fields of RouterConfig."""
+    their sum. As many as the key `shared` says are always on. `different`: fields of
+    RouterConfig."""
     plain = experts(reader, count, width, score="sigmoid", weight="renorm")
     assert plain.router is not None
     router = replace(plain.router, selection_bias=True, **different)
-    return replace(plain, router=router, shared_width=shared_width)
+    always = 0 if shared is None else reader.integer(shared)
+    return replace(plain, router=router, shared_width=always * plain.width)
 
 
 def first_dense(

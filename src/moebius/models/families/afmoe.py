@@ -33,7 +33,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         reader,
         "num_experts",
         "moe_intermediate_size",
-        reader.integer("moe_intermediate_size") * reader.integer("num_shared_experts"),
+        "num_shared_experts",
         renorm_eps=1e-20,
         scale=reader.number("route_scale"),
     )

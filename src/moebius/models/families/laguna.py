@@ -57,10 +57,10 @@ def read(reader: ConfigReader) -> ModelConfig:
         reader,
         "num_experts",
         "moe_intermediate_size",
-        reader.integer("shared_expert_intermediate_size"),
         scale=reader.number("moe_routed_scaling_factor"),
         logit_softcap=reader.number("moe_router_logit_softcapping") or None,
     )
+    routed = replace(routed, shared_width=reader.integer("shared_expert_intermediate_size"))
     return decoder(reader, layers(reader, mixers(reader), dense_or_sparse(reader, routed, 1)))
 
 
