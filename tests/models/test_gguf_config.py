@@ -58,7 +58,7 @@ def setting(key: str, value: Any, kind: gguf.GGUFValueType | None = None) -> Cha
 
 T = gguf.GGUFValueType
 REFUSED: list[tuple[str, Any, T | None, str]] = [
-    ("general.architecture", "gemma9", None, "general.architecture 'gemma9' is not supported; supported are afmoe, "),
+    ("general.architecture", "gemma9", None, "general.architecture 'gemma9' is not supported; supported are afmoe, cohere2moe, dots1,"),
     ("general.quantization_version", 1, T.UINT32, "general.quantization_version is 1"),
     ("llama.embedding_length", None, None, "llama.embedding_length is missing"),
     ("llama.block_count", "two", None, "llama.block_count is 'two'; it must be an integer"),
