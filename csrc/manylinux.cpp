@@ -1,5 +1,5 @@
-// Functions of libstdc++ that only GCC 11 and later have, made of older ones (manylinux.h says what for). Other libraries do
-// not see them: the module exports its entry alone.
+// What only GCC 11 and later, or new versions of glibc, have: made of what is older (manylinux.h says what for). Other
+// libraries do not see it: the module exports its entry alone.
 #include <exception>
 #include <new>
 
@@ -13,6 +13,12 @@ __asm__(".symver moebius_assign_exception, _ZNSt15__exception_ptr13exception_ptr
 __asm__(".hidden _ZSt28__throw_bad_array_new_lengthv");
 __asm__(".hidden _ZNSt15__exception_ptr13exception_ptr9_M_addrefEv");
 __asm__(".hidden _ZNSt15__exception_ptr13exception_ptr10_M_releaseEv");
+
+// Here glibc 2.32 tells libstdc++ whether there is but one thread, so that shared_ptr may count without atomics. There are
+// several.
+__asm__(".hidden __libc_single_threaded");
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = false;
 
 namespace std {
 
