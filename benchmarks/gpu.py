@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks" / "peers")]
 
-from sizes import SIZES, Sizes  # noqa: E402
+from sizes import MADE, Sizes  # noqa: E402
 
 SMALL = Sizes(
     layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, experts=4, top_k=2, width=32, vocab=4096
@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def sizes(self) -> Sizes:
-        return SMALL if self.small else SIZES["m2"]
+        return SMALL if self.small else MADE["m2"]
 
     @property
     def checkpoint(self) -> Path:

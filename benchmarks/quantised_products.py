@@ -32,12 +32,12 @@ from records import save
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 import ceilings
-from sizes import SIZES
+from sizes import MADE
 
 # More than any processor's last cache that this runs on.
 COLD_BYTES = 160 * 2**20
 DTYPE = torch.bfloat16
-M2 = SIZES["m2"]
+M2 = MADE["m2"]
 # Beside those of GGUF.
 OTHERS = (
     "bfloat16",
