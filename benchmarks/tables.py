@@ -136,7 +136,7 @@ EXPERT_PARALLEL = (
     Source(
         "expert_parallel.json",
         ZEN4,
-        "2026-11-28",
+        "2026-11-29",
         f"{PYTHON} benchmarks/expert_parallel.py --models m1 --rounds 2",
     ),
     Source(
