@@ -235,6 +235,12 @@ class Converter:
             return [(part, f"blk.{layer}.ffn_{kind}_exps.weight") for kind, part in parts]
         if self.model_type == "gpt_oss" and ".experts." in name:
             return self.gpt_oss_experts(name, tensor)
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            before = f"blk.{name.split('.')[2]}.ffn_"
+            kinds = ("gate", "up") if "gate_up" in name else ("down",)
+            matrices = tensor.chunk(len(kinds), dim=1)
+            named = zip(matrices, kinds, strict=True)
+            return [(part, f"{before}{kind}_exps.weight") for part, kind in named]
         if name.endswith("kv_b_proj.weight"):
             before = f"blk.{name.split('.')[2]}.attn_"
             heads = tensor.view(self.config["num_attention_heads"], -1, tensor.shape[1])

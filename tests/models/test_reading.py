@@ -218,6 +218,7 @@ def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     open_ended = {
         "dots1": {"n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3},
         "glm4_moe": {"head_dim": 128},
+        "deepseek_v2": {"num_experts_per_tok": 6},
     }
     needed = {"model_type": model_type, **open_ended.get(model_type, {})}
     config = AutoConfig.for_model(**needed)

@@ -83,7 +83,11 @@ def read(keys: FileKeys, config: Mapping[str, Any]) -> dict[str, Any]:
         _expect(keys, "attention.head_count_kv", heads)
     if size <= turning or value_size < 1:
         raise keys.wrong("attention.key_length_mla", f"is {size}, of which {turning} turn")
-    found = {"qk_nope_head_dim": size - turning, "v_head_dim": value_size}
+    found = {
+        "num_key_value_heads": heads,
+        "qk_nope_head_dim": size - turning,
+        "v_head_dim": value_size,
+    }
     weight = keys.get(_LOG_MULTIPLIER, 0.0)
     if not isinstance(weight, float):
         raise keys.wrong(_LOG_MULTIPLIER, f"is {weight!r}; it must be a number")

@@ -1,24 +1,28 @@
 """What families with latent attention spell alike in config.json: DeepSeek-V2 and later ones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moebius.models import layout
 from moebius.models.config import ModelConfig
 from moebius.models.layout import FUSED, Layout
-from moebius.models.parts import decoder, layers, rope
+from moebius.models.parts import decoder, layers, rope, rope_of
 from moebius.models.reading import ConfigReader
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.mixers.latent import MLA
 from moebius.nn.rope import RopeConfig
+from moebius.ops.config import Temperature
 
 SHARED = layout.shared("mlp.shared_experts.{p}")
 LAYOUTS = (Layout(SHARED), Layout({**SHARED, **FUSED}))
 # What transformers works out of the other sizes, whatever a file says.
 _WORKED_OUT = {"head_dim", "qk_head_dim"}
 _PREDICTED = {"num_mtp_layers", "num_nextn_predict_layers"}
+# Beside what frequencies depend on: how queries grow, and what other keys say.
+_GROWTH = "llama_4_scaling_beta"
+_BESIDE = (_GROWTH, "max_position_embeddings", "partial_rotary_factor")
 
 
 def latent_attention(reader: ConfigReader, **different: Any) -> MLA:
@@ -43,6 +47,34 @@ def latent_attention(reader: ConfigReader, **different: Any) -> MLA:
         bias=reader.flag("attention_bias"),
     )
     return replace(plain, scale=score_scale(plain, turning), **different)
+
+
+def growing_attention(reader: ConfigReader, usual: Mapping[str, Any]) -> MLA:
+    """The same, of queries that grow with their position, as an entry of rope's object says
+    (Mistral 4); usual: that object where there is none."""
+    old = reader.get("rope_scaling")
+    given = old or reader.get("rope_parameters") or usual
+    name = "rope_scaling" if old else "rope_parameters"
+    if not isinstance(given, Mapping):
+        raise reader.error(f"{name} is {given!r}; it must be an object")
+    entries = {key: value for key, value in given.items() if key not in _BESIDE}
+    turning = rope_of(reader, name, entries)
+    beta = given.get(_GROWTH)
+    original = given.get("original_max_position_embeddings")
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or type(original) is not int:
+        raise reader.error(
+            f"{name} has {_GROWTH} = {beta!r} and original_max_position_embeddings = {original!r}, "
+            "by which queries grow; they must be a number and an integer"
+        )
+    mixer = latent_attention(reader, rope=turning_in_pairs(reader, turning))
+    size = mixer.rope_dim / mixer.query_dim
+    partial = given.get("partial_rotary_factor", size)
+    if not isinstance(partial, int | float) or abs(partial - size) > 1e-6:
+        raise reader.error(
+            f"{name}.partial_rotary_factor is {partial!r}; of {mixer.query_dim} values "
+            f"{mixer.rope_dim} turn, so it must be {size:.6g}"
+        )
+    return replace(mixer, temperature=Temperature(float(beta), original))
 
 
 def turning_in_pairs(reader: ConfigReader, turning: RopeConfig) -> RopeConfig:
