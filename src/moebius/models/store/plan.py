@@ -21,6 +21,8 @@ class PlannedWeight:
     format   of what is held: the file's of what is mapped or near; else what the model computes in,
              or what a matrix is repacked to that nothing reads as it is stored
     count    numbers, however many bytes they take
+    split    the heads' part of a tensor that has more of each: in plain numbers, whatever it is
+             stored as
     """
 
     name: str
@@ -29,10 +31,12 @@ class PlannedWeight:
     count: int
     nbytes: int
     near: bool = False
+    split: bool = False
 
     def named(self, name: str) -> "PlannedWeight":
         """The same of another parameter."""
-        return PlannedWeight(name, self.mapped, self.format, self.count, self.nbytes, self.near)
+        held = (self.mapped, self.format, self.count, self.nbytes, self.near, self.split)
+        return PlannedWeight(name, *held)
 
     @property
     def repacked(self) -> bool:
@@ -70,6 +74,9 @@ def planned_weight(
 
     format = str(stored.format)
     here = device == "cpu"
+    if source.heads:
+        held = format if here and format in NUMBER_BYTES and format in formats else wanted
+        return PlannedWeight(name, False, held, count, count * NUMBER_BYTES[held], split=True)
     same = format == wanted and not source.added
     if (same or read(format)) and (here or format not in NUMBER_BYTES):
         nbytes = stored.nbytes * count // math.prod(stored.shape)
