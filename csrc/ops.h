@@ -62,7 +62,7 @@ struct Linear {
     std::vector<Layer> layers;
 };
 
-// One layer's experts: down(act(gate x) * up x).
+// One layer's experts: down(act(gate x) * up x), or, where `up` is empty, down(act(gate x)).
 struct Experts {
     Dtype dtype;
     int hidden, width;
@@ -71,6 +71,8 @@ struct Experts {
     std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, of the experts' dtype, or empty
     bool holes = false;  // some are not held here: their matrices have no data
     bool on_disk = false;  // their pages need not be in memory: those of the chosen are asked for before they are read
+
+    bool two_matrices() const { return up.empty(); }
 };
 
 struct StepAttention {  // what all layers with one window share
@@ -207,10 +209,12 @@ public:
     void rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin);
     void rotate_and_store(const RotateAndStore& r, int rows);
     void attention(const Attention& a);  // of the rows that its step says
-    // Recurrent layers (recurrent_ops.cpp), the first two of the rows that their step says.
+    // Recurrent layers (recurrent_ops.cpp), the first three of the rows that their step says.
     void causal_conv(const CausalConv& c);
     void gated_delta(const GatedDelta& d);
+    void selective_scan(const SelectiveScan& s);
     void gated_norm(const GatedNorm& n, int rows);
+    void grouped_norm(const GroupedNorm& n, int rows);
     void gate_heads(const GateHeads& g, int rows);
     // Adds to the tally what it chose.
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,

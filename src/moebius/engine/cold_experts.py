@@ -31,9 +31,10 @@ def look_ahead(decoder: Decoder) -> None:
     if decoder.ranks is not None:
         return
     reader = _Reader()
-    parts = [layer.mlp if isinstance(layer, Layer) else None for layer in decoder.layers]
+    layers = [layer for layer in decoder.layers if isinstance(layer, Layer)]
+    parts = [layer.mlp for layer in layers if layer.mlp is not None]
     for part, following in pairwise(parts):
-        if part is not None and following is not None and following.router is not None:
+        if following.router is not None:
             part.ahead = _Ahead(decoder.ops, following.router, following.experts, reader)
 
 

@@ -94,8 +94,9 @@ def _check_sparse(
         return
     first = keys.get("leading_dense_block_count", 0)
     step = keys.get("interleave_moe_layer_step", 1)
+    sparse = bool(config.experts) if architecture.sparse is None else architecture.sparse
     for number, part in enumerate(config.feed_forward):
-        expected = architecture.sparse and number >= first and (number + 1) % step == 0
+        expected = sparse and number >= first and (number + 1) % step == 0
         if expected != (part.router is not None):
             has = "no experts" if part.router is None else "experts"
             raise ConfigError(
@@ -127,7 +128,11 @@ def _window(config: ModelConfig) -> int:
 
 def _rope(config: ModelConfig, architecture: GgufArchitecture) -> RopeConfig:
     """That of all layers, or of those of one kind: see GgufArchitecture.ropes."""
+    turning = any(mixer.rope is not None for mixer in _gqas(config))
+    if architecture.ropes == "any" and not turning:
+        return RopeConfig(10_000.0)
     kept = {
+        "any": _gqas(config),
         "one": _gqas(config),
         "sliding": [mixer for mixer in _gqas(config) if mixer.window is not None],
         "some": [mixer for mixer in _gqas(config) if mixer.rope is not None],

@@ -21,6 +21,7 @@ from moebius.ops.config import Activation, RouterConfig, Score, Weight
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 LINEAR = "linear_attention"
+CONV = "conv"
 DENSE = "dense"
 SPARSE = "sparse"
 _OLD_LAYER_TYPES = {"attention": FULL, "mamba": LINEAR}
@@ -37,15 +38,21 @@ def activation(reader: ConfigReader, key: str = "hidden_act") -> Activation:
 
 
 def layer_types(
-    reader: ConfigReader, known: Sequence[str] = (FULL, SLIDING), key: str = "layer_types"
+    reader: ConfigReader,
+    known: Sequence[str] = (FULL, SLIDING),
+    key: str = "layer_types",
+    *,
+    counted: bool = True,
 ) -> Sequence[str] | None:
-    """One of the known words a layer, None where the key is absent."""
+    """One of the known words a layer, None where the key is absent. Not counted, there are as many
+    layers as words."""
     value = reader.get(key)
     if value is None:
         return None
     given = value if isinstance(value, list) else []
     types = [_OLD_LAYER_TYPES.get(v, v) if isinstance(v, str) else v for v in given]
-    if len(types) != reader.num_layers or not all(v in known for v in types):
+    wanted = reader.num_layers if counted else max(len(types), 1)
+    if len(types) != wanted or not all(v in known for v in types):
         raise reader.error(f"{key} must name one of {', '.join(known)} for each layer")
     return types
 

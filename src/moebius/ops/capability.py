@@ -29,7 +29,10 @@ class Operation(StrEnum):
     ADD_GATED = "add_gated"
     CAUSAL_CONV = "causal_conv"
     GATED_DELTA = "gated_delta"
+    KIMI_DELTA = "kimi_delta"
+    SELECTIVE_SCAN = "selective_scan"
     GATED_NORM = "gated_norm"
+    GROUPED_NORM = "grouped_norm"
     GATE_HEADS = "gate_heads"
     SAMPLING = "sampling"
 
