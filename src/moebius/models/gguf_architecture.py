@@ -78,13 +78,14 @@ class Moved(NamedTuple):
 
     parameter       of the layer's mixer there, which it is made of
     rows, columns   which of the latter's stands where; None: all where they are
-    exponential     the file holds -exp of the numbers
+    exponential     the file holds -exp of the numbers, or if that is `positive`, exp
     """
 
     parameter: str
     rows: Sequence[int] | None = None
     columns: Sequence[int] | None = None
     exponential: bool = False
+    positive: bool = False
 
 
 def _nothing_read(keys: FileKeys, config: Mapping[str, Any]) -> Mapping[str, Any]:

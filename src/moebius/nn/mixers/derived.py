@@ -1,11 +1,12 @@
 """What recurrent mixers compute with beside their parameters: parts of these, or worked out of
 them."""
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moebius.nn.linear import Changes, ParameterModule
 from moebius.ops import Weight
@@ -30,12 +31,18 @@ class Derived(Generic[_Made]):
 
 
 class Convolution(ParameterModule):
-    """Taps of each column's convolution over time, oldest first: (C, 1, J), as they are stored."""
+    """Taps of each column's convolution over time, oldest first, as they are stored: (C, 1, J), or
+    with more sizes of 1."""
 
-    def __init__(self, columns: int, taps: int, *, bias: bool = False) -> None:
+    def __init__(self, shape: tuple[int, ...], *, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(columns, 1, taps, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        columns = math.prod(shape[:-1])
         self.bias = nn.Parameter(torch.empty(columns, dtype=torch.float32)) if bias else None
+
+    @property
+    def taps_CJ(self) -> Tensor:
+        return self.weight.flatten(0, -2)
 
 
 def rows_of(weight: Weight, first: int, last: int) -> Weight:

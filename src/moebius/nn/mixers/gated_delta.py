@@ -168,7 +168,7 @@ class GatedDeltaNet(ParameterModule):
         for name, matrix in self._matrices.items():
             self.add_module(name, matrix)
         self._derived = Derived[tuple[PreparedLinear, Tensor]]()
-        self.conv1d = Convolution(sizes.qkv_size, spec.taps)
+        self.conv1d = Convolution((sizes.qkv_size, 1, spec.taps))
         decay = nn.Parameter(torch.empty(sizes.value_heads, dtype=torch.float32))
         self.register_parameter("A_log" if spec.logarithm else "decay", decay)
         self.dt_bias = nn.Parameter(torch.empty(sizes.value_heads, dtype=torch.float32))
@@ -199,8 +199,7 @@ class GatedDeltaNet(ParameterModule):
         states, plan = past.recur(self, x_TD)
         projections, decay_H = self.prepared(x_TD.dtype)
         in_TI = self.ops.linear(x_TD, projections)
-        taps_CJ = self.conv1d.weight.squeeze(1)
-        qkv_TC = self.ops.causal_conv(in_TI, 0, taps_CJ, states.get("conv"), plan)
+        qkv_TC = self.ops.causal_conv(in_TI, 0, self.conv1d.taps_CJ, states.get("conv"), plan)
         out_TV = self.ops.gated_delta(
             qkv_TC,
             in_TI,

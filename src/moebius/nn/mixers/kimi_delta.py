@@ -34,8 +34,8 @@ class KimiDelta:
     low_rank   decays and output gates are projected by two matrices, f_a and f_b, g_a and g_b, with
                as many values as a head has between them; else by one each
     taps       inputs that the convolutions see, the newest among them
-    held       checkpoints hold the logarithm of how fast heads decay (A_log), the `decay` itself,
-               -exp(A_log), or the `rate`, exp(A_log)
+    held       checkpoints hold the logarithm of how fast heads decay (A_log), as Hugging Face's do;
+               or the `decay` itself, -exp(A_log), or the `rate`, exp(A_log), as llama.cpp's
     """
 
     heads: int
@@ -84,8 +84,24 @@ class KimiDelta:
         return 0
 
     @property
+    def published(self) -> bool:
+        return self.held == "logarithm"
+
+    @property
     def decay_name(self) -> str:
-        return "A_log" if self.held == "logarithm" else "decay"
+        return "A_log" if self.published else "decay"
+
+    @property
+    def decay_shape(self) -> tuple[int, ...]:
+        """As checkpoints have it: Kimi's as what it is multiplied with, (1, 1, H, 1)."""
+        if not self.published:
+            return (self.heads, 1)
+        return (1, 1, self.heads, 1) if self.low_rank else (self.heads,)
+
+    @property
+    def taps_shape(self) -> tuple[int, ...]:
+        """Of each convolution's weight, likewise."""
+        return (self.size, 1, self.taps) if self.published else (1, self.size, 1, self.taps)
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of KimiDeltaAttention."""
@@ -96,8 +112,8 @@ class KimiDelta:
                 yield Parameter(f"{x}_a_proj.weight", (self.head_dim, hidden_size))
                 yield Parameter(f"{x}_b_proj.weight", (self.size, self.head_dim))
         for x in _QKV:
-            yield Parameter(f"{x}_conv1d.weight", (self.size, 1, self.taps), float32=True)
-        yield Parameter(self.decay_name, (self.heads,), float32=True)
+            yield Parameter(f"{x}_conv1d.weight", self.taps_shape, float32=True)
+        yield Parameter(self.decay_name, self.decay_shape, float32=True)
         yield Parameter("dt_bias", (self.size,), float32=True)
         yield Parameter("o_norm.weight", (self.head_dim,), float32=True)
         yield Parameter("o_proj.weight", (hidden_size, self.size))
@@ -156,10 +172,10 @@ class KimiDeltaAttention(ParameterModule):
             self.f_b_proj = linear(spec.head_dim, spec.size)
             self.g_a_proj = linear(place.hidden_size, spec.head_dim)
             self.g_b_proj = linear(spec.head_dim, spec.size)
-        self._convolutions = [Convolution(spec.size, spec.taps) for _ in _QKV]
+        self._convolutions = [Convolution(spec.taps_shape) for _ in _QKV]
         for x, convolution in zip(_QKV, self._convolutions, strict=True):
             self.add_module(f"{x}_conv1d", convolution)
-        decay = nn.Parameter(torch.empty(spec.heads, dtype=torch.float32))
+        decay = nn.Parameter(torch.empty(spec.decay_shape, dtype=torch.float32))
         self.register_parameter(spec.decay_name, decay)
         self.dt_bias = nn.Parameter(torch.empty(spec.size, dtype=torch.float32))
         self.o_norm = RMSNorm(place.ops, spec.head_dim, place.norm_eps, dtype=torch.float32)
@@ -169,13 +185,11 @@ class KimiDeltaAttention(ParameterModule):
     def prepared(self, dtype: torch.dtype) -> _Prepared:
         def make() -> _Prepared:
             layers = [(matrix.held(), None) for matrix in self._matrices.values()]
-            taps_CJ = torch.cat([each.weight.squeeze(1) for each in self._convolutions])
-            held_H = self.get_parameter(self.spec.decay_name)
-            decay_H = {
-                "logarithm": lambda: -held_H.exp(),
-                "decay": lambda: held_H,
-                "rate": lambda: -held_H,
-            }[self.spec.held]()
+            taps_CJ = torch.cat([each.taps_CJ for each in self._convolutions])
+            held_H = self.get_parameter(self.spec.decay_name).flatten()
+            if self.spec.published:
+                held_H = held_H.exp()
+            decay_H = held_H if self.spec.held == "decay" else -held_H
             return _Prepared(self.ops.prepare_linear(*layers, dtype=dtype), taps_CJ, decay_H)
 
         return self._derived.get(self.changes, make)

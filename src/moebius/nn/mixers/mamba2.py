@@ -30,8 +30,9 @@ class Mamba2:
 
     taps         inputs that the convolution sees, the newest among them
     conv_bias    the convolution has one, and `bias`: both projections have
-    published    decays are held as logarithms (A_log), and the norm's weight flat, as Hugging
-                 Face's checkpoints have them; else as -exp(A_log), and by groups
+    published    decays are held as logarithms (A_log), and what there is of heads and groups flat,
+                 as Hugging Face's checkpoints have it; else decays as such, -exp(A_log), and a row
+                 for each head and group
     """
 
     sizes: ScanSizes
@@ -68,6 +69,11 @@ class Mamba2:
         return "A_log" if self.published else "decay"
 
     @property
+    def head_shape(self) -> tuple[int, ...]:
+        """Of decays, and of what skips the state."""
+        return (self.sizes.heads,) if self.published else (self.sizes.heads, 1)
+
+    @property
     def norm_shape(self) -> tuple[int, ...]:
         """Of the norm's weight."""
         inner = self.sizes.out_size
@@ -88,8 +94,9 @@ class Mamba2:
         yield Parameter("conv1d.weight", (sizes.xbc_size, 1, self.taps), float32=True)
         if self.conv_bias:
             yield Parameter("conv1d.bias", (sizes.xbc_size,), float32=True)
-        for name in (self.decay_name, "dt_bias", "D"):
-            yield Parameter(name, (sizes.heads,), float32=True)
+        yield Parameter(self.decay_name, self.head_shape, float32=True)
+        yield Parameter("dt_bias", (sizes.heads,), float32=True)
+        yield Parameter("D", self.head_shape, float32=True)
         yield Parameter("norm.weight", self.norm_shape)
 
     def cache(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> CacheSpec:
@@ -140,14 +147,14 @@ class MambaLayer(ParameterModule):
         def linear(in_size: int, out_size: int) -> Linear:
             return Linear(place.ops, in_size, out_size, bias=spec.bias, dtype=place.dtype)
 
-        def of_heads() -> nn.Parameter:
-            return nn.Parameter(torch.empty(sizes.heads, dtype=torch.float32))
+        def of_heads(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32))
 
         self.in_proj = linear(place.hidden_size, spec.in_size)
-        self.conv1d = Convolution(sizes.xbc_size, spec.taps, bias=spec.conv_bias)
-        self.register_parameter(spec.decay_name, of_heads())
-        self.dt_bias = of_heads()
-        self.D = of_heads()
+        self.conv1d = Convolution((sizes.xbc_size, 1, spec.taps), bias=spec.conv_bias)
+        self.register_parameter(spec.decay_name, of_heads(*spec.head_shape))
+        self.dt_bias = of_heads(sizes.heads)
+        self.D = of_heads(*spec.head_shape)
         self.norm = GroupedNorm(spec.norm_shape, place.dtype)
         self.out_proj = linear(sizes.out_size, place.hidden_size)
         self._decay = Derived[Tensor]()
@@ -157,7 +164,7 @@ class MambaLayer(ParameterModule):
         """How fast each head's state decays, below zero."""
         held_H = self.get_parameter(self.spec.decay_name)
         if not self.spec.published:
-            return held_H
+            return held_H.flatten()
         return self._decay.get(self.changes, lambda: -held_H.exp())
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Recurs) -> Tensor:
@@ -165,7 +172,7 @@ class MambaLayer(ParameterModule):
         sizes = self.spec.sizes
         states, plan = past.recur(self, x_TD)
         in_TI = self.in_proj(x_TD)
-        taps_CJ = self.conv1d.weight.squeeze(1)
+        taps_CJ = self.conv1d.taps_CJ
         xbc_TC = self.ops.causal_conv(
             in_TI, sizes.out_size, taps_CJ, states.get("conv"), plan, self.conv1d.bias
         )
@@ -175,7 +182,7 @@ class MambaLayer(ParameterModule):
             self.spec.step_start,
             self.decay_H,
             self.dt_bias,
-            self.D,
+            self.D.flatten(),
             states.get("scan"),
             plan,
             sizes,

@@ -80,7 +80,7 @@ class ShortConvolution(ParameterModule):
         self.in_proj = Linear(
             place.ops, place.hidden_size, 3 * size, bias=spec.bias, dtype=place.dtype
         )
-        self.conv = Convolution(size, spec.taps, bias=spec.bias)
+        self.conv = Convolution((size, 1, spec.taps), bias=spec.bias)
         self.out_proj = Linear(
             place.ops, size, place.hidden_size, bias=spec.bias, dtype=place.dtype
         )
@@ -110,7 +110,7 @@ class ShortConvolution(ParameterModule):
         # One head of all channels, each with a gate of its own.
         x_T1D = self.ops.linear(x_TD, values).unsqueeze(1)
         x_T1D = self.ops.gate_heads(x_T1D, gates_TI, self._before)
-        taps_CJ = self.conv.weight.squeeze(1)
+        taps_CJ = self.conv.taps_CJ
         mixed_TD = self.ops.causal_conv(
             x_T1D.flatten(1), 0, taps_CJ, states.get("conv"), plan, self.conv.bias, silu=False
         )
