@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 
-from models.gguf_hybrids import converter
+from models.gguf_recurrent import converter
 from models.gguf_writing import PERMUTED, Converter
 from models.test_gguf import CASES
 from moebius.errors import ConfigError
