@@ -36,10 +36,9 @@ class FeedForwardConfig:
             require_word("the feed-forward's activation", self.activation, ActivationWord)
         elif not self.gated:
             raise ConfigError("ClampedSwiGLU joins two matrices; these experts have only a gate")
-        if self.router is None and self.shared_width:
+        if self.router is None and (self.shared_width or self.latent):
             raise ConfigError(
-                "a shared expert (shared_width) stands beside those of a router; this feed-forward "
-                "has none"
+                "shared_width and latent go with a router's experts; this feed-forward has none"
             )
         if self.shared_gate and not self.shared_width:
             raise ConfigError("shared_gate gates a shared expert; give shared_width")
