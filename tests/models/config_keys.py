@@ -96,7 +96,9 @@ def derive(kind: str) -> dict[str, Any]:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    return json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    # Infinity as transformers writes it.
+    written = PreTrainedConfig._encode_special_floats(found)
+    return json.dumps(written, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 @functools.cache

@@ -128,7 +128,10 @@ class RecurrentConverter(Converter):
             end = "_shexp" if self.config["num_local_experts"] else ""
             halves = zip(("gate", "up"), tensor.chunk(2), strict=True)
             return [(half, f"blk.{layer}.ffn_{kind}{end}.weight") for kind, half in halves]
-        if name.endswith("shared_mlp.output_linear.weight") and not self.config["num_local_experts"]:
+        if (
+            name.endswith("shared_mlp.output_linear.weight")
+            and not self.config["num_local_experts"]
+        ):
             return [(tensor, f"blk.{layer}.ffn_down.weight")]
         if name.endswith("block_sparse_moe.input_linear.weight"):
             return super().parts(name, tensor)

@@ -94,7 +94,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dense-turning", "granitemoehybrid", {"num_local_experts": 0, "position_embedding_type": "rope", "mamba_n_groups": 1,
                                            "mamba_conv_bias": False, "attention_bias": True, "tie_word_embeddings": True}),
     ("plain", "nemotron_h", {}),
-    ("latent-groups", "nemotron_h", {"moe_latent_size": 10, "n_group": 3, "topk_group": 2, "attention_bias": True, "use_conv_bias": False}),
+    ("latent-groups", "nemotron_h", {"moe_latent_size": 10, "n_group": 3, "topk_group": 2, "use_conv_bias": False}),
 ]  # fmt: skip
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 

@@ -76,7 +76,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "nemotron_h", {}),
     ("latent-groups", "nemotron_h", {"moe_latent_size": 10, "n_group": 3, "topk_group": 2, "norm_topk_prob": False, "n_groups": 4}),
     ("dense-biases", "nemotron_h", {"layers_block_type": [LINEAR, "mlp", FULL, LINEAR, "mlp"], "num_hidden_layers": 5, "mlp_bias": True,
-                                    "attention_bias": True, "use_bias": True, "use_conv_bias": False, "n_groups": 1,
+                                    "use_bias": True, "use_conv_bias": False, "n_groups": 1,
                                     "conv_kernel": 3, "tie_word_embeddings": True}),
     ("experts-first", "nemotron_h", {"layers_block_type": ["moe", "moe", FULL, FULL, LINEAR], "num_hidden_layers": 5,
                                      "num_experts_per_tok": 1, "ssm_state_size": 33, "mamba_head_dim": 20}),

@@ -4,6 +4,7 @@ test_recurrent.py, against plain loops, and the same bits however a sequence is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -107,16 +108,12 @@ def test_kimi_delta(
     before = torch.randn(len(ROWS) + 2, heads, sizes.key_dim, sizes.value_dim)
     state = before.clone()
     plan = backend.plan_states(step_of(ROWS, [3] * len(ROWS), slots))
-    out = backend.kimi_delta(
-        qkv, betas, 1, f, 3, decay, dt_bias, state, plan, sizes, decay_of
-    )
+    out = backend.kimi_delta(qkv, betas, 1, f, 3, decay, dt_bias, state, plan, sizes, decay_of)
     assert out.dtype == dtype and out.shape == (sum(ROWS), sizes.out_size)
     for slot, part in zip(slots, parts(ROWS), strict=True):
         own = f[part, 3 : 3 + channels].unflatten(1, (heads, sizes.key_dim))
         b = betas[part, 1 : 1 + heads]
-        exact, after = naive_kimi(
-            qkv[part], b, own, decay, dt_bias, before[slot], sizes, decay_of
-        )
+        exact, after = naive_kimi(qkv[part], b, own, decay, dt_bias, before[slot], sizes, decay_of)
         # Exponents that are rounded to another neighbour differ by a unit in the last place.
         loose = 0.02 if decay_of.rounded and dtype == torch.bfloat16 else 2e-5
         size = 1 + after.abs().max().item()
@@ -132,9 +129,7 @@ def test_channels_that_decay_alike_are_a_heads_decay(backend: Ops, dtype: torch.
     b, a = torch.randn(2, 30, 2).to(dtype)
     decay, dt_bias = -torch.randn(2).exp(), torch.randn(2)
     plan = backend.plan_documents([0, 30])
-    wanted = backend.gated_delta(
-        qkv, torch.cat((b, a), 1), 0, decay, dt_bias, None, plan, sizes
-    )
+    wanted = backend.gated_delta(qkv, torch.cat((b, a), 1), 0, decay, dt_bias, None, plan, sizes)
     f = a.repeat_interleave(12, dim=1)
     biases = dt_bias.unsqueeze(1).expand(2, 12).contiguous()
     found = backend.kimi_delta(
@@ -226,15 +221,18 @@ def test_steps_of_nothing(backend: Ops, which: int) -> None:
     assert all(map(torch.equal, states, before))
 
 
+def _embedded(ops: CpuOps, layer: AnyLayer, table: Tensor, states: States, step: Step) -> Tensor:
+    x = ops.embed(step.input_ids, table)
+    return layer(ops, x, states, ops.plan_states(step))
+
+
 def test_recorded_steps_keep_every_bit(dtype: torch.dtype) -> None:
     ops = CpuOps(2)
     for layer in layers(dtype):
         table = layer.rows(50)
         states = States.random(layer, 6)
 
-        def compute(step: Step, layer: AnyLayer = layer, table: Tensor = table) -> Tensor:
-            x = ops.embed(step.input_ids, table)
-            return layer(ops, x, states, ops.plan_states(step))
+        compute = partial(_embedded, ops, layer, table, states)
 
         program = ops.record(compute, StepSource(24, 0), "cpu")
         assert program.trace.recorded and program.trace.segments == 1
@@ -287,7 +285,9 @@ def scan(**changed: Any) -> Tensor:
 
 def norm(**changed: Any) -> Tensor:
     given: dict[str, Any] = {"x_TI": torch.randn(2, 6), "gate_TI": torch.randn(2, 6), "start": 0}
-    return OPS.grouped_norm(**{**given, "weight_I": torch.ones(6), "eps": EPS, "groups": 2, **changed})
+    return OPS.grouped_norm(
+        **{**given, "weight_I": torch.ones(6), "eps": EPS, "groups": 2, **changed}
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,10 @@ _SHORT: Names = {
     for role in ("in_proj", "conv", "out_proj")
 }
 # The last norm bears the name of another.
-_SHORT_LAYOUTS = tuple(
-    replace(layout, norm="token_embd_norm.weight") for layout in layouts(_SHORT)
-)
+_SHORT_LAYOUTS = tuple(replace(layout, norm="token_embd_norm.weight") for layout in layouts(_SHORT))
 
 
-def keys(renamed: Mapping[str, str] | None = None) -> tuple[Key, ...]:
+def hybrid_keys(renamed: Mapping[str, str] | None = None) -> tuple[Key, ...]:
     """USUAL_KEYS, but for key/value heads. renamed: other names that config.json has for some."""
     names = renamed or {}
     return tuple(
@@ -93,7 +91,7 @@ def _write_short(reader: ConfigReader, config: ModelConfig) -> dict[str, Value]:
 
 LFM2 = GgufArchitecture(
     "lfm2",
-    (*keys({"rms_norm_eps": "norm_eps"}), Key("conv_L_cache", "shortconv.l_cache")),
+    (*hybrid_keys({"rms_norm_eps": "norm_eps"}), Key("conv_L_cache", "shortconv.l_cache")),
     fixed={"conv_bias": False},
     layouts=_SHORT_LAYOUTS,
     read=_short,

@@ -42,7 +42,7 @@ _NAMES: Names = {
     "self_attn.out_proj.weight": "ssm_out.weight",
 }
 _GRANITE_KEYS = (
-    *gguf_hybrid.keys(),
+    *gguf_hybrid.hybrid_keys(),
     *(replace(key, absent=meaning(0)) for key in expert_keys("num_local_experts")),
     *granitemoe.MULTIPLIERS,
     Key(
@@ -121,8 +121,9 @@ GRANITE = GgufArchitecture(
     moved=_moved,
 )
 
+_NOT_NEMOTRONS = (_RMS, _WIDTHS, "rope.freq_base")
 _NEMOTRON_KEYS = (
-    *(key for key in gguf_hybrid.keys() if key.gguf not in (_RMS, _WIDTHS, "rope.freq_base")),
+    *(key for key in gguf_hybrid.hybrid_keys() if key.gguf not in _NOT_NEMOTRONS),
     Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),
     *expert_keys("n_routed_experts", "moe_intermediate_size"),
     Key("moe_shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
@@ -182,8 +183,7 @@ def _write_nemotron(reader: ConfigReader, config: ModelConfig) -> dict[str, Valu
 
 
 def _told_nemotron(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    both = _told_by_biases(shapes, config)
-    return {"attention_bias": both["attention_bias"], "use_conv_bias": both["mamba_conv_bias"]}
+    return {"use_conv_bias": _told_by_biases(shapes, config)["mamba_conv_bias"]}
 
 
 NEMOTRON = GgufArchitecture(

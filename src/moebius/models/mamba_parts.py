@@ -1,5 +1,4 @@
-"""What families with Mamba 2 layers (Granite 4, Nemotron-H) share: as moebius.models.parts, for them
-alone."""
+"""What families with Mamba 2 layers (Granite 4, Nemotron-H) share."""
 
 import math
 
@@ -24,6 +23,6 @@ def check_unbounded(reader: ConfigReader, key: str) -> None:
     bounds = value if isinstance(value, list) and len(value) == 2 else [value, value]
     if value is not None and not (bounds[0] == 0 and bounds[1] in _INFINITIES):
         raise reader.error(
-            f"{key} is {value!r}; bounds of time steps, which hold for prompts and not for answers, "
-            "are not supported"
+            f"{key} is {value!r}; bounds of time steps, which hold for prompts and not for "
+            "answers, are not supported"
         )

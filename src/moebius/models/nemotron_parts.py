@@ -1,4 +1,4 @@
-"""What Nemotron-H's config.json says of its layers' parts: as moebius.models.parts, for it alone."""
+"""What Nemotron-H's config.json says of its layers: as moebius.models.parts, for it alone."""
 
 from collections.abc import Sequence
 

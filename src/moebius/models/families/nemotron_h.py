@@ -21,7 +21,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         raise reader.error("mlp_bias is true; it is not supported beside experts")
     width = reader.integer("intermediate_size")
     layers = {
-        FULL: LayerSpec(attention(reader, rope=None, biases=True)),
+        FULL: LayerSpec(attention(reader, rope=None)),
         LINEAR: LayerSpec(mamba(reader)),
         MOE: LayerSpec(feed_forward=experts(reader)),
         MLP: LayerSpec(
@@ -37,10 +37,7 @@ def read(reader: ConfigReader) -> ModelConfig:
 
 
 UP_DOWN = ("up_proj", "up_proj", "down_proj")
-ROLES = (
-    *mamba_parts.ROLES,
-    *(f"{x}_proj.{part}" for x in "qkvo" for part in ("weight", "bias")),
-)
+ROLES = (*mamba_parts.ROLES, *(f"{x}_proj.weight" for x in "qkvo"))
 NAMES: Names = {
     "input_layernorm.weight": "norm.weight",
     "post_attention_layernorm.weight": "norm.weight",

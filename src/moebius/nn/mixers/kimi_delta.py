@@ -6,7 +6,7 @@ values, V for all heads' values.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ class KimiDelta:
 
     heads: int
     head_dim: int
-    decay: ChannelDecay = ChannelDecay()
+    decay: ChannelDecay = field(default_factory=ChannelDecay)
     low_rank: bool = True
     taps: int = 4
     held: HeldDecay = "logarithm"

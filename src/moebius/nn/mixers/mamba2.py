@@ -44,7 +44,7 @@ class Mamba2:
     def __post_init__(self) -> None:
         if self.taps < 2:
             raise ConfigError(
-                f"a Mamba layer convolves {self.taps} inputs; a convolution over time sees 2 or more"
+                f"a Mamba layer convolves {self.taps} input; a convolution sees 2 or more"
             )
 
     @property

@@ -35,7 +35,9 @@ class ShortConv:
 
     def __post_init__(self) -> None:
         if self.taps < 2:
-            raise ConfigError(f"conv_L_cache is {self.taps}; a convolution over time sees 2 or more")
+            raise ConfigError(
+                f"conv_L_cache is {self.taps}; a convolution over time sees 2 or more"
+            )
 
     @property
     def activations(self) -> int:
