@@ -173,6 +173,13 @@ ROUTER_KEYS = (
     Key("topk_group", "expert_group_used_count", absent=meaning(1)),
 )
 """Of DeepSeek-V3's router."""
+MULTIPLIER_KEYS = (
+    Key("attention_multiplier", "attention.scale", "number"),
+    Key("embedding_multiplier", "embedding_scale", "number"),
+    Key("residual_multiplier", "residual_scale", "number"),
+    Key("logits_scaling", "logit_scale", "number"),
+)
+"""Of Granite's four places."""
 
 _ATTENTION = ("q", "k", "v")
 _PARTS = ("weight", "bias")

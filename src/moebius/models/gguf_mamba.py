@@ -9,8 +9,8 @@ from typing import Any
 from moebius.gguf import Value
 from moebius.models import gguf_hybrid
 from moebius.models.config import ModelConfig
-from moebius.models.families import granitemoe
 from moebius.models.gguf_architecture import (
+    MULTIPLIER_KEYS,
     ROUTER_KEYS,
     FileKeys,
     GgufArchitecture,
@@ -44,7 +44,7 @@ _NAMES: Names = {
 _GRANITE_KEYS = (
     *gguf_hybrid.hybrid_keys(),
     *(replace(key, absent=meaning(0)) for key in expert_keys("num_local_experts")),
-    *granitemoe.MULTIPLIERS,
+    *MULTIPLIER_KEYS,
     Key(
         "shared_intermediate_size",
         "expert_shared_feed_forward_length",

@@ -6,7 +6,12 @@ from typing import Any
 
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
-from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, Key, expert_keys
+from moebius.models.gguf_architecture import (
+    MULTIPLIER_KEYS,
+    USUAL_KEYS,
+    GgufArchitecture,
+    expert_keys,
+)
 from moebius.models.layout import Layout, stacked
 from moebius.models.parts import attention, decoder, experts, layers
 from moebius.models.reading import ConfigReader
@@ -53,15 +58,9 @@ CONVERTED = {
     "mlp.router.weight": AT + "router.weight",
     **stacked(AT + "experts.gate_up_proj", AT + "experts.down_proj"),
 }
-MULTIPLIERS = (
-    Key("attention_multiplier", "attention.scale", "number"),
-    Key("embedding_multiplier", "embedding_scale", "number"),
-    Key("residual_multiplier", "residual_scale", "number"),
-    Key("logits_scaling", "logit_scale", "number"),
-)
 GGUF = GgufArchitecture(
     "granitemoe",
-    (*USUAL_KEYS, *expert_keys("num_local_experts"), *MULTIPLIERS),
+    (*USUAL_KEYS, *expert_keys("num_local_experts"), *MULTIPLIER_KEYS),
     sparse=True,
     fixed={"hidden_act": "silu"},
     values={"expert_gating_func": 1},

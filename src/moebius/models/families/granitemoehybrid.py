@@ -12,6 +12,7 @@ from moebius.models.parts import FULL, LINEAR, activation, layer_types
 from moebius.models.reading import ConfigReader
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
+from moebius.nn.mixer import Mixer
 from moebius.nn.mixers.mamba2 import Mamba2
 from moebius.ops.config import ScanSizes
 
@@ -58,7 +59,7 @@ def part(reader: ConfigReader) -> FeedForwardConfig:
 
 def read(reader: ConfigReader) -> ModelConfig:
     types = layer_types(reader, (FULL, LINEAR)) or [LINEAR] * reader.num_layers
-    kinds = {FULL: full_attention(reader), LINEAR: mamba(reader)}
+    kinds: dict[str, Mixer] = {FULL: full_attention(reader), LINEAR: mamba(reader)}
     return granitemoe.model(reader, part(reader), [kinds[kind] for kind in types])
 
 
