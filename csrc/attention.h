@@ -43,6 +43,7 @@ INLINE void gather_key(const AttentionBlock& a, const CacheShape& s, int positio
     const uint32_t* head = head_of<T>(a, s, position / s.block_size);
     int slot = position % s.block_size, inner = int(s.k_groups / s.block_size);
     for (int n = 0; n < inner; n++) k[n * KEY_LANES + lane] = head[size_t(n) * s.block_size + slot];
+    if (s.shared) return;
     constexpr int g = per_group<T>();
     const T* from = reinterpret_cast<const T*>(head + s.k_groups + size_t(slot / g) * s.padded_dim) + slot % g;
     T* to = reinterpret_cast<T*>(v + size_t(lane / g) * s.padded_dim) + lane % g;
@@ -57,6 +58,65 @@ template <class T> INLINE void clear_key(const CacheShape& s, int inner, uint32_
     for (int n = 0; n < s.padded_dim; n++) to[n * g] = 0;
 }
 
+#if defined(__AVX512F__)
+// rows[j] = lane j of each of sixteen vectors at k, `stride` groups apart.
+INLINE void lanes_as_rows(const uint32_t* k, size_t stride, __m512i* rows) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(k + i * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // Quarter q of a[4 * i + c] is lane 4 * q + c of vectors 4 * i to 4 * i + 3.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        const __m512i even = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        const __m512i later = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88), last = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        rows[c] = _mm512_shuffle_i32x4(even, later, 0x88), rows[8 + c] = _mm512_shuffle_i32x4(even, later, 0xdd);
+        rows[4 + c] = _mm512_shuffle_i32x4(odd, last, 0x88), rows[12 + c] = _mm512_shuffle_i32x4(odd, last, 0xdd);
+    }
+}
+#endif
+
+// The values of sixteen neighbouring keys, which are the keys' own first numbers, as they lie where they are not shared: v, of
+// keys k whose groups are `stride` apart.
+template <class T> static __attribute__((noinline)) void values_of_keys(const CacheShape& s, const uint32_t* k, size_t stride, uint32_t* v) {
+    constexpr int g = per_group<T>();
+    int m = 0;  // groups of a key
+#if defined(__AVX512F__)
+    for (; (m + 16) * g <= s.value_dim; m += 16) {
+        __m512i keys[16];
+        lanes_as_rows(k + m * stride, stride, keys);
+        if constexpr (g == 1) {
+#pragma GCC unroll 16
+            for (int key = 0; key < 16; key++) _mm512_storeu_si512(v + size_t(key) * s.padded_dim + m, keys[key]);
+        } else {
+            const __m512i in_halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+            // Element n of one key beside element n of the next: those below 16, then the others.
+            const __m512i first = _mm512_add_epi16(in_halves, _mm512_set1_epi32(16 << 16)), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+#pragma GCC unroll 8
+            for (int pair = 0; pair < 8; pair++) {
+                uint32_t* to = v + size_t(pair) * s.padded_dim + 2 * m;
+                _mm512_storeu_si512(to, _mm512_permutex2var_epi16(keys[2 * pair], first, keys[2 * pair + 1]));
+                _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(keys[2 * pair], second, keys[2 * pair + 1]));
+            }
+        }
+    }
+#endif
+    for (; m * g < s.value_dim; m++) {
+        const uint32_t* lanes = k + m * stride;
+        for (int i = 0; i < KEY_LANES; i += g) {
+            uint32_t* to = v + size_t(i / g) * s.padded_dim + m * g;
+            if constexpr (g == 1) to[0] = lanes[i];
+            else to[0] = (lanes[i] & 0xffff) | lanes[i + 1] << 16, to[1] = lanes[i] >> 16 | (lanes[i + 1] & 0xffff0000u);
+        }
+    }
+}
+
 // Finds, or gathers into `packed`, the tile of keys from `start`. No key at or behind `stop` is read, and no block that ends
 // before `seen`, the first key that a row sees: it was given back, and what another sequence writes there may be no number,
 // which a weight of zero would not take away.
@@ -68,17 +128,19 @@ INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int seen, in
     const int first = min_of(VECTORS - 1, max_of(0, seen - start) / KEY_LANES);
     for (int i = first; i < VECTORS && i * KEY_LANES < t.keys; i++) {
         int position = start + i * KEY_LANES;
+        uint32_t *k = packed + size_t(i) * (inner * KEY_LANES + v_groups), *v = k + inner * KEY_LANES;
         if (s.block_size % KEY_LANES == 0) {
             const uint32_t* head = head_of<T>(a, s, position / s.block_size);
             int slot = position % s.block_size;
             t.k[i] = head + slot, t.k_stride[i] = s.block_size;
-            t.v[i] = head + s.k_groups + size_t(slot / per_group<T>()) * s.padded_dim;
+            if (s.shared) values_of_keys<T>(s, t.k[i], t.k_stride[i], v), t.v[i] = v;
+            else t.v[i] = head + s.k_groups + size_t(slot / per_group<T>()) * s.padded_dim;
             continue;
         }
-        uint32_t *k = packed + size_t(i) * (inner * KEY_LANES + v_groups), *v = k + inner * KEY_LANES;
         for (int lane = 0; lane < min_of(KEY_LANES, stop - position); lane++)
             position + lane < seen ? clear_key<T>(s, inner, k, v, lane) : gather_key<T>(a, s, position + lane, k, v, lane);
         t.k[i] = k, t.k_stride[i] = KEY_LANES, t.v[i] = v;
+        if (s.shared) values_of_keys<T>(s, k, KEY_LANES, v);
     }
     // Vectors of which no key is seen are computed and masked. Any keys that may be read will do, and for those before the
     // first seen, values of zero; behind the last, values are not read.
@@ -196,7 +258,7 @@ template <class T, class Rows, class Tiles = PlainTiles<T>> void attention(const
     Row<T> rows[MOST_ROWS];
     State states[MOST_ROWS];
     const int count = find_rows<T>(a, s, scratch, rows, states), stop = rows[count - 1].last + 1, whole = a.split < 0;
-    float* gathered = scratch + states_floats(count, s);
+    float* gathered = a.room ? a.room : scratch + states_floats(count, s);
     for (int r = 0; r < count; r++) begin_split(states[r], s.padded_dim);
     Rows all_rows{a, s, rows, states, count, gathered + gathered_floats(s)};
     const int first = rows[0].first / KEY_TILE * KEY_TILE, end = whole ? stop : min_of(stop, (a.split + 1) * KEY_SPLIT);

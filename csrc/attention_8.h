@@ -96,6 +96,7 @@ private:
             const int from = max_of(start - block * s_.block_size, 0), to = min_of(stop - block * s_.block_size, s_.block_size);
             for (size_t n = 0; n < s_.k_groups; n += s_.block_size)
                 for (int key = from; key < to; key += KEY_LANES) __builtin_prefetch(head + (n + key) * 4);
+            if (s_.shared) continue;
             constexpr int g = per_group<T>();
             for (size_t at = size_t(from / g) * s_.padded_dim; at < size_t((to + g - 1) / g) * s_.padded_dim; at += 16)
                 __builtin_prefetch(head + (s_.k_groups + at) * 4);

@@ -50,19 +50,32 @@ void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
     });
 }
 
-void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head) {
-    const int64_t block = slot / shape.block_size;
-    const int offset = int(slot % shape.block_size), g = shape.per_group, n = shape.key_dim;
-    uint32_t* keys = cache + (size_t(block) * shape.kv_heads + head) * (shape.k_groups + shape.v_groups);
-    uint32_t* values = keys + shape.k_groups + size_t(offset / g) * shape.padded_dim;
+// The groups of a slot's (block, kv head).
+static uint32_t* groups_of(const CacheShape& shape, uint32_t* cache, int64_t slot, int head) {
+    return cache + (size_t(slot / shape.block_size) * shape.kv_heads + head) * (shape.k_groups + shape.v_groups);
+}
+
+void write_key(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, int64_t slot, int head) {
+    const int offset = int(slot % shape.block_size), n = shape.key_dim;
+    uint32_t* keys = groups_of(shape, cache, slot, head);
     if (dtype == F32) {
         for (int i = 0; i < n; i++) keys[size_t(i) * shape.block_size + offset] = static_cast<const uint32_t*>(k)[i];
+        return;
+    }
+    const uint16_t* k16 = static_cast<const uint16_t*>(k);
+    for (int i = 0; i < n; i += 2)
+        keys[size_t(i / 2) * shape.block_size + offset] = k16[i] | uint32_t(i + 1 < n ? k16[i + 1] : 0) << 16;
+}
+
+void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head) {
+    write_key(dtype, shape, cache, k, slot, head);
+    const int offset = int(slot % shape.block_size), g = shape.per_group;
+    uint32_t* values = groups_of(shape, cache, slot, head) + shape.k_groups + size_t(offset / g) * shape.padded_dim;
+    if (dtype == F32) {
         std::copy_n(static_cast<const uint32_t*>(v), shape.value_dim, values);
         return;
     }
-    const uint16_t *k16 = static_cast<const uint16_t*>(k), *v16 = static_cast<const uint16_t*>(v);
-    for (int i = 0; i < n; i += 2)
-        keys[size_t(i / 2) * shape.block_size + offset] = k16[i] | uint32_t(i + 1 < n ? k16[i + 1] : 0) << 16;
+    const uint16_t* v16 = static_cast<const uint16_t*>(v);
     uint16_t* to = reinterpret_cast<uint16_t*>(values) + offset % 2;
     for (int i = 0; i < shape.value_dim; i++) to[2 * i] = v16[i];
 }
@@ -85,7 +98,7 @@ void write_codes(const CacheShape& shape, void* cache, const Codes& k, const Cod
 void Ops::plan_attention(const Attention& a) {
     const StepAttention& step = *a.step;
     const int share = a.q_heads / a.shape->kv_heads;  // query heads of a kv head
-    const int heads = std::min(share, ROW_BLOCK), parts = (share + heads - 1) / heads, queries = std::max(1, ROW_BLOCK / heads);
+    const int heads = heads_together(a, share), parts = (share + heads - 1) / heads, queries = std::max(1, ROW_BLOCK / heads);
     attends_.clear();
     for (int sequence = 0; sequence < int(step.seq_lens.size()); sequence++)
         for (int first = step.query_start[sequence]; first < step.query_start[sequence + 1]; first += queries) {
@@ -96,6 +109,21 @@ void Ops::plan_attention(const Attention& a) {
                     attends_.push_back({sequence, first, count, kv_head, head, std::min(heads, (kv_head + 1) * share - head), 0});
                 }
         }
+}
+
+// Query heads of an item. All that a block of rows has room for read each key once; where these are one head of keys and there
+// would be fewer items than threads, fewer do.
+int Ops::heads_together(const Attention& a, int share) const {
+    constexpr int LEAST = 8;
+    const int most = std::min(share, ROW_BLOCK), queries = ROW_BLOCK / most;
+    if (!a.shape->shared) return most;
+    int items = 0;
+    for (size_t sequence = 0; sequence < a.step->seq_lens.size(); sequence++)
+        items += (a.step->query_start[sequence + 1] - a.step->query_start[sequence] + queries - 1) / queries;
+    items *= (share + most - 1) / most;
+    if (items == 0 || items >= threads()) return most;
+    const int parts = (threads() + items - 1) / items;
+    return std::clamp((most + parts - 1) / parts, std::min(LEAST, most), most);
 }
 
 AttentionBlock Ops::attention_block(const Attention& a, const Attend& item) const {
@@ -135,15 +163,17 @@ void Ops::attention(const Attention& a) {
         });
         return;
     }
-    float* states = shared_.need(splits_.size() * need);
-    pool_.run(int(splits_.size()), [&](int item, int) {
+    // Of a split its rows' states are kept.
+    const size_t of_a_split = split_need(*a.shape);
+    float* states = shared_.need(splits_.size() * of_a_split);
+    pool_.run(int(splits_.size()), [&](int item, int thread) {
         AttentionBlock b = attention_block(a, attends_[splits_[item].attend]);
-        b.split = splits_[item].split;
-        attend(b, *a.shape, states + item * need);
+        b.split = splits_[item].split, b.room = scratch_[thread].need(need);
+        attend(b, *a.shape, states + item * of_a_split);
     });
     pool_.run(items, [&](int item, int) {
         const int from = attends_[item].first_split, to = item + 1 < items ? attends_[item + 1].first_split : int(splits_.size());
-        kernels_->join_splits[a.dtype](attention_block(a, attends_[item]), *a.shape, states + from * need, need, to - from);
+        kernels_->join_splits[a.dtype](attention_block(a, attends_[item]), *a.shape, states + from * of_a_split, of_a_split, to - from);
     });
 }
 

@@ -6,6 +6,7 @@
 
 #include "bind_call.h"
 #include "exchange_bindings.h"
+#include "latent_bindings.h"
 #include "recurrent_bindings.h"
 
 namespace nb = nanobind;
@@ -223,6 +224,7 @@ struct AttentionCall : Attention {
     void operator()(Ops& ops, int rows) const {
         if (step->last_block >= blocks) throw std::out_of_range("block " + std::to_string(step->last_block) + " is none of " + std::to_string(blocks));
         if (step->block_size != shape->block_size) throw std::invalid_argument("attention was planned for blocks of " + std::to_string(step->block_size) + " tokens, not " + std::to_string(shape->block_size));
+        if (shape->shared && step->window) throw std::invalid_argument("attention to latents has no window");
         const int planned = step->query_start.empty() ? 0 : step->query_start.back();
         if (rows != planned) throw std::invalid_argument(std::to_string(rows) + " rows of queries, where attention was planned for " + std::to_string(planned));
         ops.attention(*this);
@@ -327,9 +329,10 @@ NB_MODULE(_cpu, m) {
         }, nb::kw_only(), "window"_a, "block_size"_a)
         .def("set", &set_step, nb::kw_only(), "query_start"_a, "seq_lens"_a, "block_table"_a, "batch"_a, "width"_a);
     nb::class_<CacheShape>(m, "CacheShape")
-        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int type) {
-            new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, CacheType(type));
-        }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "type"_a)
+        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int type, bool shared) {
+            if (shared && (type == INT8_CACHE || value_dim > key_dim)) throw std::invalid_argument("a cache of latents holds numbers, of which values are the first");
+            new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, CacheType(type), shared);
+        }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "type"_a, "shared"_a = false)
         .def_prop_ro("block_bytes", &CacheShape::block_bytes);
     nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float, float>(),
         nb::kw_only(), "num_experts"_a, "top_k"_a, "score"_a, "weight"_a, "num_groups"_a, "groups_kept"_a, "group_top2"_a, "group_fill"_a,
@@ -375,5 +378,6 @@ NB_MODULE(_cpu, m) {
         .def("shape", &Ops::shape, release());
     bind_calls(m);
     bind_recurrent(m);
+    bind_latent(m);
     bind_exchange(m);
 }

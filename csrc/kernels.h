@@ -50,18 +50,19 @@ constexpr int KEY_LANES = 16;
 //   k  [key_dim / g][block_size] groups, g elements a group     v  [ceil(block_size / g)][padded_dim] groups over tokens
 // so that the lanes of a vector are keys in q k^T and dimensions of values in p v. padded_dim is value_dim rounded up to 16.
 // Groups are 32 bits, but of codes 16, pairs of them; behind these lie the scales of the keys and of the values in float16,
-// [block_size] each.
+// [block_size] each. Where they are shared there are no v: a token's value is the first value_dim numbers of its key.
 struct CacheShape {
     int block_size, kv_heads, key_dim, value_dim, padded_dim;
     CacheType type;
+    bool shared;
     int per_group;
     size_t k_groups, v_groups;  // of one (block, kv head)
 
-    CacheShape(int block_size, int kv_heads, int key_dim, int value_dim, CacheType type)
+    CacheShape(int block_size, int kv_heads, int key_dim, int value_dim, CacheType type, bool shared = false)
         : block_size(block_size), kv_heads(kv_heads), key_dim(key_dim), value_dim(value_dim), padded_dim((value_dim + 15) / 16 * 16),
-          type(type), per_group(type == F32_CACHE ? 1 : 2),
+          type(type), shared(shared), per_group(type == F32_CACHE ? 1 : 2),
           k_groups(size_t(block_size) * ((key_dim + per_group - 1) / per_group)),
-          v_groups(size_t((block_size + per_group - 1) / per_group) * padded_dim) {}
+          v_groups(shared ? 0 : size_t((block_size + per_group - 1) / per_group) * padded_dim) {}
     size_t head_bytes() const {  // of one (block, kv head)
         const size_t groups = k_groups + v_groups;
         return type == INT8_CACHE ? (2 * groups + 4 * block_size + 3) / 4 * 4 : 4 * groups;
@@ -84,6 +85,7 @@ struct AttentionBlock {
     int kv_head;
     int split = -1;          // -1: all keys; else only those of this split, and the rows' states stay in scratch
     const float* key_offset = nullptr;  // (key_dim,): what codes of keys were made less, where it is to be added back
+    float* room = nullptr;   // for all of the scratch but the rows' states; else that is behind these
 };
 
 // The scales of n rows of codes, of so many columns each: those of row j begin at rows[j].
@@ -240,6 +242,7 @@ inline size_t attention_scratch(int rows, const CacheShape& s) {
     return states_floats(rows, s) + gathered_floats(s) + queries + ends + KEY_TILE * (padded_key + s.padded_dim);
 }
 
+void write_key(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, int64_t slot, int head);
 void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, const void* v, int64_t slot, int head);
 // A row of codes and their scale.
 struct Codes {

@@ -93,7 +93,7 @@ size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context)
     if (!float_activations_) for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
     of_a_thread += most_panel_bytes(widest);
-    return threads() * of_a_thread + most_tile_bytes(widest) + (splits * attention + Scratch::SPARE) * sizeof(float);
+    return threads() * of_a_thread + most_tile_bytes(widest) + (splits * split_need(shape) + Scratch::SPARE) * sizeof(float);
 }
 
 // Columns of an item, of so many in all: as many threads as there are have as many items each.
@@ -284,6 +284,44 @@ void Ops::expert_rows(const Experts& e, const void* x, int rows, const int64_t* 
     sort_pairs(e, ids, rows * top_k, true);
     fetch(e);
     pair_rows(e, x, top_k, inner, out);
+}
+
+const void* Ops::head_row(const HeadProducts& p, int rows, int i) const {
+    const size_t heads = p.heads->weights.size(), row = size_t(i % rows) * heads + i / rows;
+    return at(p.x, row * (p.heads->in + p.kept) * size_of(p.heads->dtype));
+}
+
+void Ops::store_heads(const HeadProducts& p, int rows, const Product& product, const float* c) const {
+    const HeadMatrices& h = *p.heads;
+    const size_t size = size_of(h.dtype), row_bytes = (h.out + p.kept) * size;
+    for (int i = 0; i < product.count; i++) {
+        const int at_row = product.first + i;
+        char* row = at(p.out, (size_t(at_row % rows) * h.weights.size() + at_row / rows) * row_bytes);
+        kernels_->store[h.dtype](c + size_t(i) * product.columns, product.columns, nullptr, row + product.column * size);
+        if (p.kept && product.column == 0) std::memcpy(row + h.out * size, at(head_row(p, rows, at_row), h.in * size), p.kept * size);
+    }
+}
+
+void Ops::head_products(const HeadProducts& p, int rows) {
+    std::lock_guard<std::mutex> only(one_caller_);
+    const HeadMatrices& h = *p.heads;
+    const int heads = int(h.weights.size());
+    starts_.resize(heads + 1);
+    for (int head = 0; head <= heads; head++) starts_[head] = head * rows;
+    const auto row_bytes = [&](int head) { return h.weights[head].row_bytes(); };
+    plan_products(h.out, [&](int head) { return !by_panels(rows, {h.weights[head].format}); }, row_bytes);
+    calls_++;
+    pool_.run(int(products_.size()), [&](int item, int thread) {
+        const Product& one = products_[item];
+        float* c = scratch_[thread].need(size_t(ROW_BLOCK) * MOST_COLUMNS * 2);
+        const void* x_rows[ROW_BLOCK];
+        for (int i = 0; i < one.count; i++) x_rows[i] = head_row(p, rows, one.first + i);
+        const Product* then = item + 1 < int(products_.size()) ? &one + 1 : nullptr;
+        const void* next = then ? h.weights[then->weights].row(then->column) : nullptr;
+        product(h.dtype, x_rows, one.first, one.count, h.weights[one.weights], one.column, next, c, one.columns, scratch_[thread]);
+        store_heads(p, rows, one, c);
+    });
+    heads_by_panels(p, rows);
 }
 
 void Ops::combine(Dtype dtype, const void* x, const float* weights, int rows, int top_k, int size, void* out) {

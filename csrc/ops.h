@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "latent_calls.h"
 #include "panels.h"
 #include "pool.h"
 #include "recurrent_calls.h"
@@ -216,6 +217,9 @@ public:
     void gated_norm(const GatedNorm& n, int rows);
     void grouped_norm(const GroupedNorm& n, int rows);
     void gate_heads(const GateHeads& g, int rows);
+    // Latent attention (latent_ops.cpp), beside `attention` on a cache whose keys and values are shared.
+    void head_products(const HeadProducts& p, int rows);
+    void rotate_and_store_latent(const StoreLatent& s, int rows);
     // Adds to the tally what it chose.
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,
                const RouterTally& tally);
@@ -310,7 +314,9 @@ private:
     void plan_attention(const Attention& a);
     // Floats of one item of attention, and whether so many items are few: then each split of their keys is one.
     static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
+    static size_t split_need(const CacheShape& s) { return (states_floats(ROW_BLOCK, s) + 15) / 16 * 16; }
     int few_items() const { return 2 * pool_.threads(); }
+    int heads_together(const Attention& a, int share) const;
     // Columns of an item, whole vectors, of so many that are divided where there are few items without.
     int divided_columns(int columns, int items) const;
     AttentionBlock attention_block(const Attention& a, const Attend& item) const;
@@ -355,6 +361,12 @@ private:
     void experts_by_panels(Dtype dtype, const Takes& takes, const MatricesOf& matrices_of, const RowAt& row_at, const Store& store);
     void gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void* inner);
     void down_by_panels(const Experts& e, const void* inner, void* out);
+
+    // Rows are sorted by head, each head's of all tokens: where the i-th stands, and what a product found to its place, with what
+    // is kept beside it.
+    const void* head_row(const HeadProducts& p, int rows, int i) const;
+    void store_heads(const HeadProducts& p, int rows, const Product& product, const float* c) const;
+    void heads_by_panels(const HeadProducts& p, int rows);
 
     // FP8 (fp8_ops.cpp).
     static bool by_codes(const Matrix& w);

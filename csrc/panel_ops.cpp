@@ -261,4 +261,13 @@ void Ops::down_by_panels(const Experts& e, const void* inner, void* out) {
         [&](const Product& p, float* const* c) { store_down(e, p, c[0], out); });
 }
 
+void Ops::heads_by_panels(const HeadProducts& p, int rows) {
+    const HeadMatrices& h = *p.heads;
+    experts_by_panels(
+        h.dtype, [&](int head) { return by_panels(rows, {h.weights[head].format}); },
+        [&](int head) { return std::array{&h.weights[head]}; },
+        [&](int i) { return head_row(p, rows, i); },
+        [&](const Product& product, float* const* c) { store_heads(p, rows, product, c[0]); });
+}
+
 }  // namespace moebius

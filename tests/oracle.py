@@ -20,6 +20,10 @@ from moebius.ops.steps import StateInputs, StepInputs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+# Which transformers builds as a part of models that see alone.
+AutoModelForCausalLM.register(
+    transformers.Mistral4Config, transformers.Mistral4ForCausalLM, exist_ok=True
+)
 
 TINY: dict[str, Any] = {
     "vocab_size": 67,
@@ -215,6 +219,47 @@ FAMILY |= {
     "qwen3_next": {**SPARSE_HYBRID, "intermediate_size": 20},
     "qwen3_5_moe_text": SPARSE_HYBRID,
     "qwen3_5_text": {**HYBRID, "intermediate_size": 20},
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 20,
+    "moe_intermediate_size": 14,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+LIMITED: dict[str, Any] = {**LATENT, "n_group": 3, "topk_group": 2}
+INDEXED: dict[str, Any] = {
+    **LIMITED,
+    "first_k_dense_replace": 1,
+    "index_n_heads": 2,
+    "index_head_dim": 6,
+    "index_topk": 64,
+}
+FAMILY |= {
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
+    "deepseek_v3": {**LIMITED, "first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENT,
+    "mistral4": {
+        **LATENT,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 5,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+    "axk1": LIMITED,
+    "deepseek_v32": INDEXED,
+    "glm_moe_dsa": {**INDEXED, "indexer_types": ["full", "shared"]},
 }
 FAMILY["granitemoeshared"] = {**FAMILY["granitemoe"], "shared_intermediate_size": 18}
 FAMILY |= {

@@ -11,8 +11,8 @@ template <class T> struct Paged {
     std::vector<uint32_t> cache;
     std::vector<std::vector<T>> keys, values;  // of each sequence: (tokens, kv heads, size of a key or of a value)
 
-    Paged(int block_size, int kv_heads, int key_dim, int value_dim, const std::vector<int>& lengths, const std::vector<int>& fresh)
-        : shape(block_size, kv_heads, key_dim, value_dim, CacheType(Number<T>::dtype)) {
+    Paged(int block_size, int kv_heads, int key_dim, int value_dim, const std::vector<int>& lengths, const std::vector<int>& fresh, bool shared = false)
+        : shape(block_size, kv_heads, key_dim, value_dim, CacheType(Number<T>::dtype), shared) {
         int blocks = 2;
         for (int n : lengths) {
             const int needed = (n + block_size - 1) / block_size;
@@ -29,6 +29,7 @@ template <class T> struct Paged {
             for (int i = 0; i * block_size < lengths[b]; i++) step.block_table[b * step.table_width + i] = order.back(), order.pop_back();
             keys.push_back(draw<T>(size_t(lengths[b]) * kv_heads * key_dim));
             values.push_back(draw<T>(size_t(lengths[b]) * kv_heads * value_dim));
+            for (int t = 0; shared && t < lengths[b]; t++) std::copy_n(&keys[b][size_t(t) * key_dim], value_dim, &values[b][size_t(t) * value_dim]);
         }
     }
     int64_t slot(int b, int position) const {
@@ -39,6 +40,8 @@ template <class T> struct Paged {
         const int key_size = shape.kv_heads * shape.key_dim, value_size = shape.kv_heads * shape.value_dim;
         for (size_t b = 0; b < keys.size(); b++) {
             const int n = step.seq_lens[b];
+            for (int t = 0; shape.shared && t < n; t++) write_key(Number<T>::dtype, shape, cache.data(), &keys[b][size_t(t) * key_size], slot(int(b), t), 0);
+            if (shape.shared) continue;
             std::vector<T> rows, q(keys[b].size());
             std::vector<int64_t> slots;
             for (int t = 0; t < n; t++) {
@@ -98,8 +101,10 @@ void check_scratch(const Kernels& kernels, const Paged<T>& p, const Scoring& s, 
 
 template <class T> void test_attention(Ops& ops) {
     for (int turn = 0; turn < 30; turn++) {
-        const int block_size = one_of({1, 3, 7, 8, 16, 24, 64}), kv_heads = uniform(1, 2), group = one_of({1, 2, 4, 7, 71});
-        const int key_dim = one_of({6, 8, 16, 33, 64, 80}), value_dim = turn % 2 ? key_dim : one_of({6, 16, 33, 80, 96});
+        const bool shared = turn % 3 == 1;  // values are the first numbers of keys
+        const int block_size = one_of({1, 3, 7, 8, 16, 24, 64}), kv_heads = shared ? 1 : uniform(1, 2), group = one_of({1, 2, 4, 7, 71});
+        const int key_dim = one_of({6, 8, 16, 33, 64, 80}), apart = turn % 2 ? key_dim : one_of({6, 16, 33, 80, 96});
+        const int value_dim = shared ? uniform(1, key_dim) : apart;
         std::vector<int> lengths, fresh;
         for (int b = 0; b < 3; b++) {
             const bool is_long = turn % 10 == 0;
@@ -107,9 +112,9 @@ template <class T> void test_attention(Ops& ops) {
             lengths.push_back(is_long ? one_of({1023, 1024, 1030, 2050}) : some);
             fresh.push_back(is_long ? 1 + b : uniform(1, std::min(some, 20)));
         }
-        Paged<T> p(block_size, kv_heads, key_dim, value_dim, lengths, fresh);
+        Paged<T> p(block_size, kv_heads, key_dim, value_dim, lengths, fresh, shared);
         p.write(ops);
-        Scoring s{one_of({0, 0, 1, 5, 64, 67}), 1 / std::sqrt(float(key_dim)), one_of({0.0f, 0.0f, 5.0f}), {}};
+        Scoring s{shared ? 0 : one_of({0, 0, 1, 5, 64, 67}), 1 / std::sqrt(float(key_dim)), one_of({0.0f, 0.0f, 5.0f}), {}};
         if (turn % 3 == 0) s.sinks = draw<float>(kv_heads * group);
         p.step.window = s.window;
         const int heads = kv_heads * group, rows = p.step.query_start.back();

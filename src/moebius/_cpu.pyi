@@ -255,6 +255,33 @@ class GateHeads(_Call):
         out: int,
     ) -> None: ...
 
+class HeadProducts(_Call):
+    def __init__(self, *, heads: HeadMatrices, x: int, kept: int, out: int) -> None: ...
+
+class StoreLatent(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        shape: CacheShape,
+        blocks: int,
+        q: int,
+        q_heads: int,
+        latent: int,
+        norm: int,
+        norm_dtype: int,
+        eps: float,
+        cos: int,
+        sin: int,
+        half: int,
+        interleaved: bool,
+        slots: int,
+        cache: int,
+        positions: int,
+        beta: float,
+        original: int,
+    ) -> None: ...
+
 class Route(_Call):
     def __init__(
         self,
@@ -270,6 +297,9 @@ class Route(_Call):
 
 class Linear:
     def __init__(self, *, dtype: int, weights: Sequence[Matrix], biases: Sequence[int]) -> None: ...
+
+class HeadMatrices:
+    def __init__(self, *, dtype: int, weights: Sequence[Matrix]) -> None: ...
 
 class Experts:
     def __init__(
@@ -303,7 +333,14 @@ class StepStates:
 
 class CacheShape:
     def __init__(
-        self, *, block_size: int, kv_heads: int, key_dim: int, value_dim: int, type: int
+        self,
+        *,
+        block_size: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        type: int,
+        shared: bool = False,
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...

@@ -154,6 +154,45 @@ def cohere2_moe(w: gguf.GGUFWriter, c: Config) -> None:
     turning(w, c)
 
 
+def latent(w: gguf.GGUFWriter, c: Config) -> None:
+    w.add_vocab_size(c["vocab_size"])
+    if c["q_lora_rank"] is not None:
+        w.add_q_lora_rank(c["q_lora_rank"])
+    w.add_kv_lora_rank(c["kv_lora_rank"])
+    w.add_key_length(c["kv_lora_rank"] + c["qk_rope_head_dim"])
+    w.add_value_length(c["kv_lora_rank"])
+    w.add_key_length_mla(c["qk_nope_head_dim"] + c["qk_rope_head_dim"])
+    w.add_value_length_mla(c["v_head_dim"])
+    w.add_rope_dimension_count(c["qk_rope_head_dim"])
+    w.add_expert_shared_count(c["n_shared_experts"])
+    types = c.get("mlp_layer_types")
+    w.add_leading_dense_block_count(types.index("sparse") if types else c["first_k_dense_replace"])
+    w.add_expert_weights_scale(c["routed_scaling_factor"])
+    w.add_expert_weights_norm(c["norm_topk_prob"])
+    if c["n_group"] is not None:
+        w.add_expert_group_count(c["n_group"])
+        w.add_expert_group_used_count(c["topk_group"])
+    if "mscale_all_dim" in c["rope_parameters"]:
+        w.add_rope_scaling_yarn_log_mul(0.1 * c["rope_parameters"]["mscale_all_dim"])
+
+
+def deepseek_v2(w: gguf.GGUFWriter, c: Config) -> None:
+    latent(w, c)
+    w.add_expert_gating_func(SOFTMAX)
+
+
+def deepseek_v3(w: gguf.GGUFWriter, c: Config) -> None:
+    latent(w, c)
+    w.add_expert_gating_func(SIGMOID)
+
+
+def mistral4(w: gguf.GGUFWriter, c: Config) -> None:
+    deepseek_v2(w, c)
+    rope = c["rope_parameters"]
+    w.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    w.add_attn_temperature_length(rope["original_max_position_embeddings"])
+
+
 def phi3(w: gguf.GGUFWriter, c: Config) -> None:
     turning(w, c)
     w.add_rope_scaling_orig_ctx_len(c["original_max_position_embeddings"])
@@ -177,4 +216,8 @@ OWN_KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "laguna": laguna,
     "cohere2_moe": cohere2_moe,
     "phi3": phi3,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "glm4_moe_lite": deepseek_v3,
+    "mistral4": mistral4,
 }

@@ -45,6 +45,10 @@ ARCHITECTURES = {
     "afmoe": "AFMOE",
     "phi3": "PHI3",
     "gemma3_text": "GEMMA3",
+    "deepseek_v2": "DEEPSEEK2",
+    "deepseek_v3": "DEEPSEEK2",
+    "glm4_moe_lite": "DEEPSEEK2",
+    "mistral4": "MISTRAL4",
     # Which gguf-py does not know yet: tensors are called as in these.
     "mellum": "QWEN3MOE",
     "laguna": "DOTS1",
@@ -159,7 +163,8 @@ class Converter:
             dense = c.get("prefix_dense_intermediate_size")
             w.add_feed_forward_length(dense or c["intermediate_size"])
         w.add_head_count(c["num_attention_heads"])
-        w.add_head_count_kv(c["num_key_value_heads"])
+        latent = "kv_lora_rank" in c
+        w.add_head_count_kv(1 if latent else c["num_key_value_heads"])
         if c["rms_norm_eps"] is not None:
             w.add_layer_norm_rms_eps(c["rms_norm_eps"])
         rope = self.rope
@@ -174,7 +179,7 @@ class Converter:
             if "beta_fast" in rope:
                 w.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
                 w.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
-        if c.get("head_dim"):
+        if c.get("head_dim") and not latent:
             w.add_key_length(c["head_dim"])
             w.add_value_length(c["head_dim"])
         experts = [c.get(key) for key in COUNTS]
@@ -231,6 +236,17 @@ class Converter:
             return [(part, f"blk.{layer}.ffn_{kind}_exps.weight") for kind, part in parts]
         if self.model_type == "gpt_oss" and ".experts." in name:
             return self.gpt_oss_experts(name, tensor)
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            before = f"blk.{name.split('.')[2]}.ffn_"
+            kinds = ("gate", "up") if "gate_up" in name else ("down",)
+            matrices = tensor.chunk(len(kinds), dim=1)
+            named = zip(matrices, kinds, strict=True)
+            return [(part, f"{before}{kind}_exps.weight") for part, kind in named]
+        if name.endswith("kv_b_proj.weight"):
+            before = f"blk.{name.split('.')[2]}.attn_"
+            heads = tensor.view(self.config["num_attention_heads"], -1, tensor.shape[1])
+            keys, values = heads.tensor_split((self.config["qk_nope_head_dim"],), dim=1)
+            return [(keys.transpose(1, 2), f"{before}k_b.weight"), (values, f"{before}v_b.weight")]
         if name.endswith("shared_mlp.input_linear.weight"):
             layer = name.split(".")[2]
             halves = zip(("gate", "up"), tensor.chunk(2), strict=True)
@@ -263,6 +279,9 @@ class Converter:
 
     def joined(self, name: str, parts: list[Tensor]) -> Tensor:
         """The way back of `parts`."""
+        if name.endswith("kv_b_proj.weight"):
+            keys, values = parts
+            return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
         if self.model_type == "gpt_oss" and ".experts." in name:
             rows = torch.stack(parts, dim=2).flatten(1, 2) if len(parts) > 1 else parts[0]
             return rows if name.endswith("_bias") else rows.transpose(1, 2)

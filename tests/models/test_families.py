@@ -123,6 +123,7 @@ BESIDE: list[tuple[str, dict[str, Any], list[str], str]] = [
         ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight"],
         "model.layers.2.*",
     ),
+    ("deepseek_v3", {}, ["model.layers.2.eh_proj.weight"], "model.layers.2.*"),
     (
         "hy_v3",
         {"num_hidden_layers": 3},
@@ -239,7 +240,7 @@ def test_the_directory_is_the_list() -> None:
     assert set(model_types()) == {path.stem for path in FAMILIES.glob("[!_]*.py")}
     for name in ("gemma2", "../llama", "family", "__init__", None, ["llama"]):
         with pytest.raises(
-            ConfigError, match=r"is not supported; supported are afmoe, cohere2_moe, dots1"
+            ConfigError, match=r"is not supported; supported are afmoe, axk1, cohere2_moe"
         ):
             family(name)
 

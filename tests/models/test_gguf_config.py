@@ -12,6 +12,7 @@ import pytest
 
 from models.gguf_recurrent import converter
 from models.gguf_writing import PERMUTED, Converter
+from models.ropes import YARN
 from models.test_gguf import CASES
 from moebius.errors import ConfigError
 from moebius.files import read_json
@@ -23,7 +24,9 @@ from moebius.models.gguf_architecture import pair_rows
 from moebius.models.gguf_config import gguf_config
 from moebius.models.gguf_keys import gguf_keys
 from moebius.nn.attention import GQA
+from moebius.nn.mixers.latent import MLA
 from moebius.nn.rope import RopeConfig, frequencies
+from moebius.ops.config import Temperature
 from oracle import save_tiny
 
 Change = Callable[[gguf.GGUFWriter], None]
@@ -58,7 +61,7 @@ def setting(key: str, value: Any, kind: gguf.GGUFValueType | None = None) -> Cha
 
 T = gguf.GGUFValueType
 REFUSED: list[tuple[str, Any, T | None, str]] = [
-    ("general.architecture", "gemma9", None, "general.architecture 'gemma9' is not supported; supported are afmoe, cohere2moe, dots1,"),
+    ("general.architecture", "gemma9", None, "general.architecture 'gemma9' is not supported; supported are afmoe, cohere2moe, deepseek2,"),
     ("general.quantization_version", 1, T.UINT32, "general.quantization_version is 1"),
     ("llama.embedding_length", None, None, "llama.embedding_length is missing"),
     ("llama.block_count", "two", None, "llama.block_count is 'two'; it must be an integer"),
@@ -128,14 +131,24 @@ def without_rope(config: ModelConfig) -> ModelConfig:
     layers = tuple(
         replace(layer, mixer=replace(layer.mixer, rope=None))
         if isinstance(layer.mixer, GQA)
+        else replace(layer, mixer=_rounded(layer.mixer))
+        if isinstance(layer.mixer, MLA)
         else layer
         for layer in config.layers
     )
     return replace(config, layers=layers)
 
 
+def _rounded(mixer: MLA) -> MLA:
+    """Without rope, and with numbers that float32 and float64 have alike."""
+    scale = mixer.scale and round(mixer.scale, 6)
+    grows = mixer.temperature
+    grows = grows and Temperature(round(grows.beta, 6), grows.original)
+    return replace(mixer, rope=None, scale=scale, temperature=grows)
+
+
 def ropes_of(config: ModelConfig) -> list[RopeConfig | None]:
-    return [mixer.rope for mixer in config.mixers if isinstance(mixer, GQA)]
+    return [mixer.rope for mixer in config.mixers if isinstance(mixer, GQA | MLA)]
 
 
 # What the converter writes although nothing follows from it, as if the key were absent.
@@ -158,6 +171,7 @@ def test_keys_and_configuration_say_the_same(
     names = {
         "mistral": "llama",
         "solar_open": "glm4_moe",
+        "glm4_moe_lite": "deepseek_v3",
         "granitemoeshared-none-shared": "granitemoe",
     }
     wanted = names.get(model_type, names.get(f"{model_type}-{name}", model_type))
@@ -167,10 +181,13 @@ def test_keys_and_configuration_say_the_same(
     for field in multipliers:
         assert getattr(ours, field) == pytest.approx(getattr(theirs, field))
     # Whose numbers are float32 in the file.
-    if model_type not in ("granitemoe", "granitemoeshared", "dots1", "hy_v3", "afmoe"):
+    inexact = ("granitemoe", "granitemoeshared", "dots1", "hy_v3", "afmoe", "glm4_moe_lite")
+    if model_type not in inexact:
         assert same == without_rope(theirs)
     assert ours.norm_eps == pytest.approx(theirs.norm_eps)
-    (size,) = {mixer.head_dim for mixer in ours.mixers if isinstance(mixer, GQA)}
+    sizes = {mixer.head_dim for mixer in ours.mixers if isinstance(mixer, GQA)}
+    sizes |= {mixer.rope_dim for mixer in ours.mixers if isinstance(mixer, MLA)}
+    (size,) = sizes
     for one, other in zip(ropes_of(ours), ropes_of(theirs), strict=True):
         if one is None or other is None:
             assert one is other
@@ -215,6 +232,10 @@ UNWRITABLE: list[tuple[str, dict[str, Any], str]] = [
     ("cohere2_moe", {"attention_bias": True}, "attention_bias is True"),
     ("cohere2_moe", {"shared_expert_combination_strategy": "sum"}, "shared_expert_combination_strategy is 'sum'"),
     ("cohere2_moe", {"prefix_dense_sliding_window_pattern": 2}, "prefix_dense_sliding_window_pattern is 2"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias is True"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is False"),
+    ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}, "rope mscale is 0.7"),
+    ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"]}, "layer 1 has no experts"),
     ("flex_olmo", {}, "GGUF files hold no flex_olmo models"),
     ("qwen3_next", {"linear_value_head_dim": 10}, "linear_value_head_dim is 10, but llama.cpp takes linear_key_head_dim = 6"),
     ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "this model none"),
@@ -236,6 +257,6 @@ def test_pairs_of_rows() -> None:
 
 
 def test_every_published_family_has_a_file() -> None:
-    """But for one that llama.cpp does not have."""
+    """But for what llama.cpp does not have, or has with an indexer."""
     without = [name for name in model_types() if family(name).gguf is None]
-    assert without == ["flex_olmo", "moebius"]
+    assert without == ["axk1", "deepseek_v32", "flex_olmo", "glm_moe_dsa", "moebius"]

@@ -13,6 +13,7 @@ from models.ropes import LINEAR, LLAMA3, YARN
 from moebius.models.decoder import Decoder
 from moebius.models.family import family, model_config
 from moebius.models.layout import sources
+from moebius.models.store.heads import of_heads
 from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.ops import Ops, select_ops
@@ -123,6 +124,32 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
                                    "tie_word_embeddings": False, "rope_parameters": {
                                        "full_attention": {**LINEAR, "rope_theta": 900.0},
                                        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}),
+    ("plain", "deepseek_v2", {}),
+    ("groups-bare", "deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "q_lora_rank": None,
+                                    "norm_topk_prob": True, "first_k_dense_replace": 0, "rms_norm_eps": 0.1}),
+    ("yarn-bias", "deepseek_v2", {"attention_bias": True, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4},
+                                  "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ("plain", "deepseek_v3", {}),
+    ("yarn-bias-bare", "deepseek_v3", {"q_lora_rank": None, "attention_bias": True, "n_group": 1, "topk_group": 1,
+                                       "rope_parameters": {**YARN, "mscale": 1.3, "mscale_all_dim": 1.3},
+                                       "norm_topk_prob": False, "rms_norm_eps": 0.1}),
+    ("half-split-odd", "deepseek_v3", {"rope_interleave": False, "first_k_dense_replace": 0, "num_attention_heads": 1,
+                                       "num_key_value_heads": 1, "v_head_dim": 5, "qk_nope_head_dim": 7, "kv_lora_rank": 33}),
+    ("many-heads", "deepseek_v3", {"num_attention_heads": 72, "num_key_value_heads": 72, "num_hidden_layers": 1,
+                                   "first_k_dense_replace": 1, "rope_parameters": LINEAR}),
+    ("plain", "glm4_moe_lite", {}),
+    ("dense-last", "glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"], "tie_word_embeddings": True, "n_group": 2,
+                                     "topk_group": 1, "v_head_dim": 11, "rms_norm_eps": 0.1}),
+    ("plain", "mistral4", {}),
+    ("groups-bare", "mistral4", {"n_group": 3, "topk_group": 2, "norm_topk_prob": False, "q_lora_rank": None,
+                                 "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "attention_bias": True}),
+    ("plain", "axk1", {}),
+    ("all-sparse-yarn", "axk1", {"mlp_layer_types": ["sparse", "sparse"], "rope_parameters": {**YARN, "mscale_all_dim": 1.0},
+                                 "attention_bias": True, "rms_norm_eps": 0.1}),
+    ("plain", "deepseek_v32", {}),
+    ("types-short", "deepseek_v32", {"mlp_layer_types": ["sparse", "dense"], "index_topk": 20, "norm_topk_prob": False}),
+    ("plain", "glm_moe_dsa", {}),
+    ("bias", "glm_moe_dsa", {"attention_bias": True, "index_topk": 19, "n_group": 1, "topk_group": 1}),
     ("window-partial", "phi3", {"sliding_window": 4, "tie_word_embeddings": True, "head_dim": 10,
                                 "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
                                                     "partial_rotary_factor": 0.67}}),
@@ -188,6 +215,8 @@ def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
     ("gpt_oss", {}),
     ("qwen3_next", {}),
     ("qwen3_5_moe_text", {"linear_num_value_heads": 2}),
+    ("deepseek_v3", {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 6}),
+    ("mistral4", {}),
 ])  # fmt: skip
 def test_training_logits_and_gradients_equal_transformers(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
@@ -211,7 +240,9 @@ def test_training_logits_and_gradients_equal_transformers(
     parameters = dict(decoder.named_parameters())
     for source in next(wanted for wanted in trained if all(s.name in grads for s in wanted)):
         theirs_grad = grads[source.name]
-        if source.entry is not None:
+        if source.heads:
+            theirs_grad = of_heads(theirs_grad, source).reshape(source.shape)
+        elif source.entry is not None:
             entry = theirs_grad[source.entry]
             theirs_grad = (entry.t() if source.transposed else entry)[slice(*source.rows)]
         grad = parameters[source.parameter].grad

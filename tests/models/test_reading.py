@@ -17,6 +17,7 @@ from moebius.models.family import model_config, read_config
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.nn.attention import GQA
+from moebius.nn.mixers.latent import MLA
 from moebius.nn.rope import RopeConfig
 from oracle import FAMILY, TINY, Server, assert_close, load_theirs, save_tiny, tiny_of
 
@@ -217,23 +218,25 @@ def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     open_ended = {
         "dots1": {"n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3},
         "glm4_moe": {"head_dim": 128},
+        "deepseek_v2": {"num_experts_per_tok": 6},
     }
     needed = {"model_type": model_type, **open_ended.get(model_type, {})}
     config = AutoConfig.for_model(**needed)
     ours = model_config(needed)
     assert ours == model_config(config.to_dict())
-    assert (
-        ours.attention.num_kv_heads == config.num_key_value_heads
-        and ours.num_layers == config.num_hidden_layers
-    )
-    rope = ours.attention.rope
+    first_mixer = ours.mixers[0]
+    attention = first_mixer if isinstance(first_mixer, MLA) else ours.attention
+    heads = attention.num_heads if isinstance(attention, MLA) else attention.num_kv_heads
+    assert (heads, ours.num_layers) == (config.num_key_value_heads, config.num_hidden_layers)
+    rope = attention.rope
     first = (getattr(config, "layer_types", None) or [None])[0]
     theirs = config.rope_parameters.get(first, config.rope_parameters)
     assert rope is not None and rope.theta == theirs["rope_theta"]
     rms = config.rms_norm_eps
     assert ours.norm_eps == (config.layer_norm_eps if rms is None else rms)
     assert ours.tie_word_embeddings == config.tie_word_embeddings
-    assert ours.context == config.max_position_embeddings
+    most = getattr(config, "index_topk", None) or config.max_position_embeddings
+    assert ours.context == min(most, config.max_position_embeddings)
 
 
 @pytest.mark.case("C1")

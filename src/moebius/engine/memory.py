@@ -54,6 +54,7 @@ class MemoryPlan:
     lowered_from: int | None = None
     num_slots: int = 0
     caching: bool = True
+    capped: str = ""
 
     @property
     def groups(self) -> CacheGroups:
@@ -124,6 +125,8 @@ class MemoryPlan:
         context = "tokens"
         if self.lowered_from:
             context = f"lowered from {self.lowered_from:,}: one sequence must fit"
+        if self.capped:
+            context += f"; {self.capped}"
         blocks = f"{self.num_blocks:,} blocks of {self.block_size} tokens"
         if self.kv_dtype != self.dtype:
             blocks += f" in {self.kv_dtype}"
@@ -289,10 +292,7 @@ def plan_memory(
     half of what is left after weights and workspace.
     """
     wanted = engine.max_model_len
-    length = wanted or model.context
-    if length > model.context:
-        most = f"{model.context} positions; use at most {model.context}"
-        raise ConfigError(f"max_model_len = {wanted} is beyond the model's {most}")
+    length = _length(model, wanted)
     if recorded is None:
         itemsize = _FLOAT32 if dtype == "float32" else 2
         workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize, ranks)
@@ -314,10 +314,22 @@ def plan_memory(
         kv_dtype=kv_dtype or dtype,
         num_slots=cache.useful_slots(engine.max_num_seqs, caching=engine.enable_prefix_caching),
         caching=engine.enable_prefix_caching,
+        capped=model.capped,
     )
     budget = _cache_budget(plan, engine.kv_cache_memory_bytes)
     plan = _divided(plan, budget, whole=wanted is not None)
     return _with_room_for_one(plan, budget, shorter=wanted is None)
+
+
+def _length(model: ModelConfig, wanted: int | None) -> int:
+    """Of the longest sequence."""
+    length = wanted or model.context
+    if length > model.context:
+        most = f"{model.context} positions; use at most {model.context}"
+        if model.capped:
+            most += f": {model.capped}"
+        raise ConfigError(f"max_model_len = {wanted} is beyond the model's {most}")
+    return length
 
 
 def _divided(plan: MemoryPlan, budget: int, *, whole: bool) -> MemoryPlan:

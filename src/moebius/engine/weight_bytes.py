@@ -16,7 +16,8 @@ from moebius.moe.ranks import ExpertRank
 class WeightBytes:
     """Bytes of weights that are read in place from the files (`mapped`), or converted (`copied`).
 
-    `repacked` of those copied are codes and scales in another order than the files'. stored is the
+    `repacked` of those copied are codes and scales in another order than the files'; `split` are
+    heads' matrices that were taken out of one (kv_b_proj), and widened. stored is the
     dtype that most of them have in the files. moving is room for experts that come before others
     go, and for as many as a rank may come to hold. near are copied as they are, to the `nodes` of
     memory that a rank is bound to; `common` of these are of weights that every rank has. experts
@@ -36,6 +37,7 @@ class WeightBytes:
     largest_layer: int = 0
     cold: bool = False
     repacked: int = 0
+    split: int = 0
 
     @property
     def total(self) -> int:
@@ -55,6 +57,10 @@ class WeightBytes:
         said = f"{human_bytes(kept)} mapped, {human_bytes(plain)} copied"
         if self.repacked:
             said += f", {human_bytes(self.repacked)} repacked"
+        if self.split:
+            said += (
+                f", of which {human_bytes(self.split)} are kv_b_proj, widened and split by heads"
+            )
         if self.near:
             said += f", {human_bytes(self.near)} copied to {node_names(self.nodes)}"
         return said
@@ -83,10 +89,7 @@ def count_weights(
         for source, weight in zip(sources, weights, strict=True)
         if weight.near
     ]
-    layers = Counter[int]()
-    for source, weight in zip(sources, weights, strict=True):
-        if weight.mapped and source.expert is not None:
-            layers[source.expert[0]] += weight.nbytes
+    layers = _mapped_experts(sources, weights)
     found = WeightBytes(
         mapped=sum(weight.nbytes for weight in weights if weight.mapped),
         copied=sum(weight.nbytes for weight in weights if not (weight.mapped or weight.near)),
@@ -97,6 +100,7 @@ def count_weights(
         experts=layers.total(),
         largest_layer=max(layers.values(), default=0),
         repacked=sum(weight.nbytes for weight in weights if weight.repacked),
+        split=sum(weight.nbytes for weight in weights if weight.split),
         moving=0 if ranks is None else _moving_bytes(sources, weights, ranks, config),
         cold=config.mmap_cold,
     )
@@ -106,6 +110,15 @@ def count_weights(
             "they lie in its files; leave it out"
         )
     return found
+
+
+def _mapped_experts(sources: Sequence[Source], weights: Sequence[PlannedWeight]) -> Counter[int]:
+    """Bytes of the experts that are read in place, by layer."""
+    layers = Counter[int]()
+    for source, weight in zip(sources, weights, strict=True):
+        if weight.mapped and source.expert is not None:
+            layers[source.expert[0]] += weight.nbytes
+    return layers
 
 
 def _moving_bytes(

@@ -15,7 +15,7 @@ from moebius.nn.mixer import Mixer
 from moebius.nn.spec import Norm, Parameter, Parameters
 from moebius.ops.cache_spec import CacheSpec
 
-Norms = Literal["pre", "sandwich", "post", "parallel"]
+Norms = Literal["pre", "sandwich", "post", "parallel", "behind-mlp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class LayerSpec:
     norms                 `pre`: each part reads the normed residual stream. `sandwich`: what it
                           adds to the stream is normed too (Gemma 2, arXiv 2408.00118). `post`:
                           that alone is (OLMo 2, arXiv 2501.00656). `parallel`: both parts read
-                          one normed stream (GPT-J)
+                          one normed stream (GPT-J). `behind-mlp`: as `pre`, and what the
+                          feed-forward adds is normed too (A.X K1)
     residual_multiplier   of what each part adds to the stream; in parallel, of the feed-forward's
     """
 
@@ -59,7 +60,7 @@ class LayerSpec:
                 yield Parameter("post_attention_layernorm.weight", (hidden_size,), norm=True)
             for parameter in self.feed_forward.parameters(hidden_size):
                 yield parameter.within("mlp.")
-            if behind:
+            if behind or self.norms == "behind-mlp":
                 yield Parameter("mlp_output_norm.weight", (hidden_size,), norm=True)
 
 
@@ -77,6 +78,7 @@ class ModelConfig:
                      `zero-centred`, the same with a weight that checkpoints hold less 1
                      (Qwen3-Next); or `less-mean`, a layer norm with a float32 weight (Cohere)
     logits_softcap   c * tanh(logits / c), where given
+    capped           why the context is shorter than what positions were made for
     unpublished      what no published model_type has, so that the model can be trained and
                      measured, but not served
     """
@@ -93,6 +95,7 @@ class ModelConfig:
     multiplier_rounded: bool = False
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
+    capped: str = ""
     unpublished: str = ""
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ class Layer(nn.Module):
         if spec.mixer is not None:
             self.input_layernorm = norm("post")
             self.self_attn = spec.mixer.build(place)
-            self.mixer_output_norm = norm("pre", "parallel")
+            self.mixer_output_norm = norm("pre", "parallel", "behind-mlp")
         if spec.feed_forward is not None:
             self.post_attention_layernorm = norm("post", "parallel")
             dispatch = ranks.dispatcher(place.ops, place.layer) if ranks else LocalDispatcher()

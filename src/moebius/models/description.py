@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from moebius.files import read_json
 from moebius.gguf import GgufModel, is_gguf, open_gguf
 from moebius.models.config import ModelConfig
-from moebius.models.family import family, read_config
+from moebius.models.family import Told, family, nothing_told, read_config
 from moebius.models.gguf_config import ROPE_DIVISORS, gguf_config
 from moebius.models.layout import Layout, switched
 from moebius.models.quantization import Quantization, quantization_beside
@@ -31,6 +31,8 @@ class Description(NamedTuple):
     ignored       keys that change nothing, and that no model of this type reads
     quantization  how a directory's matrices are stored; None for plain numbers, and in a GGUF file,
                   which says it of each tensor
+    told          what the names of the tensors tell of the model
+    spare         patterns of tensors that may be left over
     """
 
     config_json: Mapping[str, Any]
@@ -39,6 +41,8 @@ class Description(NamedTuple):
     unused: tuple[str, ...]
     ignored: Sequence[str]
     quantization: Quantization | None = None
+    told: Told = nothing_told
+    spare: tuple[str, ...] = ()
 
 
 def describe(path: Path) -> Description:
@@ -56,7 +60,16 @@ def describe_directory(directory: Path) -> Description:
     layouts = found.layouts
     if quantization is not None and quantization.method == "mlx":
         layouts += tuple(filter(None, map(switched, layouts)))
-    return Description(config_json, config, layouts, found.unused, ignored, quantization)
+    return Description(
+        config_json,
+        config,
+        layouts,
+        found.unused,
+        ignored,
+        quantization,
+        found.told,
+        found.spare,
+    )
 
 
 def describe_gguf(model: GgufModel) -> Description:

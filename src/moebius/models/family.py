@@ -7,7 +7,7 @@ and only the one that a model asks for is imported.
 """
 
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,14 @@ _SEEING = ("vision_config", "vision_tower", "mm_vision_tower")
 _OF_THE_WHOLE = ("tie_word_embeddings", *sorted(QUANTIZATION_KEYS))
 
 
+Told = Callable[[ModelConfig, Collection[str]], ModelConfig]
+
+
+def nothing_told(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """For `Family.told`: config.json says all."""
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One architecture.
@@ -37,9 +45,11 @@ class Family:
     read      config.json to ModelConfig
     layouts   how its checkpoints name their tensors, the published one first
     unused    patterns of tensors that checkpoints hold and this model does not, such as "mtp.*"
+    spare     patterns of tensors that some layers have and others hold for nothing
     keys      what the keys of config.json mean, where transformers does not say it: the table
               beside a module, of its name, was made from transformers' sources
     gguf      how llama.cpp's files have its models; None where they have none
+    told      the model as the names of its checkpoint's tensors tell it, where config.json does not
     """
 
     read: Callable[[ConfigReader], ModelConfig]
@@ -47,6 +57,8 @@ class Family:
     unused: tuple[str, ...] = ()
     keys: Keys | None = None
     gguf: GgufArchitecture | None = None
+    told: Told = nothing_told
+    spare: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

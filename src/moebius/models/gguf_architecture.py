@@ -246,6 +246,9 @@ class GgufArchitecture:
                       others'
     told      what config.json would have that the file's tensors tell, by their shapes
     marked    a key that tells its files from another family's, where it is there and not 0
+    marks     whether a file's keys are of this family's models, where several share the name; None
+              where nothing tells
+    latent    layers have latent attention: the sizes of heads are the family's to read and write
     permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand
               side by side (see `pair_rows`)
     slides    whether a layer has the window that the file states
@@ -270,6 +273,8 @@ class GgufArchitecture:
     truncates: bool = True
     partial: bool = False
     marked: str = ""
+    marks: Callable[[Mapping[str, object]], bool] | None = None
+    latent: bool = False
     ropes: Literal["one", "sliding", "some", "each", "any"] = "one"
     sliding_theta: float | None = None
     told: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = nothing_told

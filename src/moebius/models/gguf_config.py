@@ -165,21 +165,29 @@ def gguf_config(model: GgufModel) -> GgufConfig:
         config[flag] = tensor in model.tensors
     for name, wanted in architecture.values.items():
         keys.check(name, wanted)
-    if architecture.partial:
-        turning = keys.number("rope.dimension_count", config["head_dim"])
-        config["partial_rotary_factor"] = turning / max(config["head_dim"], 1)
-    else:
-        keys.check("rope.dimension_count", config["head_dim"])
-    keys.check("attention.value_length", config["head_dim"])
+    if not architecture.latent:
+        _read_heads(keys, config, architecture)
     config |= architecture.read(keys, config)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     config |= architecture.told(shapes, config)
-    config["rope_scaling"] = _rope_scaling(keys, config, truncate=architecture.truncates)
+    scaling = _rope_scaling(keys, config, truncate=architecture.truncates)
+    config["rope_scaling"] = {**scaling, **config.get("rope_scaling", {})}
     if architecture.ropes == "each":
         config["rope_parameters"] = _ropes(keys, config, architecture)
     config["vocab_size"] = _embedding(model, where).shape[0]
     config["tie_word_embeddings"] = HEAD not in model.tensors
     return GgufConfig(config, architecture, _rope_divisors(model, where), keys.finish())
+
+
+def _read_heads(keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture) -> None:
+    """How much of each head turns; values are heads of the same size."""
+    size = config["head_dim"]
+    if architecture.partial:
+        turning = keys.number("rope.dimension_count", size)
+        config["partial_rotary_factor"] = turning / max(size, 1)
+    else:
+        keys.check("rope.dimension_count", size)
+    keys.check("attention.value_length", size)
 
 
 def _value(keys: _Keys, key: Key, config: Mapping[str, Any]) -> Any:
@@ -254,9 +262,9 @@ def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchite
         each = family.gguf
         if each is None or (each.sparse not in (None, sparse) and len(found) > 1):
             continue
-        if not each.marked:
+        if not (each.marked or each.marks):
             plain[model_type] = each
-        elif metadata.get(f"{name}.{each.marked}"):
+        elif each.marks(metadata) if each.marks else metadata.get(f"{name}.{each.marked}"):
             marked[model_type] = each
     for model_type, each in {**marked, **plain}.items():
         return model_type, each

@@ -18,6 +18,7 @@ from moebius.models.gguf_architecture import (
 from moebius.models.gguf_config import yarn_attention
 from moebius.models.reading import ConfigReader
 from moebius.nn.attention import GQA
+from moebius.nn.mixers.latent import MLA
 from moebius.nn.rope import RopeConfig, frequencies
 
 _WINDOWS = ("sliding_window", "use_sliding_window")
@@ -46,8 +47,7 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     reader = config_reader(config_json)
     _check_windows(architecture, config)
     _check_fixed(architecture, reader)
-    attention = _attention(config)
-    rope = _rope(config, architecture)
+    rope, turning, size = _turning(config, architecture)
     keys: dict[str, Value] = {
         key.gguf: _value(key, reader, config, rope)
         for key in architecture.keys
@@ -57,14 +57,28 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     if architecture.ropes == "each":
         keys |= _sliding_rope_keys(config, rope)
     keys |= architecture.write(reader, config)
-    keys["rope.dimension_count"] = rope.size(attention.head_dim)
-    keys["attention.value_length"] = attention.head_dim
+    if not architecture.latent:
+        keys["rope.dimension_count"] = turning
+        keys["attention.value_length"] = size
     keys["vocab_size"] = config.vocab_size
     keys |= _rope_keys(rope, architecture)
     _check_sparse(architecture, config, keys)
     named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
     named = {"general.architecture": architecture.name, **named}
-    return GgufKeys(architecture, named, _divisors(rope, attention.head_dim))
+    return GgufKeys(architecture, named, _divisors(rope, size))
+
+
+def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeConfig, int, int]:
+    """The rotary embedding, how many values turn, and of heads of which size."""
+    if architecture.latent:
+        found = {(each.rope, each.rope_dim) for each in config.mixers if isinstance(each, MLA)}
+        ((rope, size),) = found
+        if rope is None:
+            raise ConfigError(f"GGUF files hold no latent attention without positions; {_ADVICE}")
+        return rope, size, size
+    rope = _rope(config, architecture)
+    size = _attention(config).head_dim
+    return rope, rope.size(size), size
 
 
 def _value(key: Key, reader: ConfigReader, config: ModelConfig, rope: RopeConfig) -> Value:
@@ -212,13 +226,15 @@ def _rope_keys(rope: RopeConfig, architecture: GgufArchitecture) -> dict[str, in
             raise ConfigError(
                 f"rope truncate is {told}, which files of {architecture.name} cannot say; {_ADVICE}"
             )
-        _, attention = frequencies(replace(rope, partial=1.0), 2)
         keys |= {
             "rope.scaling.original_context_length": rope.original_max_position,
             "rope.scaling.yarn_beta_fast": rope.beta_fast,
             "rope.scaling.yarn_beta_slow": rope.beta_slow,
-            "rope.scaling.attn_factor": attention / yarn_attention(rope.factor),
         }
+        # Latent attention's is in what its scores are multiplied by.
+        if not (architecture.latent and rope.mscale_all_dim):
+            _, attention = frequencies(replace(rope, partial=1.0), 2)
+            keys["rope.scaling.attn_factor"] = attention / yarn_attention(rope.factor)
     return keys
 
 

@@ -49,7 +49,40 @@ class Joined:
     roles: tuple[str, ...]
 
 
-Names = Mapping[str, str | Stacked | Joined]
+@dataclass(frozen=True, slots=True)
+class OfHeads:
+    """What makes keys, or else values, of latents: a matrix for each head (nn/mixers/latent.py).
+
+    apart   the tensor holds them alone, (H, C, K) or (H, V, C); else it is (H * (K + V), C), and of
+            each head the first K rows are for keys, turned on their side
+    """
+
+    name: str
+    keys: bool = False
+    apart: bool = False
+
+    def source(
+        self,
+        parameter: str,
+        shape: tuple[int, ...],
+        name: str,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> "Source":
+        """Of a parameter of this shape in the tensor `name`; shapes: of the layer's roles."""
+        key_rows, plain = shapes[KEYS_OF_LATENTS]
+        value_rows, size = shapes[VALUES_OF_LATENTS]
+        heads = key_rows // size
+        if self.apart:
+            return Source(parameter, shape, name, (heads, shape[0] // heads, shape[1]))
+        whole = (heads * plain + value_rows, size)
+        start = 0 if self.keys else plain
+        return Source(parameter, shape, name, whole, start=start, transposed=self.keys, heads=heads)
+
+
+KEYS_OF_LATENTS = "self_attn.k_b_proj.weight"
+VALUES_OF_LATENTS = "self_attn.v_b_proj.weight"
+
+Names = Mapping[str, str | Stacked | Joined | OfHeads]
 
 
 def experts(
@@ -110,6 +143,8 @@ USUAL: Names = {
     "mlp.router.bias": "mlp.gate.bias",
     "mlp.router.selection_bias": "mlp.gate.e_score_correction_bias",
     "mlp.router.noise_weight": "mlp.gate.noise.weight",
+    KEYS_OF_LATENTS: OfHeads("self_attn.kv_b_proj.weight", keys=True),
+    VALUES_OF_LATENTS: OfHeads("self_attn.kv_b_proj.weight"),
     "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
 }
 FUSED = stacked("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -140,8 +175,10 @@ class Layout:
         """What stands before all names but the head's, unless a model was saved without a head."""
         return self.embedding.partition(".")[0] + "."
 
-    def source(self, number: int, parameter: Parameter, rows_of: Mapping[str, int]) -> "Source":
-        """Where a parameter of layer `number` is, whose roles have so many rows each."""
+    def source(
+        self, number: int, parameter: Parameter, shapes: Mapping[str, tuple[int, ...]]
+    ) -> "Source":
+        """Where a parameter of layer `number` is, whose roles have these shapes."""
         name, shape, role, expert, experts, float32, _ = parameter
         role = role or name
         stored = self.names.get(role) or USUAL.get(role) or role
@@ -152,10 +189,12 @@ class Layout:
             theirs = before + stored.replace("{e}", str(expert))
             return Source(ours, shape, theirs, shape, None, 0, float32, whose)
         if isinstance(stored, Joined):
-            above = [rows_of[each] for each in stored.roles]
+            above = [shapes[each][0] for each in stored.roles]
             whole = (sum(above), *shape[1:])
             first = sum(above[: stored.roles.index(role)])
             return Source(ours, shape, before + stored.name, whole, None, first, float32)
+        if isinstance(stored, OfHeads):
+            return stored.source(ours, shape, before + stored.name, shapes)
         found = stored.source(ours, shape, before + stored.name, experts)
         return found._replace(entry=expert, float32=float32, expert=whose)
 
@@ -181,7 +220,9 @@ class Source(NamedTuple):
     shape is the parameter's, stored_shape the checkpoint tensor's. A parameter that is float32
     stays so in any model. expert is whose it is in which layer, where it belongs to one of several
     experts. added is what a parameter is more than what is stored. transposed: the entry is stored
-    columns first, so that its rows are what stands below one another.
+    columns first, so that its rows are what stands below one another. heads: where there are any,
+    the tensor has as many equal parts, and the parameter is some rows of each, one below the other;
+    transposed, they are turned part by part.
     """
 
     parameter: str
@@ -195,11 +236,12 @@ class Source(NamedTuple):
     added: float = 0.0
     step: int = 1
     transposed: bool = False
+    heads: int = 0
 
     @property
     def scattered(self) -> bool:
         """Whether its numbers do not lie one after another."""
-        return self.step != 1 or self.transposed
+        return self.step != 1 or self.transposed or self.heads > 0
 
     @property
     def rows(self) -> tuple[int, int, int]:
@@ -209,14 +251,18 @@ class Source(NamedTuple):
     @property
     def of_codes(self) -> "Source":
         """The same where the tensor is a quantised matrix, whose rows lie as rows."""
-        if not self.transposed:
+        if not self.transposed or self.heads:
             return self
         entries, columns, rows = self.stored_shape
         return self._replace(stored_shape=(entries, rows, columns), transposed=False)
 
     @property
     def in_order(self) -> "Source":
-        """The same where the tensor is written anew: row by row, one part behind the other."""
+        """The same where the tensor is written anew: row by row, one part behind the other; of
+        heads' matrices each kind as a tensor of its own."""
+        if self.heads:
+            name = f"{self.name} of {'keys' if self.transposed else 'values'}"
+            return Source(self.parameter, self.shape, name, self.shape)
         start = self.start * self.shape[0] if self.step > 1 else self.start
         return self.of_codes._replace(start=start, step=1)
 
@@ -242,9 +288,9 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
     for number, layer in enumerate(config.layers):
         if layer not in parameters:
             parameters[layer] = tuple(layer.parameters(width))
-        rows_of = {each.role or each.name: each.shape[0] for each in parameters[layer]}
+        shapes = {each.role or each.name: each.shape for each in parameters[layer]}
         for parameter in parameters[layer]:
-            source = layout.source(number, parameter, rows_of)
+            source = layout.source(number, parameter, shapes)
             yield _of_norm(source, config, layout) if parameter.norm else source
     yield _of_norm(_whole("norm.weight", layout.norm, width), config, layout)
     if not config.tie_word_embeddings:

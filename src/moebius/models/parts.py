@@ -15,6 +15,7 @@ from moebius.models.reading import ConfigReader, Keys
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.mixer import Mixer
+from moebius.nn.mixers.latent import MLA
 from moebius.nn.rope import RopeConfig
 from moebius.ops.config import Activation, RouterConfig, Score, Weight
 
@@ -355,7 +356,7 @@ def decoder(reader: ConfigReader, specs: Sequence[LayerSpec], **different: Any) 
 def _context(reader: ConfigReader, specs: Sequence[LayerSpec]) -> int:
     """What config.json states, or what the layers' rotary embeddings stretch it to."""
     stated = reader.integer("max_position_embeddings")
-    ropes = {spec.mixer.rope for spec in specs if isinstance(spec.mixer, GQA)}
+    ropes = {spec.mixer.rope for spec in specs if isinstance(spec.mixer, GQA | MLA)}
     return max([stated, *(stretched(stated, each) for each in ropes if each is not None)])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moebius.nn.attention import Attends
+from moebius.nn.mixers.latent import AttendsLatent
 from moebius.nn.mixers.recurs import Recurs
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Parameters, Place
@@ -20,7 +21,7 @@ from moebius.ops import Use
 from moebius.ops.cache_spec import CacheSpec
 
 
-class Past(Attends, Recurs, Protocol):
+class Past(Attends, AttendsLatent, Recurs, Protocol):
     """All that mixers ask of whoever runs a step. Made for one step, and handed through to each."""
 
 

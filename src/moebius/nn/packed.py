@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moebius.nn.attention import Attention
+from moebius.nn.mixers.latent import LatentRows
 from moebius.nn.mixers.recurs import Recurrence, Recurrent
 from moebius.ops import Rotation, StatePlan
-from moebius.ops.reference import visible
+from moebius.ops.reference import latent_keys, turned_queries, visible
 
 # Queries of a row that are attended at a time: keys after them are never touched.
 QUERY_BLOCK = 128
@@ -48,14 +49,40 @@ class PackedPast:
         spec = attention.spec
         q_THN, k_TGN, v_TGN = _heads(attention, qkv_TI, rotation)
         bias_RLL = self._bias(spec.window, q_THN)
-        groups = spec.num_kv_heads
+        return self._over(
+            q_THN * attention.scale, k_TGN, v_TGN, bias_RLL, spec.softcap, attention.sinks
+        )
+
+    def attend_latent(self, rows: LatentRows) -> Tensor:
+        """See moebius.nn.mixers.latent.AttendsLatent."""
+        mixer, q_THN, latent_TI, positions = rows
+        rotation = positions.rotation(mixer.rotary)
+        norm = mixer.kv_a_layernorm
+        size = len(norm.weight)
+        grows = mixer.spec.temperature
+        q_THN = turned_queries(mixer.ops, q_THN, size, rotation, grows, positions.positions_T)
+        k_T1N = latent_keys(mixer.ops, latent_TI, norm.weight, norm.eps, rotation)
+        v_T1N = k_T1N[..., :size].contiguous()
+        return self._over(q_THN * mixer.scale, k_T1N, v_T1N, self._bias(None, q_THN))
+
+    def _over(
+        self,
+        q_THN: Tensor,
+        k_TGN: Tensor,
+        v_TGN: Tensor,
+        bias_RLL: Tensor,
+        softcap: float | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """(T, H, value size): what queries, as they are scaled, find where the bias lets them."""
+        tokens, heads, size = q_THN.shape
+        groups = k_TGN.shape[1]
         rows_of = (-1, self._length, groups)
         # Query heads that share a key head stand side by side, as more queries of the same keys.
-        q_RGLSN = q_THN.view(*rows_of, spec.num_heads // groups, spec.head_dim).transpose(1, 2)
-        q_RGLSN = q_RGLSN * attention.scale
-        k_RGNL = k_TGN.view(*rows_of, spec.head_dim).permute(0, 2, 3, 1)
+        q_RGLSN = q_THN.view(*rows_of, heads // groups, size).transpose(1, 2)
+        k_RGNL = k_TGN.view(*rows_of, size).permute(0, 2, 3, 1)
         v_RGLN = v_TGN.view(*rows_of, v_TGN.shape[2]).transpose(1, 2)
-        sinks_GS = None if attention.sinks is None else attention.sinks.view(groups, -1)
+        sinks_GS = None if sinks_H is None else sinks_H.view(groups, -1)
         blocks = []
         for start in range(0, self._length, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, self._length)
@@ -65,13 +92,12 @@ class PackedPast:
                     k_RGNL[..., :stop],
                     v_RGLN[:, :, :stop],
                     bias_RLL[:, start:stop, :stop],
-                    spec.softcap,
+                    softcap,
                     sinks_GS,
                 )
             )
         out_RGLSN = torch.cat(blocks, dim=2)
-        size = out_RGLSN.shape[-1]
-        return out_RGLSN.transpose(1, 2).reshape(len(q_THN), spec.num_heads, size)
+        return out_RGLSN.transpose(1, 2).reshape(tokens, heads, out_RGLSN.shape[-1])
 
     def recur(self, mixer: Recurrent, x_TD: Tensor) -> Recurrence:
         """See moebius.nn.mixers.recurs.Recurs: nothing is kept."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from moebius.nn.attention import Attention
+from moebius.nn.mixers.latent import LatentRows
 from moebius.nn.mixers.recurs import Recurrence, Recurrent
 from moebius.ops import AttentionPlan, LayerCache, Ops, Rotation, StatePlan
 from moebius.ops.steps import Step
@@ -76,6 +77,13 @@ class PagedPast:
             spec.softcap,
             attention.sinks,
         )
+
+    def attend_latent(self, rows: LatentRows) -> Tensor:
+        """See moebius.nn.mixers.latent.AttendsLatent."""
+        cache = self._caches[rows.mixer.layer]
+        group = self._groups[rows.mixer.layer]
+        q_THN = rows.store(cache, self._step.of(group).slot_mapping)
+        return self._ops.paged_attention(q_THN, cache, self._plan(group, None), rows.mixer.scale)
 
     def recur(self, mixer: Recurrent, x_TD: Tensor) -> Recurrence:
         """See moebius.nn.mixers.recurs.Recurs."""

@@ -18,6 +18,7 @@ from moebius.ops.prepared import (
     AttentionPlan,
     LayerCache,
     PreparedExperts,
+    PreparedHeads,
     PreparedLinear,
     StatePlan,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Ops",
     "Pair",
     "PreparedExperts",
+    "PreparedHeads",
     "PreparedLinear",
     "Rotation",
     "RouterTally",

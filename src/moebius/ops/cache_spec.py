@@ -68,10 +68,25 @@ class CacheSpec:
         return sum(plane.nbytes for plane in self.request)
 
 
+_LATENT = ["latent", "turned"]
+
+
+def holds_latents(spec: CacheSpec) -> bool:
+    """Whether each token's values are the first ones of its key, and held once."""
+    return [plane.name for plane in spec.token] == _LATENT
+
+
 def key_value_planes(spec: CacheSpec) -> tuple[Plane, Plane]:
     """The planes of attention's keys (G, N) and values (G, Nv); int8 ones have their scales (G,)
-    in float16 behind them. Raises ConfigError for others."""
+    in float16 behind them. Of latents, what attention takes for such. Raises ConfigError for
+    others."""
     names = [plane.name for plane in spec.token]
+    if names == _LATENT:
+        latent, turned = spec.token
+        if latent.dtype == torch.int8:
+            raise ConfigError("latents are held as they are computed, not as codes of 8 bits")
+        size = latent.shape[1] + turned.shape[1]
+        return Plane("k", (1, size), latent.dtype), Plane("v", latent.shape, latent.dtype)
     if names not in (["k", "v"], ["k", "v", "k_scale", "v_scale"]):
         raise ConfigError(f"attention keeps planes k and v of each token, not {names}")
     keys, values, *scales = spec.token
@@ -99,6 +114,15 @@ def key_value_spec(
         names = ("k_scale", "v_scale")
         scales = tuple(Plane(name, (num_kv_heads,), torch.float16) for name in names)
     return CacheSpec(token=(keys, values, *scales), window=window)
+
+
+def latent_spec(size: int, turned_size: int, dtype: torch.dtype) -> CacheSpec:
+    """What latent attention keeps of a token: its latent, and behind it the part of its key that
+    turns, which all heads share. Both are its key, and the latent alone its value."""
+    latent, turned = _LATENT
+    return CacheSpec(
+        token=(Plane(latent, (1, size), dtype), Plane(turned, (1, turned_size), dtype))
+    )
 
 
 def check_key_offset(spec: CacheSpec, key_offset_GN: Tensor | None) -> None:

@@ -34,6 +34,8 @@ class Operation(StrEnum):
     GATED_NORM = "gated_norm"
     GROUPED_NORM = "grouped_norm"
     GATE_HEADS = "gate_heads"
+    HEAD_PRODUCTS = "head_products"
+    ROTATE_AND_STORE_LATENT = "rotate_and_store_latent"
     SAMPLING = "sampling"
 
 
@@ -46,6 +48,7 @@ class Feature(StrEnum):
     SINKS = "attention sinks"
     VALUE_SIZE = "values of another size than keys"
     INT8_CACHE = "keys and values in 8 bits"
+    LATENT = "latents for keys and values"
 
 
 @dataclass(frozen=True, slots=True)

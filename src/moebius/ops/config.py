@@ -148,6 +148,24 @@ class HeadGates:
 
 
 @dataclass(frozen=True, slots=True)
+class Temperature:
+    """How queries grow with their position p (Mistral 4): times 1 + beta * ln(1 + p // original).
+
+    original   a number of tokens
+    """
+
+    beta: float
+    original: int
+
+    def __post_init__(self) -> None:
+        if self.original < 1:
+            raise ConfigError(
+                f"queries grow every {self.original} tokens, by "
+                "original_max_position_embeddings; it must be at least 1"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class RouterConfig:
     """How a token chooses its experts; one function over this record serves every architecture.
 

@@ -18,6 +18,7 @@ from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
 from moebius.ops.config import Activation, RouterConfig
 from moebius.ops.host import HostFunction, HostResult
+from moebius.ops.latent import LatentOps
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.program import Given, Program, Trace
 from moebius.ops.recurrent import RecurrentOps
@@ -27,8 +28,8 @@ from moebius.ops.steps import ExpertWeights, Pair, Rotation, RouterTally, Step
 from moebius.ops.weights import Weight
 
 
-class Ops(SamplerOps, RecurrentOps):
-    """What a backend computes: all of a step, with what RecurrentOps and SamplerOps have of it.
+class Ops(SamplerOps, RecurrentOps, LatentOps):
+    """What a backend computes: all of a step, with what the classes that it is made of say of it.
 
     name          names the backend in the fingerprint
     own_threads   it computes on threads of its own, beside which torch needs but one

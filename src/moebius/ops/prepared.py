@@ -40,6 +40,16 @@ class PreparedExperts(ABC):
         return False
 
 
+class PreparedHeads(ABC):
+    """The matrices that each head has of its own, as the backend that made it wants them."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def is_of(self, weight: Weight) -> bool:
+        """Whether it was made of this very weight, and it lies where it lay."""
+
+
 class LayerCache:
     """One layer's keys and values, in the layout of the backend that made it."""
 

@@ -182,12 +182,18 @@ def _formats(original: Checkpoint, recipe: Recipe) -> dict[str, str]:
     """The format of each tensor that a model of this configuration has, in the file's order."""
     formats: dict[str, str] = {}
     for source in original.sources:
-        if source.name not in formats:
+        name = _name(source)
+        if name not in formats:
             stored = original.tensors[source.name]
             wanted = format_of(recipe, source, original.config)
-            as_stored = original.dtype if stored.parts else str(stored.format)
-            formats[source.name] = wanted or as_stored
+            widened = stored.parts or source.heads > 0
+            formats[name] = wanted or (original.dtype if widened else str(stored.format))
     return formats
+
+
+def _name(source: Source) -> str:
+    """What the file calls the tensor that a parameter is in."""
+    return source.in_order.name if source.scattered else source.name
 
 
 def _to_write(
@@ -198,12 +204,14 @@ def _to_write(
     Parameters whose rows are scattered lie row by row there, one behind the other.
     """
     scattered: defaultdict[str, list[Source]] = defaultdict(list)
+    names: dict[str, str] = {}
     for source in original.sources:
+        names[_name(source)] = source.name
         if source.scattered:
-            scattered[source.name].append(source)
+            scattered[_name(source)].append(source)
     found = []
     for name, format in formats.items():
-        stored = original.tensors[name]
+        stored = original.tensors[names[name]]
         parts = sorted(scattered[name], key=lambda each: (each.entry or 0, each.start))
         shape = parts[0].in_order.stored_shape if parts else stored.shape
         pieces = partial(_pieces, rows, stored, parts, format) if rows else tuple

@@ -14,6 +14,7 @@ from moebius.errors import WeightsError
 from moebius.files import short_name
 from moebius.models.gguf_architecture import Moved
 from moebius.models.layout import Source
+from moebius.models.store.heads import of_heads
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.tensors import StoredTensor
 from moebius.ops import FORMATS, Matrix
@@ -94,6 +95,9 @@ class Rows:
         moved: Moved | None = None,
     ) -> Iterator[memoryview]:
         """The bytes of a parameter in `format`; moved: what of it is otherwise than it is held."""
+        if source.heads:
+            yield from self._of_heads(source, stored, format)
+            return
         entry = source.entry or 0
         # Of a whole tensor of more dimensions each but the last counts.
         whole = len(source.shape) > 2
@@ -116,6 +120,25 @@ class Rows:
             yield from _as_they_are(matrix.rows(*source.rows))
         else:
             yield from self._converted(matrix, wanted, format, stored, change)
+        self._done(stored)
+
+    def _of_heads(self, source: Source, stored: StoredTensor, format: str) -> Iterator[memoryview]:
+        """What a tensor has of each head, one below the other."""
+        rows, columns = stored.shape[-2:]
+        if stored.parts:
+            kind = format_named(str(stored.format))
+            planes = [
+                self._files.view(part, dtype, 0, shape)
+                for part, (dtype, shape) in zip(
+                    stored.parts, kind.planes(rows, columns), strict=True
+                )
+            ]
+            whole = Matrix(kind, (rows, columns), tuple(planes))
+        else:
+            whole = self._matrix(stored, 0, (rows, columns))
+        numbers = of_heads(whole.widened(torch.float32), source).reshape(source.shape)
+        wanted = range(source.shape[0])
+        yield from self._converted(Matrix.of(numbers), wanted, format, stored, _unchanged)
         self._done(stored)
 
     def _converted(

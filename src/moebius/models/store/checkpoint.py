@@ -236,7 +236,8 @@ def _match(
         _check_stored(tensors[name], name, shape, store)
     used = {name for name, _ in shapes}
     for name, stored in tensors.items():
-        if name not in used and not _harmless(name, config, head):
+        spare = any(fnmatchcase(name, pattern) for pattern in described.spare)
+        if not (name in used or spare or _harmless(name, config, head)):
             raise WeightsError(
                 f"{short_name(stored.file)}: tensor {name!r} is left over; {config.model_type} has "
                 "no such tensor"
@@ -329,6 +330,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     tensors = _named_in_full(layout, _without_unused(described, store))
     layout = next((each for each in described.layouts if each.embedding in tensors), layout)
     tied = _tied(path, config, layout, tensors)
+    config = described.told(config, tensors)
     config = replace(config, tie_word_embeddings=tied)
     matched, tensors = _match(path, config, store, tensors, described)
     return Checkpoint(path, described.config_json, config, store, tensors, matched)

@@ -14,6 +14,7 @@ from moebius.errors import WeightsError
 from moebius.models.decoder import Decoder
 from moebius.models.layout import Source
 from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
+from moebius.models.store.heads import of_heads
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.near import NearFiles
 from moebius.models.store.plan import PlannedWeight
@@ -287,6 +288,9 @@ def _first_row(source: Source) -> int:
 def _view(files: _Files, source: Source, stored: StoredTensor) -> Weight:
     """The source's values where they lie, as they are stored."""
     format = format_named(str(stored.format))
+    if source.heads:
+        shape = source.stored_shape
+        return _view(files, Source(source.parameter, shape, source.name, shape), stored)
     if stored.parts:
         return _of_planes(files, source, stored, format)
     if source.scattered:
@@ -325,6 +329,9 @@ def _scattered(files: _Files, source: Source, stored: StoredTensor, format: Form
 def _converted(weight: Weight, source: Source, wanted: str, device: torch.device) -> Weight:
     """A copy in the format `wanted`. Raises WeightsError for planes that contradict each other."""
     try:
+        if source.heads:
+            whole = _copied(weight, wanted, device, source.added)
+            return of_heads(whole, source).reshape(source.shape)
         if wanted in NUMBER_BYTES:
             return _copied(weight, wanted, device, source.added)
         assert isinstance(weight, Matrix)

@@ -21,6 +21,7 @@ class PlannedWeight:
     format   of what is held: the file's of what is mapped or near; else what the model computes in,
              or what a matrix is repacked to that nothing reads as it is stored
     count    numbers, however many bytes they take
+    split    the heads' part of a tensor that has more of each: widened, whatever it is stored as
     """
 
     name: str
@@ -29,10 +30,12 @@ class PlannedWeight:
     count: int
     nbytes: int
     near: bool = False
+    split: bool = False
 
     def named(self, name: str) -> "PlannedWeight":
         """The same of another parameter."""
-        return PlannedWeight(name, self.mapped, self.format, self.count, self.nbytes, self.near)
+        held = (self.mapped, self.format, self.count, self.nbytes, self.near, self.split)
+        return PlannedWeight(name, *held)
 
     @property
     def repacked(self) -> bool:
@@ -68,6 +71,8 @@ def planned_weight(
             name in formats for name in readings(format, source.shape[1])
         )
 
+    if source.heads:
+        return PlannedWeight(name, False, wanted, count, count * NUMBER_BYTES[wanted], split=True)
     format = str(stored.format)
     here = device == "cpu"
     same = format == wanted and not source.added

@@ -14,6 +14,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.family import family, model_config
 from moebius.models.layout import Source, sources
 from moebius.models.quantization.read import KEYS as QUANTIZATION_KEYS
+from moebius.models.store.heads import of_heads
 
 
 def _stored_tensors(
@@ -30,6 +31,10 @@ def _stored_tensors(
             tensors[source.name] = value
             continue
         whole = tensors.setdefault(source.name, torch.empty(source.stored_shape, dtype=kept))
+        if source.heads:
+            part = of_heads(whole, source)
+            part.copy_(value.view(part.shape))
+            continue
         entry = whole if source.entry is None else whole[source.entry]
         if len(entry.shape) > len(source.shape):
             entry = entry[0]

@@ -17,6 +17,7 @@ from moebius.ops.capability import Capability, Operation, Use
 from moebius.ops.cpu.attention import AttentionOps
 from moebius.ops.cpu.base import DTYPES
 from moebius.ops.cpu.experts import ExpertOps
+from moebius.ops.cpu.latent import LatentOps
 from moebius.ops.cpu.linear import LinearOps
 from moebius.ops.cpu.pointwise import PointwiseOps
 from moebius.ops.cpu.program import Memory, RecordedProgram
@@ -31,11 +32,13 @@ from moebius.ops.sources import Source, Wanted
 __all__ = ["CpuOps", "RecordedProgram"]
 
 
-class CpuOps(LinearOps, PointwiseOps, AttentionOps, RecurrentOps, ExpertOps, SamplingOps):
+class CpuOps(
+    LinearOps, PointwiseOps, AttentionOps, LatentOps, RecurrentOps, ExpertOps, SamplingOps
+):
     """C++ kernels on `threads` threads of a pool of their own."""
 
     def capability(self, use: Use) -> Capability | None:
-        if use.dtype not in DTYPES:
+        if use.dtype not in DTYPES or {Feature.LATENT, Feature.INT8_CACHE} <= use.features:
             return None
         if use.operation == Operation.ROTARY:
             return self._fallback.capability(use)

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.ops.cache_spec import CacheSpec, Plane, check_key_offset, key_value_planes
+from moebius.ops.cache_spec import (
+    CacheSpec,
+    Plane,
+    check_key_offset,
+    holds_latents,
+    key_value_planes,
+)
 from moebius.ops.capability import Feature, Operation
 from moebius.ops.cpu.base import CACHES, CpuBase, check_shape, norm_dtype, require_dtype
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
@@ -23,6 +29,7 @@ class CpuCache(LayerCache):
     keys: Plane
     values: Plane
     key_offset: Tensor | None
+    latent: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -31,6 +38,8 @@ class CpuCache(LayerCache):
     @property
     def features(self) -> frozenset[Feature]:
         """What it asks of the operations on it."""
+        if self.latent:
+            return frozenset({Feature.LATENT})
         return frozenset({Feature.INT8_CACHE} if self.keys.dtype == torch.int8 else ())
 
 
@@ -64,6 +73,7 @@ def _shape(spec: CacheSpec, block_size: int) -> _cpu.CacheShape:
         key_dim=keys.shape[1],
         value_dim=values.shape[1],
         type=CACHES[keys.dtype],
+        shared=holds_latents(spec),
     )
 
 
@@ -166,7 +176,8 @@ class AttentionOps(CpuBase):
     ) -> CpuCache:
         keys, values = key_value_planes(spec)
         check_key_offset(spec, key_offset_GN)
-        return CpuCache(buffer, _shape(spec, block_size), keys, values, key_offset_GN)
+        shape = _shape(spec, block_size)
+        return CpuCache(buffer, shape, keys, values, key_offset_GN, holds_latents(spec))
 
     @property
     def cache_layout(self) -> str:

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.ops.cache_spec import CacheSpec, check_key_offset, key_value_planes
+from moebius.ops.cache_spec import (
+    CacheSpec,
+    check_key_offset,
+    holds_latents,
+    key_value_planes,
+)
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.reference.codes import quantised, widened
@@ -27,12 +32,14 @@ class ReferenceCache(LayerCache):
 
     scales       of keys and of values, (blocks, block_size, G), where these are codes
     key_offset   what keys are held less, (G, N)
+    shared       values are a view of the first ones of keys
     """
 
     k: Tensor
     v: Tensor
     scales: tuple[Tensor, Tensor] | None = None
     key_offset: Tensor | None = None
+    shared: bool = False
 
     @property
     def block_size(self) -> int:
@@ -41,12 +48,13 @@ class ReferenceCache(LayerCache):
     def write(self, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -> None:
         """Rotated keys and values, codes of them where that is what there is."""
         if self.scales is None:
-            for plane, new in ((self.k, k_TGN), (self.v, v_TGN)):
+            planes = ((self.k, k_TGN), (self.v, v_TGN))
+            for plane, new in planes[:1] if self.shared else planes:
                 plane.flatten(0, 1).index_copy_(0, slots_T, new.to(plane.dtype))
             return
         held_TGN = k_TGN if self.key_offset is None else k_TGN - self.key_offset
-        planes = zip((self.k, self.v), self.scales, (held_TGN, v_TGN), strict=True)
-        for plane, scale, new in planes:
+        coded = zip((self.k, self.v), self.scales, (held_TGN, v_TGN), strict=True)
+        for plane, scale, new in coded:
             codes, scales = quantised(new)
             plane.flatten(0, 1).index_copy_(0, slots_T, codes)
             scale.flatten(0, 1).index_copy_(0, slots_T, scales)
@@ -55,7 +63,7 @@ class ReferenceCache(LayerCache):
         """Keys and values (..., G, N) in slots (...), codes widened to float32. as_written: what
         keys are held less is added back."""
         k = self.k.flatten(0, 1)[slots]
-        v = self.v.flatten(0, 1)[slots]
+        v = k[..., : self.v.shape[3]] if self.shared else self.v.flatten(0, 1)[slots]
         if self.scales is None:
             return k, v
         k_scale, v_scale = self.scales
@@ -142,8 +150,12 @@ class AttentionOps(Ops):
         block_size: int,
         key_offset_GN: Tensor | None = None,
     ) -> LayerCache:
-        key_value_planes(spec)
+        keys, values = key_value_planes(spec)
         blocks = len(buffer) // self.cache_bytes_per_block(spec, block_size)
+        if holds_latents(spec):
+            held = buffer[: blocks * block_size * keys.nbytes].view(keys.dtype)
+            k = held.view(blocks, block_size, *keys.shape)
+            return ReferenceCache(k, k[..., : values.shape[1]], shared=True)
         planes: dict[str, Tensor] = {}
         start = 0
         # Codes, of single bytes, behind what has to begin at even ones.
@@ -163,7 +175,8 @@ class AttentionOps(Ops):
 
     def block_memory(self, cache: LayerCache, block: int) -> Sequence[Tensor]:
         held = own(cache, ReferenceCache)
-        return tuple(plane[block] for plane in (held.k, held.v, *(held.scales or ())))
+        planes = (held.k,) if held.shared else (held.k, held.v, *(held.scales or ()))
+        return tuple(plane[block] for plane in planes)
 
     def plan_attention(
         self, step: Step, block_size: int, window: int | None = None
