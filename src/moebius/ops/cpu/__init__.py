@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moebius.ops.capability import Capability, Operation, Use
+from moebius.ops.capability import Capability, Feature, Operation, Use
 from moebius.ops.cpu.attention import AttentionOps
 from moebius.ops.cpu.base import DTYPES
 from moebius.ops.cpu.experts import ExpertOps
