@@ -261,6 +261,25 @@ FAMILY |= {
     "deepseek_v32": INDEXED,
     "glm_moe_dsa": {**INDEXED, "indexer_types": ["full", "shared"]},
 }
+DELTA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 20,
+    "moe_intermediate_size": 14,
+    "num_local_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+}
+FAMILY |= {
+    "kimi_linear": {**DELTA, "linear_num_heads": 4, "linear_head_dim": 5},
+    # What transformers writes as head_dim is qk_rope_head_dim.
+    "bailing_hybrid": {**DELTA, "head_dim": 4, "n_group": 2, "topk_group": 1},
+}
 FAMILY["granitemoeshared"] = {**FAMILY["granitemoe"], "shared_intermediate_size": 18}
 FAMILY |= {
     "lfm2": {

@@ -1,4 +1,5 @@
-"""The same of models with short convolutions and Mamba 2 layers, and which converter is a model's."""
+"""The same of models with short convolutions, Mamba 2 layers and Kimi delta attention, and which
+converter is a model's."""
 
 from __future__ import annotations
 
@@ -10,9 +11,17 @@ import gguf
 import torch
 from torch import Tensor
 
-from models.gguf_families import SIGMOID, Config, granitemoe
+from models.gguf_families import SIGMOID, Config, granitemoe, latent
 from models.gguf_hybrids import HYBRIDS, HybridConverter
-from models.gguf_writing import ARCHITECTURES, PERMUTED, SUFFIXES, Converter, TypeOf, plain
+from models.gguf_writing import (
+    ARCHITECTURES,
+    PERMUTED,
+    SUFFIXES,
+    UNKNOWN,
+    Converter,
+    TypeOf,
+    plain,
+)
 
 FULL = "full_attention"
 
@@ -169,10 +178,105 @@ class RecurrentConverter(Converter):
         return numbers if original is None else numbers.reshape(original.shape)
 
 
+def delta(w: gguf.GGUFWriter, c: Config) -> None:
+    """Of Kimi delta attention beside latent attention."""
+    kinds = c["layer_types"]
+    usual(w, {**c, "num_key_value_heads": 1}, kinds)
+    experts(w, c, "num_local_experts")
+    w.add_feed_forward_length(c["intermediate_size"])
+    w.add_expert_feed_forward_length(c["moe_intermediate_size"])
+    w.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    rope = c.get("rope_parameters") or {"rope_theta": 10_000.0}
+    latent(w, {"q_lora_rank": None, **c, "rope_parameters": rope})
+    w.add_rope_freq_base(rope["rope_theta"])
+    w.add_expert_gating_func(SIGMOID)
+
+
+def kimi_linear(w: gguf.GGUFWriter, c: Config) -> None:
+    delta(w, c)
+    w.add_ssm_conv_kernel(c["linear_conv_kernel_dim"])
+    w.add_kda_head_dim(c["linear_head_dim"])
+
+
+def bailing_hybrid(w: gguf.GGUFWriter, c: Config) -> None:
+    delta(w, c)
+    w.add_ssm_conv_kernel(c["short_conv_kernel_size"])
+    w.add_kda_head_dim(c["head_dim"])
+    w.add_bool("bailingmoe3.kda.safe_gate", c["kda_safe_gate"])
+    w.add_float32("bailingmoe3.kda.gate_lower_bound", c["kda_lower_bound"])
+    shared = c["moe_intermediate_size"] * c["n_shared_experts"]
+    w.add_expert_shared_feed_forward_length(shared)
+
+
+DELTAS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
+    "kimi_linear": kimi_linear,
+    "bailing_hybrid": bailing_hybrid,
+}
+# gguf-py has no names for Ling 3's yet: its tensors are called as Kimi Linear's.
+ARCHITECTURES.update(dict.fromkeys(DELTAS, "KIMI_LINEAR"))
+UNKNOWN["bailing_hybrid"] = "bailingmoe3"
+_EXPERTS = {"w1": "gate", "w2": "down", "w3": "up"}
+
+
+class DeltaConverter(Converter):
+    """One Hugging Face directory of Kimi Linear or Ling 3 into one file."""
+
+    def keys(self, w: gguf.GGUFWriter) -> None:
+        DELTAS[self.model_type](w, self.config)
+
+    def rope_freqs(self, writer: gguf.GGUFWriter) -> None:
+        """None of these is scaled so."""
+
+    def parts(self, name: str, tensor: Tensor) -> list[tuple[Tensor, str]]:
+        layer = name.partition(".layers.")[2].partition(".")[0]
+        projection = name.partition(".experts.")[2]
+        if projection:
+            kind = _EXPERTS.get(projection.partition(".")[0], projection.partition("_proj")[0])
+            if kind in _EXPERTS.values():
+                return [(tensor, f"blk.{layer}.ffn_{kind}_exps.weight")]
+        if name.endswith("kv_b_proj.weight") or projection:
+            return super().parts(name, tensor)
+        kinds = self.config["layer_types"]
+        whole = bool(layer) and kinds[int(layer)] == FULL
+        known = name.replace(".attention.", ".self_attn.").replace(
+            "self_attn.dense", "self_attn.o_proj"
+        )
+        if self.model_type == "bailing_hybrid" and known.endswith(
+            (".f_proj.weight", ".g_proj.weight")
+        ):
+            role = "attn_gate" if whole else f"ssm_{known[-len('f_proj.weight')]}_a"
+            return [(tensor, f"blk.{layer}.{role}.weight")]
+        known = known.replace("correction_bias", "correction.bias").replace(
+            "dt_bias", "dt_proj.bias"
+        )
+        known = known.replace(".expert_bias", ".expert_bias.bias")
+        place = self.names.get_name(known, SUFFIXES)
+        assert place is not None, name
+        return [(self.written(name, tensor), place)]
+
+    def written(self, name: str, tensor: Tensor) -> Tensor:
+        if name.endswith("_conv1d.weight"):
+            return tensor.reshape(1, len(tensor), 1, -1)
+        if name.endswith("A_log") and self.model_type == "kimi_linear":
+            return -tensor.exp().reshape(1, 1, -1, 1)
+        return tensor.exp().reshape(-1, 1) if name.endswith("A_log") else tensor
+
+    def joined(self, name: str, again: list[Tensor]) -> Tensor:
+        if len(again) > 1:
+            return super().joined(name, again)
+        (numbers,) = again
+        original = self.tensors.get(name)
+        if name.endswith("A_log"):
+            numbers = torch.log(numbers.abs())
+        return numbers if original is None else numbers.reshape(original.shape)
+
+
 def converter(directory: Path, type_of: TypeOf = plain) -> Converter:
     """The one for a directory's model."""
     model_type = json.loads((directory / "config.json").read_text())["model_type"]
     if model_type in KEYS:
         return RecurrentConverter(directory, type_of)
+    if model_type in DELTAS:
+        return DeltaConverter(directory, type_of)
     kind = HybridConverter if model_type in HYBRIDS else Converter
     return kind(directory, type_of)

@@ -80,6 +80,20 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
                                     "conv_kernel": 3, "tie_word_embeddings": True}),
     ("experts-first", "nemotron_h", {"layers_block_type": ["moe", "moe", FULL, FULL, LINEAR], "num_hidden_layers": 5,
                                      "num_experts_per_tok": 1, "ssm_state_size": 33, "mamba_head_dim": 20}),
+    ("plain", "kimi_linear", {}),
+    ("by-lists", "kimi_linear", {
+        "layer_types": None, "mlp_layer_types": None, "num_hidden_layers": 3, "first_k_dense_replace": 2, "norm_topk_prob": False,
+        "linear_attn_config": {"full_attn_layers": [1], "kda_layers": [2, 3], "head_dim": 17, "num_heads": 2, "short_conv_kernel_size": 2}}),
+    ("narrow-queries", "kimi_linear", {"q_lora_rank": 10, "attention_bias": True, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 0.5,
+                                       "layer_types": [FULL, LINEAR], "tie_word_embeddings": True}),
+    ("delta-alone", "kimi_linear", {"layer_types": [LINEAR, LINEAR], "mlp_layer_types": None, "num_experts_per_tok": 1}),
+    ("every-fourth", "kimi_linear", {"layer_types": None, "mlp_layer_types": None, "num_hidden_layers": 5, "linear_head_dim": 33}),
+    ("plain", "bailing_hybrid", {}),
+    ("unsafe", "bailing_hybrid", {"kda_safe_gate": False, "layer_types": None, "layer_group_size": 2, "num_hidden_layers": 4,
+                                  "mlp_layer_types": None, "first_k_dense_replace": 1, "short_conv_kernel_size": 2}),
+    ("bounded-turning", "bailing_hybrid", {"kda_lower_bound": -0.5, "attention_bias": True, "rope_parameters": YARN, "head_dim": 6,
+                                           "qk_rope_head_dim": 6, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    ("latents-alone", "bailing_hybrid", {"layer_types": [FULL, FULL], "n_group": 1, "n_shared_experts": 1}),
 ]  # fmt: skip
 
 

@@ -73,6 +73,8 @@ def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeC
     if architecture.latent:
         found = {(each.rope, each.rope_dim) for each in config.mixers if isinstance(each, MLA)}
         ((rope, size),) = found
+        if rope is None and architecture.ropes == "any":
+            return RopeConfig(10_000.0), size, size
         if rope is None:
             raise ConfigError(f"GGUF files hold no latent attention without positions; {_ADVICE}")
         return rope, size, size
