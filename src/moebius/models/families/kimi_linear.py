@@ -7,7 +7,7 @@ from moebius.models import gguf_kimi, layout
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
 from moebius.models.latent_parts import latent_attention
-from moebius.models.layout import Layout, Names, stacked
+from moebius.models.layout import Layout, Names
 from moebius.models.parts import (
     FULL,
     LINEAR,
@@ -70,5 +70,6 @@ NAMES: Names = {
     **layout.experts(f"{AT}experts.{{e}}.{{p}}", projections=("w1", "w3", "w2")),
     **layout.shared(f"{AT}shared_experts.{{p}}"),
 }
-FUSED = stacked(f"{AT}experts.gate_up_proj", f"{AT}experts.down_proj")
-FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), gguf=gguf_kimi.KIMI)
+# transformers gives a dense layer's tensors the names of experts.
+SAVED = layout.dense(AT + "{p}")
+FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **SAVED})), gguf=gguf_kimi.KIMI)
