@@ -215,6 +215,15 @@ DELTAS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
 # gguf-py has no names for Ling 3's yet: its tensors are called as Kimi Linear's.
 ARCHITECTURES.update(dict.fromkeys(DELTAS, "KIMI_LINEAR"))
 UNKNOWN["bailing_hybrid"] = "bailingmoe3"
+# As transformers writes them, and what it reads as well.
+ALIASES = {
+    "model_max_length": "max_position_embeddings",
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
+    "num_experts": "num_local_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+}
 _EXPERTS = {"w1": "gate", "w2": "down", "w3": "up"}
 
 
@@ -222,7 +231,8 @@ class DeltaConverter(Converter):
     """One Hugging Face directory of Kimi Linear or Ling 3 into one file."""
 
     def keys(self, w: gguf.GGUFWriter) -> None:
-        DELTAS[self.model_type](w, self.config)
+        usual = {ALIASES.get(key, key): value for key, value in self.config.items()}
+        DELTAS[self.model_type](w, usual)
 
     def rope_freqs(self, writer: gguf.GGUFWriter) -> None:
         """None of these is scaled so."""
@@ -250,6 +260,10 @@ class DeltaConverter(Converter):
             "dt_bias", "dt_proj.bias"
         )
         known = known.replace(".expert_bias", ".expert_bias.bias")
+        if known.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight")):
+            known = known.replace("block_sparse_moe.", "mlp.").replace(
+                "mlp.shared", "block_sparse_moe.shared"
+            )
         place = self.names.get_name(known, SUFFIXES)
         assert place is not None, name
         return [(self.written(name, tensor), place)]

@@ -14,7 +14,7 @@ PATTERN = {"M": LINEAR, "*": FULL, "E": MOE, "-": MLP}
 USUAL = [LINEAR, MOE, FULL, MLP]
 # What changes no answer: how weights began, what predicts further tokens, and bounds of time steps
 # that transformers has for prompts and not for answers, and llama.cpp for neither.
-WITHOUT_EFFECT = (
+WITHOUT_EFFECT = {
     "rescale_prenorm_residual",
     "residual_in_fp32",
     "num_nextn_predict_layers",
@@ -37,7 +37,7 @@ WITHOUT_EFFECT = (
     "mamba_ssm_cache_dtype",
     "moe_shared_expert_overlap",
     "n_shared_experts",
-)
+}
 
 
 def kinds(reader: ConfigReader) -> Sequence[str]:

@@ -27,6 +27,8 @@ DENSE = "dense"
 SPARSE = "sparse"
 _OLD_LAYER_TYPES = {"attention": FULL, "mamba": LINEAR}
 """What transformers 4 called them."""
+ROPES = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+"""Keys that say nothing of layers without positions."""
 _ROPE_KEYS: Mapping[str, Sequence[str]] = read_json(Path(__file__).with_name("rope_keys.json"))
 _ACTIVATIONS: Mapping[str, Activation] = package_table("models/keys.toml")["activations"]
 

@@ -8,7 +8,7 @@ from moebius.models.config import ModelConfig
 from moebius.models.families import granitemoe, granitemoeshared
 from moebius.models.family import Family
 from moebius.models.layout import Layout, Names, joined
-from moebius.models.parts import FULL, LINEAR, activation, layer_types
+from moebius.models.parts import FULL, LINEAR, ROPES, activation, layer_types
 from moebius.models.reading import ConfigReader
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
@@ -45,7 +45,7 @@ def full_attention(reader: ConfigReader) -> GQA:
         raise reader.error(f"position_embedding_type is {positions!r}; rope and nope are supported")
     if positions == "rope":
         return granitemoe.scaled_attention(reader)
-    reader.computed.update(("rope_theta", "rope_scaling", "rope_parameters"))
+    reader.computed |= ROPES
     return granitemoe.scaled_attention(reader, rope=None)
 
 

@@ -11,6 +11,7 @@ from moebius.models.layout import Layout, Names
 from moebius.models.parts import (
     FULL,
     LINEAR,
+    ROPES,
     decoder,
     dense_or_sparse,
     grouped_experts,
@@ -55,6 +56,7 @@ def read(reader: ConfigReader) -> ModelConfig:
         linear.integer("head_dim", reader.integer("linear_head_dim")),
         taps=linear.integer("short_conv_kernel_size", reader.integer("linear_conv_kernel_dim")),
     )
+    reader.computed |= ROPES
     full = replace(latent_attention(reader), rope=None, scale=None)
     mixers = [full if kind == FULL else delta for kind in kinds(reader, linear)]
     linear.finish()

@@ -7,14 +7,14 @@ from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.family import Family
 from moebius.models.layout import Layout, Names, Stacked
 from moebius.models.nemotron_parts import MLP, MOE, WITHOUT_EFFECT, experts, kinds, mamba
-from moebius.models.parts import FULL, LINEAR, activation, attention, decoder
+from moebius.models.parts import FULL, LINEAR, ROPES, activation, attention, decoder
 from moebius.models.reading import ConfigReader
 from moebius.moe.config import FeedForwardConfig
 
 
 def read(reader: ConfigReader) -> ModelConfig:
     types = kinds(reader)
-    reader.computed.update(WITHOUT_EFFECT)
+    reader.computed |= WITHOUT_EFFECT | ROPES
     act = activation(reader, "mlp_hidden_act")
     biased = reader.flag("mlp_bias")
     if biased and MOE in types:
