@@ -106,7 +106,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("narrow-queries", "kimi_linear", {"q_lora_rank": 10, "n_group": 3, "topk_group": 2, "tie_word_embeddings": True}),
     ("plain", "bailing_hybrid", {}),
     ("full-first", "bailing_hybrid", {"layer_types": ["full_attention", "linear_attention"], "mlp_layer_types": ["sparse", "sparse"],
-                                      "kda_lower_bound": -0.7, "short_conv_kernel_size": 3, "norm_topk_prob": False}),
+                                      "kda_lower_bound": -0.75, "short_conv_kernel_size": 3, "norm_topk_prob": False}),
 ]  # fmt: skip
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 

@@ -250,6 +250,7 @@ def _divisors(rope: RopeConfig, head_dim: int) -> tuple[float, ...] | None:
 
 # What is read of the model that a config.json describes, however it says it.
 _TOLD: Mapping[str, Callable[[ModelConfig], int | float]] = {
+    "block_count": lambda config: config.num_layers,
     "attention.key_length": lambda config: _attention(config).head_dim,
     "attention.head_count_kv": lambda config: _attention(config).num_kv_heads,
     "attention.sliding_window": _window,

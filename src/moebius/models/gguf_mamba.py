@@ -12,6 +12,7 @@ from moebius.models.config import ModelConfig
 from moebius.models.gguf_architecture import (
     MULTIPLIER_KEYS,
     ROUTER_KEYS,
+    SHARED_WIDTH,
     FileKeys,
     GgufArchitecture,
     Key,
@@ -47,7 +48,7 @@ _GRANITE_KEYS = (
     *MULTIPLIER_KEYS,
     Key(
         "shared_intermediate_size",
-        "expert_shared_feed_forward_length",
+        SHARED_WIDTH.gguf,
         absent=lambda config: config["intermediate_size"],
     ),
     Key("mamba_d_conv", "ssm.conv_kernel"),
@@ -79,6 +80,7 @@ def _read_granite(keys: FileKeys, config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_granite(reader: ConfigReader, config: ModelConfig) -> dict[str, Value]:
     return {
         **gguf_hybrid.write(reader, config),
+        SHARED_WIDTH.gguf: reader.integer("shared_intermediate_size"),
         _INNER: _mamba(config).sizes.out_size,
         _TURNS: reader.get("position_embedding_type") == "rope",
     }

@@ -23,16 +23,12 @@ from moebius.nn.mixers.kimi_delta import KimiDelta
 from moebius.ops.config import ChannelDecay
 
 # Of what predicts further tokens, which is left out, and what transformers writes of other keys.
-_BESIDE = (
-    "num_mtp_layers",
-    "mtp_loss_scaling_factor",
-    "linear_num_heads",
-    "linear_conv_kernel_dim",
-)
+_BESIDE = {"num_mtp_layers", "mtp_loss_scaling_factor"}
+_BESIDE |= {"linear_num_heads", "linear_conv_kernel_dim"}
 
 
 def read(reader: ConfigReader) -> ModelConfig:
-    reader.computed.update(_BESIDE)
+    reader.computed |= _BESIDE
     period = reader.integer("layer_group_size")
     usual = [LINEAR if (i + 1) % period else FULL for i in range(reader.num_layers)]
     bound = reader.number("kda_lower_bound")
