@@ -42,6 +42,8 @@ FAMILIES = (
     "lfm2_moe",
     "granitemoehybrid",
     "nemotron_h",
+    "kimi_linear",
+    "bailing_hybrid",
 )
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2)
 ROOMY = Schedule(8, 200, 8, 2048, True, (0,), 1)
@@ -145,11 +147,15 @@ def test_a_plan_shows_states_and_refuses_where_they_do_not_fit(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("model_type", "state", "of_a_token"),
     [
-        # Two short convolutions' two inputs of 24 columns; one layer of attention.
-        ("lfm2_moe", 2 * 2 * 24 * 4, 2 * 2 * 6 * 4),
+        # Two short convolutions' two inputs of 24 columns; of two heads' keys and values, these in
+        # whole vectors.
+        ("lfm2_moe", 2 * 2 * 24 * 4, 2 * (6 + 16) * 4),
         # Four heads' states of 12 x 6, and three inputs of 48 columns and two groups' B and C.
-        ("granitemoehybrid", 4 * 12 * 6 * 4 + 3 * (48 + 2 * 2 * 6) * 4, 2 * 2 * 6 * 4),
-        ("nemotron_h", 4 * 5 * 6 * 4 + 3 * (20 + 2 * 2 * 6) * 4, 2 * 2 * 10 * 4),
+        ("granitemoehybrid", 4 * 12 * 6 * 4 + 3 * (48 + 2 * 2 * 6) * 4, 2 * (6 + 16) * 4),
+        ("nemotron_h", 4 * 5 * 6 * 4 + 3 * (20 + 2 * 2 * 6) * 4, 2 * (10 + 16) * 4),
+        # Four heads' states of 5 x 5, three inputs of their queries, keys and values; a latent.
+        ("kimi_linear", 4 * 5 * 5 * 4 + 3 * 3 * 20 * 4, (12 + 4) * 4),
+        ("bailing_hybrid", 4 * 4 * 4 * 4 + 3 * 3 * 16 * 4, (12 + 4) * 4),
     ],
 )
 def test_a_plan_counts_each_layers_own(
