@@ -149,7 +149,8 @@ def measured(ops: CpuOps, sizes: Sizes, context: int, rounds: int) -> dict[str, 
     chunk.absorbed()
     chunk.expanded()
     times = [(seconds(chunk.absorbed), seconds(chunk.expanded)) for _ in range(rounds)]
-    absorbed, expanded = (statistics.median(each) for each in zip(*times, strict=True))
+    absorbed = statistics.median(one for one, _ in times)
+    expanded = statistics.median(other for _, other in times)
     ratio = statistics.median(one / other for one, other in times)
     return {
         "context": context,

@@ -144,7 +144,7 @@ def test_codes_of_a_checkpoint_are_widened_and_taken_apart(tmp_path: Path) -> No
     assert_close(found.k_b_proj.weight, layer.k_b_proj.weight, 0.07)
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "mistral4"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe_lite"])
 def test_heads_are_apart_when_quantised_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:

@@ -16,6 +16,7 @@ from moebius.models.family import model_config
 from moebius.models.uses import check_served, uses
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
+from moebius.nn.mixers.latent import MLA
 from moebius.nn.rope import RopeConfig
 from moebius.ops import Feature, Operation, Ops, Use
 from moebius.ops.config import RouterConfig
@@ -101,6 +102,10 @@ def test_what_a_step_calls_is_what_was_asked_for(
             tiny_model(model_type, **OPTIONS.get(model_type, {})).config.to_dict()
         )
     decoder = Decoder(config, CpuOps(1), torch.bfloat16, device="meta")
+    if kv_dtype is not None and isinstance(config.mixers[0], MLA):
+        with pytest.raises(ConfigError, match="latents are held as they are computed"):
+            plan_workspace(decoder, 16, StepRows(8, 8), 64, kv_dtype)
+        return
     followed = plan_workspace(decoder, 16, StepRows(8, 8), 64, kv_dtype)
     assert followed.reason == ""
     asked = {(use.operation, use.features) for use in uses(config, torch.bfloat16, kv_dtype)}

@@ -46,4 +46,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     return latent_decoder(reader, growing_attention(reader, USUAL_ROPE), parts)
 
 
-FAMILY = Family(read, LAYOUTS, gguf=MISTRAL4)
+FAMILY = Family(read, LAYOUTS[::-1], gguf=MISTRAL4)

@@ -331,7 +331,7 @@ def _converted(weight: Weight, source: Source, wanted: str, device: torch.device
     try:
         if source.heads:
             whole = _copied(weight, wanted, device, source.added)
-            return of_heads(whole, source).reshape(source.shape)
+            return of_heads(whole, source).reshape(source.shape).contiguous()
         if wanted in NUMBER_BYTES:
             return _copied(weight, wanted, device, source.added)
         assert isinstance(weight, Matrix)

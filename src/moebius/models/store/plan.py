@@ -21,7 +21,8 @@ class PlannedWeight:
     format   of what is held: the file's of what is mapped or near; else what the model computes in,
              or what a matrix is repacked to that nothing reads as it is stored
     count    numbers, however many bytes they take
-    split    the heads' part of a tensor that has more of each: widened, whatever it is stored as
+    split    the heads' part of a tensor that has more of each: in plain numbers, whatever it is
+             stored as
     """
 
     name: str
@@ -71,10 +72,11 @@ def planned_weight(
             name in formats for name in readings(format, source.shape[1])
         )
 
-    if source.heads:
-        return PlannedWeight(name, False, wanted, count, count * NUMBER_BYTES[wanted], split=True)
     format = str(stored.format)
     here = device == "cpu"
+    if source.heads:
+        held = format if here and format in NUMBER_BYTES and format in formats else wanted
+        return PlannedWeight(name, False, held, count, count * NUMBER_BYTES[held], split=True)
     same = format == wanted and not source.added
     if (same or read(format)) and (here or format not in NUMBER_BYTES):
         nbytes = stored.nbytes * count // math.prod(stored.shape)
