@@ -76,7 +76,7 @@ void require_experts(Dtype dtype, size_t count, const Matrices& matrices, int ro
 Experts make_experts(int dtype, int hidden, int width, const Activation& activation, const Matrices& gate, const Matrices& up, const Matrices& down,
                      const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk) {
     require_experts(Dtype(dtype), gate.size(), gate, width, hidden, gate_bias);
-    require_experts(Dtype(dtype), gate.size(), up, width, hidden, up_bias);
+    if (!up.empty() || !up_bias.empty()) require_experts(Dtype(dtype), gate.size(), up, width, hidden, up_bias);
     require_experts(Dtype(dtype), gate.size(), down, hidden, width, down_bias);
     bool holes = false;
     for (const Matrix& w : gate) holes |= w.data == nullptr;

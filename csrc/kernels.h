@@ -17,7 +17,7 @@ namespace moebius {
 
 // What a KV cache holds: numbers of a Dtype, or codes of 8 bits with a scale for each token and head.
 enum CacheType { BF16_CACHE = BF16, F32_CACHE = F32, INT8_CACHE = 2 };
-enum ActivationKind { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, CLAMPED_SWIGLU = 4 };
+enum ActivationKind { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, CLAMPED_SWIGLU = 4, RELU_SQUARED = 5 };
 
 // How an expert's gate and up become one: act(gate) * up; or, of CLAMPED_SWIGLU, (u + 1) * g * sigmoid(alpha * g), with g the gate,
 // at most `limit`, and u the up between -limit and limit.
@@ -29,7 +29,7 @@ struct Activation {
 };
 
 // What the gates of heads go through.
-enum GateFunction { SILU_GATE = 0, SIGMOID_GATE = 1, SOFTPLUS_GATE = 2 };
+enum GateFunction { SILU_GATE = 0, SIGMOID_GATE = 1, SOFTPLUS_GATE = 2, IDENTITY_GATE = 3 };
 
 // A norm's weight is of its row's dtype; or, beside bfloat16, float32, and then nothing is rounded before the product with it.
 struct NormWeight {
@@ -122,6 +122,12 @@ struct ConvSequence {
     void* out;
 };
 
+// How fast channels of keys decay by themselves: by decay * softplus(f), or, below `lower`'s zero, by lower * sigmoid(-decay * f).
+struct ChannelDecay {
+    float lower = 0;       // 0: the former
+    bool rounded = false;  // to the dtype of f, before its exponential is taken
+};
+
 // Rows of one sequence and one value head, by the gated delta rule: some columns of its state.
 struct DeltaHead {
     const void *q, *k, *v;  // at the head's values of the first row, v at the first column
@@ -135,10 +141,30 @@ struct DeltaHead {
     const float* next;      // where the state lies that will be read after this one, or null
     void* out;              // at the first column
     size_t out_stride;
+    // Where channels decay by themselves, instead of a and dt_bias: at the head's first one, of the first row.
+    const void* channels;
+    size_t channels_stride;
+    const float* channel_bias;  // (key_dim,)
+    ChannelDecay channel_decay;
 };
 // Rows whose queries, keys and gates are made ready at a time: as many as there are lanes.
 constexpr int DELTA_ROWS = 16;
-inline size_t delta_scratch(int key_dim) { return size_t(2) * DELTA_ROWS * key_dim; }
+inline size_t delta_scratch(int key_dim, bool channels = false) { return size_t(channels ? 4 : 2) * DELTA_ROWS * key_dim; }
+
+// Rows of one sequence and one head of a selective state space (Mamba 2): some columns of its state.
+struct ScanHead {
+    const void *x, *b, *c;  // of the first row: the head's x at the first column, and its group's B and C
+    size_t xbc_stride;
+    const void* dt;         // the head's of the first row
+    size_t dt_stride;
+    int rows, state_dim, columns;
+    float decay, dt_bias, skip;
+    float* state;           // (state_dim, columns), state_stride floats between rows
+    size_t state_stride;
+    const float* next;      // where the state lies that will be read after this one, or null
+    void* out;              // at the first column
+    size_t out_stride;
+};
 
 struct Kernels {
     const char* name;
@@ -184,8 +210,12 @@ struct Kernels {
     void (*conv_weights[2])(const void* weight, int channels, int taps, float* out);
     void (*causal_conv[2])(const ConvSequence& s);
     void (*gated_delta[2])(const DeltaHead& d, float* scratch);
+    void (*kimi_delta[2])(const DeltaHead& d, float* scratch);  // where channels decay by themselves
+    void (*selective_scan[2])(const ScanHead& d, float* scratch);
     // Of each head of n values: out = norm(x) * weight, rounded where both are of one dtype, times gate(g), rounded.
     void (*gated_norm[2][2])(const void* x, const void* g, const void* weight, float eps, int heads, int n, GateFunction gate, void* out);
+    // out = norm(x * silu(g)) * weight, of each group of n values by itself, rounded as by rms_norm. scratch: n floats.
+    void (*grouped_norm[2][2])(const void* x, const void* g, const void* weight, float eps, int groups, int n, float* scratch, void* out);
     // out = round(x * round(gate(g))); `single`: one g for all n values.
     void (*gate_head[2])(const void* x, const void* g, int n, bool single, GateFunction gate, void* out);
     // Largest value (NaN where any value is not finite), its lowest index, and the sum of exp((x - largest) * factor)

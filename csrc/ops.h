@@ -63,7 +63,7 @@ struct Linear {
     std::vector<Layer> layers;
 };
 
-// One layer's experts: down(act(gate x) * up x).
+// One layer's experts: down(act(gate x) * up x), or, where `up` is empty, down(act(gate x)).
 struct Experts {
     Dtype dtype;
     int hidden, width;
@@ -72,6 +72,8 @@ struct Experts {
     std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, of the experts' dtype, or empty
     bool holes = false;  // some are not held here: their matrices have no data
     bool on_disk = false;  // their pages need not be in memory: those of the chosen are asked for before they are read
+
+    bool two_matrices() const { return up.empty(); }
 };
 
 struct StepAttention {  // what all layers with one window share
@@ -208,10 +210,12 @@ public:
     void rotation(const int64_t* positions, int rows, const float* inverse, int half, float factor, float* cos, float* sin);
     void rotate_and_store(const RotateAndStore& r, int rows);
     void attention(const Attention& a);  // of the rows that its step says
-    // Recurrent layers (recurrent_ops.cpp), the first two of the rows that their step says.
+    // Recurrent layers (recurrent_ops.cpp), the first three of the rows that their step says.
     void causal_conv(const CausalConv& c);
     void gated_delta(const GatedDelta& d);
+    void selective_scan(const SelectiveScan& s);
     void gated_norm(const GatedNorm& n, int rows);
+    void grouped_norm(const GroupedNorm& n, int rows);
     void gate_heads(const GateHeads& g, int rows);
     // Latent attention (latent_ops.cpp), beside `attention` on a cache whose keys and values are shared.
     void head_products(const HeadProducts& p, int rows);

@@ -43,6 +43,10 @@ INLINE V activated(V x, ActivationKind kind) {
         case CLAMPED_SWIGLU: break;  // of two
         case SILU: return mul(x, sigmoid(x));
         case RELU: return maximum(x, zero());
+        case RELU_SQUARED: {
+            const V positive = maximum(x, zero());
+            return mul(positive, positive);
+        }
         case GELU_TANH: {
             V inner = mul(all(0.7978845608f), fma(mul(mul(x, x), all(0.044715f)), x, x));
             return mul(mul(half, x), add(one, hyperbolic_tangent(inner)));

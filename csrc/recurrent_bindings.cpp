@@ -52,6 +52,18 @@ struct GatedDeltaCall : GatedDelta {
     }
 };
 
+struct SelectiveScanCall : SelectiveScan {
+    int slots;
+    void operator()(Ops& ops, int rows) const {
+        check_step(*step, rows, state, slots);
+        ops.selective_scan(*this);
+    }
+};
+
+struct GroupedNormCall : GroupedNorm {
+    void operator()(Ops& ops, int rows) const { ops.grouped_norm(*this, rows); }
+};
+
 struct GatedNormCall : GatedNorm {
     void operator()(Ops& ops, int rows) const { ops.gated_norm(*this, rows); }
 };
@@ -76,11 +88,26 @@ void bind_recurrent(nb::module_& m) {
        "slots"_a, "silu"_a, "out"_a);
     bind_call<GatedDeltaCall>(m, "GatedDelta", [](GatedDeltaCall* self, int dtype, const StepStates& step, int key_heads, int value_heads,
                                                   int key_dim, int value_dim, bool tiled, Address qkv, Address gates, int gates_stride,
-                                                  Address decay, Address dt_bias, Address state, int slots, Address out) {
+                                                  Address decay, Address dt_bias, Address state, int slots, Address out, Address channels,
+                                                  int channels_stride, float lower, bool rounded) {
         new (self) GatedDeltaCall{{Dtype(dtype), &step, {key_heads, value_heads, key_dim, value_dim, tiled}, array<V>(qkv), array<V>(gates),
-                                   gates_stride, array<float>(decay), array<float>(dt_bias), array<float>(state), array<V>(out)}, slots};
+                                   gates_stride, array<float>(decay), array<float>(dt_bias), array<float>(state), array<V>(out),
+                                   array<V>(channels), channels_stride, {lower, rounded}}, slots};
     }, "dtype"_a, "step"_a, "key_heads"_a, "value_heads"_a, "key_dim"_a, "value_dim"_a, "tiled"_a, "qkv"_a, "gates"_a, "gates_stride"_a,
-       "decay"_a, "dt_bias"_a, "state"_a, "slots"_a, "out"_a);
+       "decay"_a, "dt_bias"_a, "state"_a, "slots"_a, "out"_a, "channels"_a = 0, "channels_stride"_a = 0, "lower"_a = 0.0f, "rounded"_a = false);
+    bind_call<SelectiveScanCall>(m, "SelectiveScan", [](SelectiveScanCall* self, int dtype, const StepStates& step, int heads, int head_dim,
+                                                        int state_dim, int groups, Address xbc, Address dt, int dt_stride, Address decay,
+                                                        Address dt_bias, Address skip, Address state, int slots, Address out) {
+        new (self) SelectiveScanCall{{Dtype(dtype), &step, {heads, head_dim, state_dim, groups}, array<V>(xbc), array<V>(dt), dt_stride,
+                                      array<float>(decay), array<float>(dt_bias), array<float>(skip), array<float>(state), array<V>(out)},
+                                     slots};
+    }, "dtype"_a, "step"_a, "heads"_a, "head_dim"_a, "state_dim"_a, "groups"_a, "xbc"_a, "dt"_a, "dt_stride"_a, "decay"_a, "dt_bias"_a,
+       "skip"_a, "state"_a, "slots"_a, "out"_a);
+    bind_call<GroupedNormCall>(m, "GroupedNorm", [](GroupedNormCall* self, int dtype, Address x, Address gates, int gates_stride, Address weight,
+                                                    int weight_dtype, float eps, int groups, int size, Address out) {
+        new (self) GroupedNormCall{{Dtype(dtype), array<V>(x), array<V>(gates), gates_stride, norm_weight(dtype, weight, weight_dtype), eps,
+                                    groups, size, array<V>(out)}};
+    }, "dtype"_a, "x"_a, "gates"_a, "gates_stride"_a, "weight"_a, "weight_dtype"_a, "eps"_a, "groups"_a, "size"_a, "out"_a);
     bind_call<GatedNormCall>(m, "GatedNorm", [](GatedNormCall* self, int dtype, Address x, Address gates, int gates_stride, Address weight,
                                                 int weight_dtype, float eps, int heads, int size, int function, Address out) {
         new (self) GatedNormCall{{Dtype(dtype), array<V>(x), array<V>(gates), gates_stride, norm_weight(dtype, weight, weight_dtype), eps,

@@ -53,6 +53,34 @@ struct GatedDelta {
     const float* dt_bias;
     float* state;       // (slots, value_heads, key_dim, value_dim), or null where none is kept
     void* out;          // (rows, sizes.out())
+    // Where channels decay by themselves: at the first one in the first row, instead of a; dt_bias is (value_heads, key_dim) then.
+    const void* channels = nullptr;
+    int channels_stride = 0;  // elements between rows
+    ChannelDecay channel_decay = {};
+};
+
+// How the heads of a selective state space lie in a row: x, then B and C of each group, which as many heads share.
+struct ScanSizes {
+    int heads, head_dim, state_dim, groups;
+
+    int out() const { return heads * head_dim; }
+    int b_at(int head) const { return out() + head / (heads / groups) * state_dim; }
+    int c_at(int head) const { return b_at(head) + groups * state_dim; }
+    int xbc() const { return out() + 2 * groups * state_dim; }
+};
+
+struct SelectiveScan {
+    Dtype dtype;
+    const StepStates* step;
+    ScanSizes sizes;
+    const void* xbc;       // (rows, sizes.xbc())
+    const void* dt;        // at that of the first head in the first row
+    int dt_stride;         // elements between rows
+    const float* decay;    // (heads,), like dt_bias and skip
+    const float* dt_bias;
+    const float* skip;
+    float* state;          // (slots, heads, state_dim, head_dim), or null where none is kept
+    void* out;             // (rows, sizes.out())
 };
 
 struct GatedNorm {
@@ -64,6 +92,17 @@ struct GatedNorm {
     float eps;
     int heads, size;
     GateFunction function;
+    void* out;
+};
+
+struct GroupedNorm {
+    Dtype dtype;
+    const void* x;      // (rows, groups * size), like out
+    const void* gates;  // at the first value's in the first row
+    int gates_stride;   // elements between rows
+    NormWeight weight;  // (groups * size,)
+    float eps;
+    int groups, size;
     void* out;
 };
 

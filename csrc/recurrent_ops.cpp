@@ -37,37 +37,101 @@ void Ops::causal_conv(const CausalConv& c) {
     });
 }
 
-// One item for each sequence and value head; where these are few, for some of a head's columns.
+namespace {
+
+// The states of a step's sequences, (rows, columns) of each head. An item is of one sequence and head and, where these are few,
+// of some columns.
+struct StateItems {
+    const StepStates& step;
+    const int heads, rows, columns;
+    const int most, parts;  // columns of an item, and how many items share a head's
+    float* const states;
+
+    StateItems(const StepStates& step, int heads, int rows, int columns, int most, float* states)
+        : step(step), heads(heads), rows(rows), columns(columns), most(most), parts((columns + most - 1) / most), states(states) {}
+    int count() const { return step.sequences() * heads * parts; }
+    int sequence(int item) const { return item / parts / heads; }
+    int head(int item) const { return item / parts % heads; }
+    int column(int item) const { return item % parts * most; }
+    int columns_of(int item) const { return std::min(most, columns - column(item)); }
+    int first_row(int item) const { return step.query_start[sequence(item)]; }
+    size_t of_a_head() const { return size_t(rows) * columns; }
+    float* state(int item) const {
+        return states + (size_t(step.slots[sequence(item)]) * heads + head(item)) * of_a_head() + column(item);
+    }
+
+    // What a kernel reads of an item; `zeros` has room for a head's state where none is kept.
+    template <class Head> void set(Head& h, int item, float* zeros) const {
+        h.rows = step.query_start[sequence(item) + 1] - first_row(item), h.columns = columns_of(item);
+        h.state = step.kept ? state(item) : zeros, h.state_stride = columns;
+        // While one row passes, the next state can come; while many do, it would only be in the way.
+        h.next = step.kept && h.rows == 1 && item + 1 < count() ? state(item + 1) : nullptr;
+        if (!step.kept) std::fill_n(h.state, of_a_head(), 0.0f);
+    }
+};
+
+}  // namespace
+
 void Ops::gated_delta(const GatedDelta& g) {
     std::lock_guard<std::mutex> only(one_caller_);
     const DeltaSizes& sizes = g.sizes;
     const StepStates& step = *g.step;
-    const size_t size = size_of(g.dtype), of_a_head = size_t(sizes.key_dim) * sizes.value_dim;
-    const int heads = step.sequences() * sizes.value_heads, columns = divided_columns(sizes.value_dim, heads);
-    const int parts = (sizes.value_dim + columns - 1) / columns;
-    // The columns of a state that are an item's.
-    auto state_of = [&](int item) {
-        const int of_a_sequence = parts * sizes.value_heads, b = item / of_a_sequence, within = item % of_a_sequence;
-        return g.state + size_t(step.slots[b]) * sizes.value_heads * of_a_head + within / parts * of_a_head + within % parts * columns;
-    };
-    const int items = heads * parts;
-    pool_.run(items, [&](int item, int thread) {
-        const int first = item % parts * columns, head = item / parts % sizes.value_heads, b = item / parts / sizes.value_heads;
-        const int row = step.query_start[b], key = sizes.key_head(head) * sizes.key_dim, value = head * sizes.value_dim + first;
+    const size_t size = size_of(g.dtype);
+    const int heads = step.sequences() * sizes.value_heads;
+    const StateItems items(step, sizes.value_heads, sizes.key_dim, sizes.value_dim, divided_columns(sizes.value_dim, heads), g.state);
+    const auto kernel = g.channels ? kernels_->kimi_delta[g.dtype] : kernels_->gated_delta[g.dtype];
+    const size_t ready = delta_scratch(sizes.key_dim, g.channels);
+    pool_.run(items.count(), [&](int item, int thread) {
+        const int head = items.head(item), row = items.first_row(item), key = sizes.key_head(head) * sizes.key_dim;
+        const int value = head * sizes.value_dim + items.column(item);
         const char *qkv = at(g.qkv, size_t(row) * sizes.qkv() * size), *gates = at(g.gates, size_t(row) * g.gates_stride * size);
-        float* scratch = scratch_[thread].need(delta_scratch(sizes.key_dim) + (step.kept ? 0 : of_a_head));
+        float* scratch = scratch_[thread].need(ready + (step.kept ? 0 : items.of_a_head()));
         DeltaHead d;
+        items.set(d, item, scratch + ready);
         d.q = at(qkv, key * size), d.k = at(qkv, (sizes.key_heads * sizes.key_dim + key) * size);
         d.v = at(qkv, (sizes.values_at() + value) * size), d.qkv_stride = sizes.qkv();
-        d.b = at(gates, head * size), d.a = at(gates, (sizes.value_heads + head) * size), d.gates_stride = g.gates_stride;
-        d.rows = step.query_start[b + 1] - row, d.key_dim = sizes.key_dim, d.columns = std::min(columns, sizes.value_dim - first);
-        d.decay = g.decay[head], d.dt_bias = g.dt_bias[head];
-        d.state = step.kept ? state_of(item) : scratch + delta_scratch(sizes.key_dim), d.state_stride = sizes.value_dim;
-        // While one row passes, the next state can come; while many do, it would only be in the way.
-        d.next = step.kept && d.rows == 1 && item + 1 < items ? state_of(item + 1) : nullptr;
-        if (!step.kept) std::fill_n(d.state, of_a_head, 0.0f);
+        d.b = at(gates, head * size), d.gates_stride = g.gates_stride;
+        d.key_dim = sizes.key_dim, d.decay = g.decay[head];
+        if (g.channels) {
+            d.channels = at(g.channels, (size_t(row) * g.channels_stride + head * sizes.key_dim) * size), d.channels_stride = g.channels_stride;
+            d.channel_bias = g.dt_bias + size_t(head) * sizes.key_dim, d.channel_decay = g.channel_decay;
+        } else {
+            d.a = at(gates, (sizes.value_heads + head) * size), d.dt_bias = g.dt_bias[head];
+        }
         d.out = at(g.out, (size_t(row) * sizes.out() + value) * size), d.out_stride = sizes.out();
-        kernels_->gated_delta[g.dtype](d, scratch);
+        kernel(d, scratch);
+    });
+}
+
+void Ops::selective_scan(const SelectiveScan& s) {
+    std::lock_guard<std::mutex> only(one_caller_);
+    const ScanSizes& sizes = s.sizes;
+    const StepStates& step = *s.step;
+    const size_t size = size_of(s.dtype), ready = delta_scratch(sizes.state_dim);
+    const int most = divided_columns(sizes.head_dim, step.sequences() * sizes.heads);
+    const StateItems items(step, sizes.heads, sizes.state_dim, sizes.head_dim, most, s.state);
+    pool_.run(items.count(), [&](int item, int thread) {
+        const int head = items.head(item), row = items.first_row(item), value = head * sizes.head_dim + items.column(item);
+        const char* xbc = at(s.xbc, size_t(row) * sizes.xbc() * size);
+        float* scratch = scratch_[thread].need(ready + (step.kept ? 0 : items.of_a_head()));
+        ScanHead h;
+        items.set(h, item, scratch + ready);
+        h.x = at(xbc, value * size), h.b = at(xbc, sizes.b_at(head) * size), h.c = at(xbc, sizes.c_at(head) * size);
+        h.xbc_stride = sizes.xbc();
+        h.dt = at(s.dt, (size_t(row) * s.dt_stride + head) * size), h.dt_stride = s.dt_stride;
+        h.state_dim = sizes.state_dim, h.decay = s.decay[head], h.dt_bias = s.dt_bias[head], h.skip = s.skip[head];
+        h.out = at(s.out, (size_t(row) * sizes.out() + value) * size), h.out_stride = sizes.out();
+        kernels_->selective_scan[s.dtype](h, scratch);
+    });
+}
+
+void Ops::grouped_norm(const GroupedNorm& n, int rows) {
+    std::lock_guard<std::mutex> only(one_caller_);
+    const size_t size = size_of(n.dtype), row_bytes = size_t(n.groups) * n.size * size, gates_bytes = n.gates_stride * size;
+    const auto norm = kernels_->grouped_norm[n.dtype][n.weight.dtype];
+    pool_.run(rows, [&](int t, int thread) {
+        norm(at(n.x, t * row_bytes), at(n.gates, t * gates_bytes), n.weight.values, n.eps, n.groups, n.size, scratch_[thread].need(n.size),
+             at(n.out, t * row_bytes));
     });
 }
 

@@ -261,7 +261,66 @@ FAMILY |= {
     "deepseek_v32": INDEXED,
     "glm_moe_dsa": {**INDEXED, "indexer_types": ["full", "shared"]},
 }
+DELTA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 20,
+    "moe_intermediate_size": 14,
+    "num_local_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+}
+FAMILY |= {
+    "kimi_linear": {**DELTA, "linear_num_heads": 4, "linear_head_dim": 5},
+    # What transformers writes as head_dim is qk_rope_head_dim.
+    "bailing_hybrid": {**DELTA, "head_dim": 4, "n_group": 2, "topk_group": 1},
+}
 FAMILY["granitemoeshared"] = {**FAMILY["granitemoe"], "shared_intermediate_size": 18}
+FAMILY |= {
+    "lfm2": {
+        "intermediate_size": 20,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "lfm2_moe": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "layer_types": ["full_attention", "conv", "conv"],
+        "num_hidden_layers": 3,
+    },
+    "granitemoehybrid": {
+        **FAMILY["granitemoeshared"],
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 4,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 6,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "num_hidden_layers": 4,
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "moe_shared_expert_intermediate_size": 18,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 2.5,
+        "head_dim": 10,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 5,
+        "ssm_state_size": 6,
+        "n_groups": 2,
+        # What transformers bounds the first token's steps by, and no other's.
+        "time_step_min": 1e-9,
+    },
+}
 
 
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
@@ -285,7 +344,7 @@ def tiny_of(config: Any, seed: int = 0) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
-            if "correction_bias" in name:
+            if "correction_bias" in name or "expert_bias" in name:
                 buffer.copy_(0.3 * torch.randn_like(buffer))
     return model.eval()
 

@@ -42,13 +42,14 @@ CORE = (
 )
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
-# What only training uses, where experts lie, and what only models with recurrent layers have: a
-# mixer is read by who wants to know that mixer (nn/mixers/), as a family is.
+# What only training uses, where experts lie, and what only models with recurrent layers or with
+# narrower experts have: a mixer is read by who wants to know that mixer (nn/mixers/), as a family is.
 NOT_CORE = {
     "nn/packed.py",
     "moe/training.py",
     "moe/losses.py",
     "moe/capacity.py",
+    "moe/latent.py",
     "moe/noise.py",
     "moe/health.py",
     "moe/placement.py",

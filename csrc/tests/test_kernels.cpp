@@ -144,6 +144,7 @@ template <class T> void test_dtype(Ops& ops) {
     test_rotated_heads<T, T>(ops, 9, 21, false, false, true), test_rotated_heads<T, float>(ops, 5, 16, true, true, true);
     for (int half : {3, 8, 9, 16, 29}) test_rotated_heads<T, T>(ops, half, 2 * half + half % 3, true, half % 2);
     test_attention<T>(ops), test_codes<T>(ops);
+    test_selective_scans<T>(ops), test_grouped_norms<T, T>(ops), test_grouped_norms<T, float>(ops);
     test_convolutions<T>(ops), test_gated_delta<T>(ops), test_gated_norms<T, T>(ops), test_gated_norms<T, float>(ops), test_gates<T>(ops);
 }
 

@@ -179,6 +179,47 @@ class GatedDelta(_Call):
         state: int,
         slots: int,
         out: int,
+        channels: int = 0,
+        channels_stride: int = 0,
+        lower: float = 0.0,
+        rounded: bool = False,
+    ) -> None: ...
+
+class SelectiveScan(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        step: StepStates,
+        heads: int,
+        head_dim: int,
+        state_dim: int,
+        groups: int,
+        xbc: int,
+        dt: int,
+        dt_stride: int,
+        decay: int,
+        dt_bias: int,
+        skip: int,
+        state: int,
+        slots: int,
+        out: int,
+    ) -> None: ...
+
+class GroupedNorm(_Call):
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        x: int,
+        gates: int,
+        gates_stride: int,
+        weight: int,
+        weight_dtype: int,
+        eps: float,
+        groups: int,
+        size: int,
+        out: int,
     ) -> None: ...
 
 class GatedNorm(_Call):

@@ -1,4 +1,4 @@
-"""Gated delta hybrids through the whole engine: one answer, bit for bit, in chunks of any length,
+"""Hybrids, part of whose layers recur, through the whole engine: one answer, bit for bit, in chunks of any length,
 behind snapshots of states and between them, in crowds, and after a preemption."""
 
 from __future__ import annotations
@@ -35,7 +35,16 @@ from random_schedules import (
 from tiny import write_tokenizer
 
 cpu = pytest.importorskip("moebius.ops.cpu")
-FAMILIES = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
+FAMILIES = (
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "lfm2_moe",
+    "granitemoehybrid",
+    "nemotron_h",
+    "kimi_linear",
+    "bailing_hybrid",
+)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2)
 ROOMY = Schedule(8, 200, 8, 2048, True, (0,), 1)
 
@@ -133,3 +142,26 @@ def test_a_plan_shows_states_and_refuses_where_they_do_not_fit(tmp_path: Path) -
     assert plan.bytes_per_token == 2 * 2 * 16 * 4
     with pytest.raises(MemoryPlanError, match=r"states \(1\.1 KiB a slot\) need 1\.1 KiB, but"):
         prepare(tmp_path, EngineConfig(kv_cache_memory_bytes=1000))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "state", "of_a_token"),
+    [
+        # Two short convolutions' two inputs of 24 columns; of two heads' keys and values, these in
+        # whole vectors.
+        ("lfm2_moe", 2 * 2 * 24 * 4, 2 * (6 + 16) * 4),
+        # Four heads' states of 12 x 6, and three inputs of 48 columns and two groups' B and C.
+        ("granitemoehybrid", 4 * 12 * 6 * 4 + 3 * (48 + 2 * 2 * 6) * 4, 2 * (6 + 16) * 4),
+        ("nemotron_h", 4 * 5 * 6 * 4 + 3 * (20 + 2 * 2 * 6) * 4, 2 * (10 + 16) * 4),
+        # Four heads' states of 5 x 5, three inputs of their queries, keys and values; a latent.
+        ("kimi_linear", 4 * 5 * 5 * 4 + 3 * 3 * 20 * 4, (12 + 4) * 4),
+        ("bailing_hybrid", 4 * 4 * 4 * 4 + 3 * 3 * 16 * 4, (12 + 4) * 4),
+    ],
+)
+def test_a_plan_counts_each_layers_own(
+    tmp_path: Path, model_type: str, state: int, of_a_token: int
+) -> None:
+    save_tiny(tmp_path, model_type)
+    write_tokenizer(tmp_path)
+    plan = prepare(tmp_path, EngineConfig(max_num_seqs=4)).plan
+    assert (plan.cache.state, plan.bytes_per_token) == (state, of_a_token)

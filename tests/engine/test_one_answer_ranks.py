@@ -40,8 +40,9 @@ BUNDLED = Path(moebius.__file__).parent / "bundled"
 WITH_EXPERTS = {
     **{name: (name, {}) for name in FAMILY},
     "mixtral-window": WINDOWED["mixtral-window"],
+    "nemotron_h-latent": ("nemotron_h", {"moe_latent_size": 10}),
 }
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "gemma3_text", "phi3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "gemma3_text", "phi3", "lfm2")
 
 
 def check(directory: Path, one: Decoder, asked: list[Wish], ranks: int, rng: random.Random) -> None:

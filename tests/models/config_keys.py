@@ -96,7 +96,9 @@ def derive(kind: str) -> dict[str, Any]:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    return json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    # Infinity as transformers writes it.
+    written = PreTrainedConfig._encode_special_floats(found)
+    return json.dumps(written, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
     config = type(AutoConfig.for_model(kind))
     modeling = importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
     own = dataclasses.fields(config)
-    defaults = {field.name: field.default for field in own} | {"rope_theta": config.default_theta}
+    defaults = {"rope_theta": config.default_theta} | {field.name: field.default for field in own}
     aliases = {
         a if b in defaults else b: b if b in defaults else a
         for a, b in config.attribute_map.items()

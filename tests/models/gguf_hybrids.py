@@ -3,14 +3,11 @@ that the converter changes."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import gguf
 import torch
 from torch import Tensor
 
-from models.gguf_writing import ARCHITECTURES, SUFFIXES, Converter, TypeOf, plain
+from models.gguf_writing import ARCHITECTURES, SUFFIXES, Converter
 
 HYBRIDS = {
     "qwen3_next": "QWEN3NEXT",
@@ -111,10 +108,3 @@ class HybridConverter(Converter):
         if role == "A_log":
             return torch.log(-back)
         return back.unsqueeze(1) if role == "conv1d.weight" else back
-
-
-def converter(directory: Path, type_of: TypeOf = plain) -> Converter:
-    """The one for a directory's model."""
-    model_type = json.loads((directory / "config.json").read_text())["model_type"]
-    kind = HybridConverter if model_type in HYBRIDS else Converter
-    return kind(directory, type_of)

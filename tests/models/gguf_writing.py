@@ -121,7 +121,8 @@ class Converter:
         self.type_of = type_of
         self.model_type: str = self.config["model_type"]
         self.architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[self.model_type])
-        layers = self.config["num_hidden_layers"]
+        layers = self.config.get("num_hidden_layers") or len(self.config["layers_block_type"])
+        self.layers: int = layers
         self.names = gguf.get_tensor_name_map(self.architecture, layers)
         self.seed = 0
 

@@ -239,9 +239,7 @@ def test_the_directory_is_the_list() -> None:
     assert "gemma2" not in model_types() and "llama" in model_types()
     assert set(model_types()) == {path.stem for path in FAMILIES.glob("[!_]*.py")}
     for name in ("gemma2", "../llama", "family", "__init__", None, ["llama"]):
-        with pytest.raises(
-            ConfigError, match=r"is not supported; supported are afmoe, axk1, cohere2_moe"
-        ):
+        with pytest.raises(ConfigError, match=r"is not supported; supported are afmoe, axk1, "):
             family(name)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from models.gguf_hybrids import converter
+from models.gguf_recurrent import converter
 from models.gguf_writing import TypeOf, plain
 from models.ropes import LINEAR, LLAMA3, YARN
 from moebius.gguf import open_gguf
@@ -92,6 +92,21 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         "full_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3}),
     ("plain", "qwen3_5_moe_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 90.0,
                                                        "partial_rotary_factor": 0.5}}),
+    ("plain", "lfm2", {}),
+    ("adjusted", "lfm2", {"block_auto_adjust_ff_dim": True, "block_multiple_of": 8, "intermediate_size": 40,
+                          "tie_word_embeddings": False}),
+    ("plain", "lfm2_moe", {}),
+    ("convolutions-first", "lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 0, "conv_L_cache": 4}),
+    ("plain", "granitemoehybrid", {}),
+    ("dense-turning", "granitemoehybrid", {"num_local_experts": 0, "position_embedding_type": "rope", "mamba_n_groups": 1,
+                                           "mamba_conv_bias": False, "attention_bias": True, "tie_word_embeddings": True}),
+    ("plain", "nemotron_h", {}),
+    ("latent-groups", "nemotron_h", {"moe_latent_size": 10, "n_group": 3, "topk_group": 2, "use_conv_bias": False}),
+    ("plain", "kimi_linear", {}),
+    ("narrow-queries", "kimi_linear", {"q_lora_rank": 10, "n_group": 3, "topk_group": 2, "tie_word_embeddings": True}),
+    ("plain", "bailing_hybrid", {}),
+    ("full-first", "bailing_hybrid", {"layer_types": ["full_attention", "linear_attention"], "mlp_layer_types": ["sparse", "sparse"],
+                                      "kda_lower_bound": -0.75, "short_conv_kernel_size": 3, "norm_topk_prob": False}),
 ]  # fmt: skip
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 

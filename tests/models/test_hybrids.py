@@ -1,5 +1,5 @@
-"""Gated delta hybrids (Qwen3-Next, Qwen3.5) against transformers, token by token, in every layout
-that their checkpoints come in."""
+"""Hybrids, part of whose layers recur (Qwen3-Next and Qwen3.5, LFM2, Granite 4, Nemotron-H), against
+transformers, token by token, in every layout that their checkpoints come in."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from models.gguf_hybrids import converter
+from models.gguf_recurrent import converter
 from models.quantization.test_loading import plain_copy
 from models.ropes import LLAMA3, YARN
 from moebius.errors import ConfigError, WeightsError
+from moebius.models.config import ModelConfig
 from moebius.models.family import model_config, read_config
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
@@ -58,6 +59,41 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         "mrope_interleaved": True}}),
     ("every-third", "qwen3_5_text", {"full_attention_interval": 3, "num_hidden_layers": 4, "linear_conv_kernel_dim": 5,
                                      "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    ("plain", "lfm2", {}),
+    ("convolutions-alone", "lfm2", {"layer_types": ["conv", "conv"], "conv_L_cache": 2, "conv_bias": True}),
+    ("adjusted-biases", "lfm2", {"conv_bias": True, "conv_L_cache": 5, "block_auto_adjust_ff_dim": True, "block_multiple_of": 8,
+                                 "block_ffn_dim_multiplier": 1.3, "intermediate_size": 40, "tie_word_embeddings": False}),
+    ("by-number", "lfm2", {"layer_types": None, "full_attn_idxs": [0], "num_hidden_layers": 3, "rope_parameters": YARN}),
+    ("plain", "lfm2_moe", {}),
+    ("raw-scaled", "lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 2.5, "num_dense_layers": 0,
+                                "num_key_value_heads": 1, "tie_word_embeddings": False}),
+    ("plain", "granitemoehybrid", {}),
+    ("dense-turning", "granitemoehybrid", {"num_local_experts": 0, "position_embedding_type": "rope", "mamba_n_groups": 1,
+                                           "mamba_conv_bias": False, "mamba_proj_bias": True, "attention_bias": True,
+                                           "mamba_expand": 3, "mamba_d_conv": 2, "tie_word_embeddings": True}),
+    ("mamba-alone", "granitemoehybrid", {"layer_types": None, "mamba_d_state": 17, "mamba_n_heads": 2, "num_experts_per_tok": 5}),
+    ("attention-alone", "granitemoehybrid", {"layer_types": [FULL, FULL], "num_key_value_heads": 4}),
+    ("plain", "nemotron_h", {}),
+    ("latent-groups", "nemotron_h", {"moe_latent_size": 10, "n_group": 3, "topk_group": 2, "norm_topk_prob": False, "n_groups": 4}),
+    ("dense-biases", "nemotron_h", {"layers_block_type": [LINEAR, "mlp", FULL, LINEAR, "mlp"], "num_hidden_layers": 5, "mlp_bias": True,
+                                    "use_bias": True, "use_conv_bias": False, "n_groups": 1,
+                                    "conv_kernel": 3, "tie_word_embeddings": True}),
+    ("experts-first", "nemotron_h", {"layers_block_type": ["moe", "moe", FULL, FULL, LINEAR], "num_hidden_layers": 5,
+                                     "num_experts_per_tok": 1, "ssm_state_size": 33, "mamba_head_dim": 20}),
+    ("plain", "kimi_linear", {}),
+    ("by-lists", "kimi_linear", {
+        "layer_types": None, "mlp_layer_types": None, "num_hidden_layers": 3, "first_k_dense_replace": 2, "norm_topk_prob": False,
+        "linear_attn_config": {"full_attn_layers": [1], "kda_layers": [2, 3], "head_dim": 17, "num_heads": 2, "short_conv_kernel_size": 2}}),
+    ("narrow-queries", "kimi_linear", {"q_lora_rank": 10, "attention_bias": True, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 0.5,
+                                       "layer_types": [FULL, LINEAR], "tie_word_embeddings": True}),
+    ("delta-alone", "kimi_linear", {"layer_types": [LINEAR, LINEAR], "mlp_layer_types": None, "num_experts_per_tok": 1}),
+    ("every-fourth", "kimi_linear", {"layer_types": None, "mlp_layer_types": None, "num_hidden_layers": 5, "linear_head_dim": 33}),
+    ("plain", "bailing_hybrid", {}),
+    ("unsafe", "bailing_hybrid", {"kda_safe_gate": False, "layer_types": None, "layer_group_size": 2, "num_hidden_layers": 4,
+                                  "mlp_layer_types": None, "first_k_dense_replace": 1, "short_conv_kernel_size": 2}),
+    ("bounded-turning", "bailing_hybrid", {"kda_lower_bound": -0.5, "attention_bias": True, "rope_parameters": YARN, "head_dim": 6,
+                                           "qk_rope_head_dim": 6, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    ("latents-alone", "bailing_hybrid", {"layer_types": [FULL, FULL], "n_group": 1, "n_shared_experts": 1}),
 ]  # fmt: skip
 
 
@@ -208,6 +244,52 @@ def test_the_published_sizes() -> None:
         assert sum(spec.bytes_per_token for spec in caches) == layers // 4 * 2 * 2 * 256 * 2
 
 
+def state_bytes(config: ModelConfig) -> int:
+    return sum(spec.bytes_per_state for spec in config.caches(torch.bfloat16))
+
+
+def test_states_of_published_sizes() -> None:
+    """LFM2-8B-A1B's, Granite 4.0 H Tiny's and Nemotron 3 Nano's: their convolutions' inputs of 16
+    bits, and their heads' states."""
+    kinds = ["conv", "conv", FULL, "conv"] * 6
+    lfm = {"model_type": "lfm2_moe", "num_hidden_layers": 24, "layer_types": kinds}
+    assert state_bytes(model_config(lfm)) == 18 * 2 * 2048 * 2
+    granite = {"model_type": "granitemoehybrid", "num_hidden_layers": 40, "hidden_size": 1536}
+    granite |= {"mamba_n_heads": 48, "mamba_d_state": 128, "num_attention_heads": 12}
+    granite["layer_types"] = (["mamba"] * 9 + ["attention"]) * 4
+    inputs = 3 * (3072 + 2 * 128) * 2
+    assert state_bytes(model_config(granite)) == 36 * (48 * 64 * 128 * 4 + inputs)
+    nemotron = {"model_type": "nemotron_h", "hidden_size": 2688, "mamba_num_heads": 64}
+    nemotron["hybrid_override_pattern"] = "ME" * 20 + "M*" * 3 + "E*" * 3
+    config = model_config(nemotron)
+    assert [config.num_layers, len(config.experts)] == [52, 23]
+    assert state_bytes(config) == 23 * (64 * 64 * 128 * 4 + 3 * (4096 + 2 * 8 * 128) * 2)
+
+
+def test_time_steps_are_not_bounded(tmp_path: Path) -> None:
+    """transformers bounds Nemotron-H's from below in prompts and not in answers: here as in the
+    latter, and as in llama.cpp."""
+    model = save_tiny(tmp_path, "nemotron_h", time_step_min=3.0, time_step_max=4.0)
+    server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=8)
+    server.step([(0, IDS)])
+    with torch.inference_mode():
+        bounded = model(torch.tensor([IDS]), use_cache=False).logits[0]
+    for layer in model.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    assert_same(server.all_logits(0), recurrent(model, IDS))
+    assert (server.all_logits(0) - bounded).abs().max() > 1e-3, "nothing was bounded"
+
+
+def test_layers_of_nemotron_are_named_by_a_word_or_a_list() -> None:
+    listed = needed("nemotron_h")
+    del listed["num_hidden_layers"]
+    word = {**listed, "hybrid_override_pattern": "ME*E"}
+    del word["layers_block_type"]
+    older = {**listed, "layers_block_type": ["mamba", "moe", "attention", "moe"]}
+    assert model_config(listed) == model_config(word) == model_config(older)
+
+
 def test_a_configuration_of_transformers_4_says_the_same() -> None:
     """Positions beside, not in, an object; which layers recur by how many, or by an old name."""
     rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5}
@@ -234,6 +316,18 @@ def test_a_configuration_of_transformers_4_says_the_same() -> None:
          r"text_config\.model_type is 'qwen3_5_text'; it must be 'qwen3_5_moe_text'"),
         ("qwen3_5", {"text_config": {**TINY, "hidden_size": "many"}},
          "config.json: text_config: hidden_size is 'many'"),
+        ("lfm2", {"layer_types": ["conv", LINEAR]}, "layer_types must name one of conv, full_attention"),
+        ("lfm2", {"conv_L_cache": 1}, "conv_L_cache is 1; a convolution"),
+        ("lfm2_moe", {"layer_types": None}, "layer_types is missing"),
+        ("granitemoehybrid", {"mamba_n_heads": 5}, "mamba_n_heads = 5 of mamba_d_head = 9 are not"),
+        ("granitemoehybrid", {"mamba_n_groups": 3}, "4 heads of a Mamba layer are no 3 groups"),
+        ("granitemoehybrid", {"time_step_limit": [0.01, 1.0]}, "bounds of time steps"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "rope and nope are supported"),
+        ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "M*X"}, "'M\\*X'; it must be made of"),
+        ("nemotron_h", {"layers_block_type": ["conv"]}, "layers_block_type must name one of"),
+        ("nemotron_h", {"num_hidden_layers": 3}, "num_hidden_layers is 3, but 4 layers are named"),
+        ("nemotron_h", {"mlp_bias": True}, "mlp_bias is true; it is not supported beside experts"),
+        ("nemotron_h", {"mlp_hidden_act": "softsign"}, "mlp_hidden_act is 'softsign'"),
     ],
 )  # fmt: skip
 def test_bad_configurations_are_a_line(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moebius.errors import WeightsError
+from moebius.models.family import family
 from moebius.models.store import fingerprint, open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.models.store.save import save_checkpoint
@@ -21,6 +22,9 @@ from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
+# transformers ties nothing of these, whatever config.json says.
+NEVER_TIED = {"kimi_linear", "bailing_hybrid", "nemotron_h"}
+MAY_BE_TIED = [model_type for model_type in FAMILY if model_type not in NEVER_TIED]
 Heads = dict[str, Callable[[Tensor], dict[str, Tensor]]]
 
 # What a file holds of an embedding and a head, from the embedding that was saved; and whether the
@@ -44,7 +48,9 @@ def tied(directory: Path, model_type: str, heads: Callable[[Tensor], dict[str, T
     says."""
     save_tiny(directory, model_type, tie_word_embeddings=True)
     tensors = load_file(directory / "model.safetensors")
-    tensors |= heads(tensors.pop(EMBEDDING))
+    (name,) = {layout.embedding for layout in family(model_type).layouts} & tensors.keys()
+    for each, tensor in heads(tensors.pop(name)).items():
+        tensors[name if each == EMBEDDING else each] = tensor
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -79,7 +85,7 @@ def test_a_head_that_differs_is_used(
 
 @pytest.mark.case("A1")
 @pytest.mark.parametrize("heads", ONE.values(), ids=ONE)
-@pytest.mark.parametrize("model_type", FAMILY)
+@pytest.mark.parametrize("model_type", MAY_BE_TIED)
 def test_one_tensor_serves_as_both(
     tmp_path: Path,
     model_type: str,
@@ -170,7 +176,8 @@ def test_what_is_saved_is_what_was_loaded(
 
 @pytest.mark.case("A1")
 @pytest.mark.parametrize("head", [True, False])
-@pytest.mark.parametrize("model_type", FAMILY)
+# Ling 3's names without what stands before them are none that transformers knows.
+@pytest.mark.parametrize("model_type", [each for each in FAMILY if each != "bailing_hybrid"])
 def test_a_model_that_was_saved_without_a_head_has_shorter_names(
     tmp_path: Path, model_type: str, head: bool
 ) -> None:
@@ -178,5 +185,5 @@ def test_a_model_that_was_saved_without_a_head_has_shorter_names(
     tensors = load_file(tmp_path / "model.safetensors")
     shorter = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     save_file(shorter, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert (HEAD in shorter) == head
+    assert (HEAD in shorter) == (head or model_type in NEVER_TIED)
     assert_as_transformers(tmp_path)

@@ -20,7 +20,16 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.sources import StepSource
 from moebius.ops.steps import StateInputs, Step, StepInputs
 from ops.levels import LEVELS, ROUNDOFF, assert_within, bits, level
-from ops.recurrent_layers import EPS, Layer, States, naive_conv, naive_delta, step_of
+from ops.recurrent_layers import (
+    EPS,
+    Layer,
+    States,
+    alone,
+    naive_conv,
+    naive_delta,
+    served,
+    step_of,
+)
 
 REF = ReferenceOps()
 # Odd and even sizes, of one vector and several, with and without a rest; heads shared both ways.
@@ -37,6 +46,7 @@ GATES: dict[GateFunction, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x / (1 + (-x).exp()),
     "sigmoid": lambda x: 1 / (1 + (-x).exp()),
     "softplus": lambda x: x.exp().log1p(),
+    "identity": lambda x: x,
 }
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -160,44 +170,6 @@ def test_gates_that_are_far_off(backend: Ops) -> None:
 # --- the same bits ---
 
 LAYERS = [(DeltaSizes(2, 4, 24, 40), 4), (DeltaSizes(1, 2, 17, 70, tiled=True), 3)]
-
-
-def served(
-    layer: Layer, inputs: list[Tensor], seed: int, pick: Callable[[int], CpuOps]
-) -> tuple[list[Tensor], list[States]]:
-    """What an engine would compute of some sequences: chunks of any length, beside one another, in
-    slots anywhere; and each one's states at the end. The i-th step is computed by pick(i)."""
-    rng = random.Random(seed)
-    slots = rng.sample(range(len(inputs) + 3), len(inputs))
-    states = States.random(layer, len(inputs) + 3)
-    for slot in slots:
-        states.clear(slot)
-    done = [0] * len(inputs)
-    outs: list[list[Tensor]] = [[] for _ in inputs]
-    step = 0
-    while any(n < len(x) for n, x in zip(done, inputs, strict=True)):
-        some = [b for b, x in enumerate(inputs) if done[b] < len(x) and rng.random() < 0.7]
-        rng.shuffle(some)
-        rows = [min(rng.choice((1, 1, 2, 3, 9, 30)), len(inputs[b]) - done[b]) for b in some]
-        x = [inputs[b][done[b] : done[b] + n] for b, n in zip(some, rows, strict=True)]
-        ops = pick(step)
-        plan = ops.plan_states(step_of(rows, [done[b] for b in some], [slots[b] for b in some]))
-        if some:
-            out = layer(ops, torch.cat(x), states, plan)
-            for b, n, part in zip(some, rows, out.split(rows), strict=True):
-                done[b] += n
-                outs[b].append(part)
-        step += 1
-    kept = [States(states.conv[slot], states.delta[slot]) for slot in slots]
-    return [torch.cat(each) for each in outs], kept
-
-
-def alone(layer: Layer, ops: CpuOps, x: Tensor) -> tuple[Tensor, States]:
-    """A sequence's rows in one step by itself, and its states after it."""
-    states = States.random(layer, 1)
-    states.clear(0)
-    out = layer(ops, x, states, ops.plan_states(step_of([len(x)], [0], [0])))
-    return out, States(states.conv[0], states.delta[0])
 
 
 @pytest.mark.parametrize(("sizes", "taps"), LAYERS)

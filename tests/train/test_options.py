@@ -83,7 +83,7 @@ ROUTERS: dict[str, list[dict[str, Any]]] = {
 PARTS: dict[str, list[dict[str, Any]]] = {
     "width": [{"width": 24}, {"width": 12, REFUSED: "must be multiples of 8"}],
     "router": [{"router": None}],
-    "activation": [{"activation": a} for a in ("gelu", "gelu_tanh", "relu")]
+    "activation": [{"activation": a} for a in ("gelu", "gelu_tanh", "relu", "relu_squared")]
     + [
         {
             "activation": "tanh",
@@ -103,6 +103,10 @@ PARTS: dict[str, list[dict[str, Any]]] = {
         {"shared_gate": True, REFUSED: "give shared_width"},
     ],
     "gated": [{"gated": False}],
+    "latent": [
+        {"latent": 16},
+        {"latent": 16, "router": None, REFUSED: "this feed-forward has none"},
+    ],
 }
 TABLES: dict[str, list[dict[str, Any]]] = {
     "model_type": [

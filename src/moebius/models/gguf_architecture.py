@@ -78,13 +78,14 @@ class Moved(NamedTuple):
 
     parameter       of the layer's mixer there, which it is made of
     rows, columns   which of the latter's stands where; None: all where they are
-    exponential     the file holds -exp of the numbers
+    exponential     the file holds -exp of the numbers, or if that is `positive`, exp
     """
 
     parameter: str
     rows: Sequence[int] | None = None
     columns: Sequence[int] | None = None
     exponential: bool = False
+    positive: bool = False
 
 
 def _nothing_read(keys: FileKeys, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -172,6 +173,13 @@ ROUTER_KEYS = (
     Key("topk_group", "expert_group_used_count", absent=meaning(1)),
 )
 """Of DeepSeek-V3's router."""
+MULTIPLIER_KEYS = (
+    Key("attention_multiplier", "attention.scale", "number"),
+    Key("embedding_multiplier", "embedding_scale", "number"),
+    Key("residual_multiplier", "residual_scale", "number"),
+    Key("logits_scaling", "logit_scale", "number"),
+)
+"""Of Granite's four places."""
 
 _ATTENTION = ("q", "k", "v")
 _PARTS = ("weight", "bias")
@@ -224,7 +232,8 @@ class GgufArchitecture:
 
     name      general.architecture
     keys      config.json's keys and the file's
-    sparse    its files have experts: tells families apart that share a name
+    sparse    its files have experts: tells families apart that share a name; None: all of a model's
+              feed-forwards have, or none
     fixed     what llama.cpp's code takes for granted, as config.json says it: files do not tell it,
               and a model for which it is not so cannot be written
     values    keys of the file that must have this value where they are present, and are written
@@ -232,7 +241,7 @@ class GgufArchitecture:
     layouts   what tensors are called, the way that is written first
     partial   a part of each head may turn (partial_rotary_factor): the file says how much
     ropes     `one` turns all layers, those that are `sliding`, or `some`, while the others have no
-              positions; or `each` kind of layer has its own
+              positions; or `each` kind of layer has its own; or one turns all or none does (`any`)
     sliding_theta     theta of layers with a window, where the file does not say it; None: as the
                       others'
     told      what config.json would have that the file's tensors tell, by their shapes
@@ -254,7 +263,7 @@ class GgufArchitecture:
 
     name: str
     keys: tuple[Key, ...] = USUAL_KEYS
-    sparse: bool = False
+    sparse: bool | None = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
@@ -266,7 +275,7 @@ class GgufArchitecture:
     marked: str = ""
     marks: Callable[[Mapping[str, object]], bool] | None = None
     latent: bool = False
-    ropes: Literal["one", "sliding", "some", "each"] = "one"
+    ropes: Literal["one", "sliding", "some", "each", "any"] = "one"
     sliding_theta: float | None = None
     told: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = nothing_told
     read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read

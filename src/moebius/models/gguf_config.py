@@ -260,7 +260,7 @@ def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchite
     # Of those that a file does not tell apart, the one that the architecture has its name from.
     for model_type, family in sorted(found.items(), key=lambda entry: entry[0] != name):
         each = family.gguf
-        if each is None or (each.sparse != sparse and len(found) > 1):
+        if each is None or (each.sparse not in (None, sparse) and len(found) > 1):
             continue
         if not (each.marked or each.marks):
             plain[model_type] = each

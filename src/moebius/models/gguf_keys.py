@@ -73,6 +73,8 @@ def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeC
     if architecture.latent:
         found = {(each.rope, each.rope_dim) for each in config.mixers if isinstance(each, MLA)}
         ((rope, size),) = found
+        if rope is None and architecture.ropes == "any":
+            return RopeConfig(10_000.0), size, size
         if rope is None:
             raise ConfigError(f"GGUF files hold no latent attention without positions; {_ADVICE}")
         return rope, size, size
@@ -108,8 +110,9 @@ def _check_sparse(
         return
     first = keys.get("leading_dense_block_count", 0)
     step = keys.get("interleave_moe_layer_step", 1)
+    sparse = bool(config.experts) if architecture.sparse is None else architecture.sparse
     for number, part in enumerate(config.feed_forward):
-        expected = architecture.sparse and number >= first and (number + 1) % step == 0
+        expected = sparse and number >= first and (number + 1) % step == 0
         if expected != (part.router is not None):
             has = "no experts" if part.router is None else "experts"
             raise ConfigError(
@@ -141,7 +144,11 @@ def _window(config: ModelConfig) -> int:
 
 def _rope(config: ModelConfig, architecture: GgufArchitecture) -> RopeConfig:
     """That of all layers, or of those of one kind: see GgufArchitecture.ropes."""
+    turning = any(mixer.rope is not None for mixer in _gqas(config))
+    if architecture.ropes == "any" and not turning:
+        return RopeConfig(10_000.0)
     kept = {
+        "any": _gqas(config),
         "one": _gqas(config),
         "sliding": [mixer for mixer in _gqas(config) if mixer.window is not None],
         "some": [mixer for mixer in _gqas(config) if mixer.rope is not None],
@@ -243,6 +250,7 @@ def _divisors(rope: RopeConfig, head_dim: int) -> tuple[float, ...] | None:
 
 # What is read of the model that a config.json describes, however it says it.
 _TOLD: Mapping[str, Callable[[ModelConfig], int | float]] = {
+    "block_count": lambda config: config.num_layers,
     "attention.key_length": lambda config: _attention(config).head_dim,
     "attention.head_count_kv": lambda config: _attention(config).num_kv_heads,
     "attention.sliding_window": _window,

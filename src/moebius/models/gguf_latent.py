@@ -50,7 +50,7 @@ _ROUTED = (
     Key("topk_group", "expert_group_used_count", absent=meaning(1), optional=True),
 )
 
-_NAMES: Names = {
+NAMES: Names = {
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
@@ -59,7 +59,7 @@ _NAMES: Names = {
     KEYS_OF_LATENTS: OfHeads("attn_k_b.weight", keys=True, apart=True),
     VALUES_OF_LATENTS: OfHeads("attn_v_b.weight", apart=True),
 }
-_OLDER: Names = {
+OLDER_NAMES: Names = {
     KEYS_OF_LATENTS: OfHeads("attn_kv_b.weight", keys=True),
     VALUES_OF_LATENTS: OfHeads("attn_kv_b.weight"),
 }
@@ -168,7 +168,7 @@ DEEPSEEK_V2 = GgufArchitecture(
     sparse=True,
     fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     values={"expert_gating_func": 1, "expert_weights_norm": False},
-    layouts=(*layouts(_NAMES), *layouts({**_NAMES, **_OLDER})),
+    layouts=(*layouts(NAMES), *layouts({**NAMES, **OLDER_NAMES})),
     latent=True,
     read=_read_v2,
     write=write,

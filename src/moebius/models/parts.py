@@ -22,10 +22,13 @@ from moebius.ops.config import Activation, RouterConfig, Score, Weight
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 LINEAR = "linear_attention"
+CONV = "conv"
 DENSE = "dense"
 SPARSE = "sparse"
 _OLD_LAYER_TYPES = {"attention": FULL, "mamba": LINEAR}
 """What transformers 4 called them."""
+ROPES = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+"""Keys that say nothing of layers without positions."""
 _ROPE_KEYS: Mapping[str, Sequence[str]] = read_json(Path(__file__).with_name("rope_keys.json"))
 _ACTIVATIONS: Mapping[str, Activation] = package_table("models/keys.toml")["activations"]
 
@@ -38,15 +41,21 @@ def activation(reader: ConfigReader, key: str = "hidden_act") -> Activation:
 
 
 def layer_types(
-    reader: ConfigReader, known: Sequence[str] = (FULL, SLIDING), key: str = "layer_types"
+    reader: ConfigReader,
+    known: Sequence[str] = (FULL, SLIDING),
+    key: str = "layer_types",
+    *,
+    counted: bool = True,
 ) -> Sequence[str] | None:
-    """One of the known words a layer, None where the key is absent."""
+    """One of the known words a layer, None where the key is absent. Not counted, there are as many
+    layers as words."""
     value = reader.get(key)
     if value is None:
         return None
     given = value if isinstance(value, list) else []
     types = [_OLD_LAYER_TYPES.get(v, v) if isinstance(v, str) else v for v in given]
-    if len(types) != reader.num_layers or not all(v in known for v in types):
+    wanted = reader.num_layers if counted else max(len(types), 1)
+    if len(types) != wanted or not all(v in known for v in types):
         raise reader.error(f"{key} must name one of {', '.join(known)} for each layer")
     return types
 

@@ -17,6 +17,7 @@ class FeedForwardConfig:
 
     width is an expert's hidden size F; shared_width the always-on expert's (0: none), gated by
     sigmoid(w·x) when shared_gate is set (Qwen2-MoE). Not gated, an expert is down(act(gate x)).
+    latent: how many values a router's experts see of a token, where fewer than D (Nemotron 3).
     """
 
     width: int
@@ -26,6 +27,7 @@ class FeedForwardConfig:
     shared_width: int = 0
     shared_gate: bool = False
     gated: bool = True
+    latent: int | None = None
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -34,10 +36,9 @@ class FeedForwardConfig:
             require_word("the feed-forward's activation", self.activation, ActivationWord)
         elif not self.gated:
             raise ConfigError("ClampedSwiGLU joins two matrices; these experts have only a gate")
-        if self.router is None and self.shared_width:
+        if self.router is None and (self.shared_width or self.latent):
             raise ConfigError(
-                "a shared expert (shared_width) stands beside those of a router; this feed-forward "
-                "has none"
+                "shared_width and latent go with a router's experts; this feed-forward has none"
             )
         if self.shared_gate and not self.shared_width:
             raise ConfigError("shared_gate gates a shared expert; give shared_width")
@@ -55,8 +56,12 @@ class FeedForwardConfig:
             yield Parameter("router.selection_bias", (count,), float32=True)
         if self.router.learned_noise:
             yield Parameter("router.noise_weight", (count, hidden_size))
+        inner = self.latent or hidden_size
         for e in range(count):
-            yield from self._expert("experts.", "experts.", self.width, hidden_size, e, count)
+            yield from self._expert("experts.", "experts.", self.width, inner, e, count)
+        if self.latent:
+            yield Parameter("dispatch.down.weight", (self.latent, hidden_size))
+            yield Parameter("dispatch.up.weight", (hidden_size, self.latent))
         if self.shared_width:
             yield from self._expert("shared.", "shared.", self.shared_width, hidden_size)
             if self.shared_gate:
@@ -76,12 +81,9 @@ class FeedForwardConfig:
         self, at: str, role: str, width: int, hidden: int, number: int | None = None, of: int = 1
     ) -> Parameters:
         """The matrices of one expert, and as many biases where it has them."""
-        into = (width, hidden)
-        wanted = {"gate": into, "up": into, "down": into[::-1]}
-        for which, shape in wanted.items():
-            if which == "up" and not self.gated:
-                continue
-            e = 0 if number is None else number
+        e = number or 0
+        for which in ("gate", "up", "down") if self.gated else ("gate", "down"):
+            shape = (hidden, width) if which == "down" else (width, hidden)
             yield Parameter(f"{at}{which}_proj.{e}", shape, f"{role}{which}_proj", number, of)
             if self.bias:
                 bias = f"{which}_bias"

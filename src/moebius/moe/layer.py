@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from moebius.moe.config import FeedForwardConfig
 from moebius.moe.dispatch import Dispatcher
 from moebius.moe.experts import Experts, Held
+from moebius.moe.latent import narrowed
 from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Linear
 from moebius.nn.spec import Place
@@ -18,12 +19,12 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.ops = place.ops
-        self.dispatch = dispatch
+        inner, self.dispatch = narrowed(config, place, dispatch)
         size = place.hidden_size
         router = config.router
         self.router = None if router is None else Router(place.ops, router, size, place.dtype)
         count = 1 if router is None else router.num_experts
-        self.experts = Experts(config, place, count, config.width, held)
+        self.experts = Experts(config, inner, count, config.width, held)
         self.shared: Experts | None = None
         self.shared_gate: Linear | None = None
         if config.shared_width:

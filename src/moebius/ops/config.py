@@ -10,9 +10,9 @@ Score = Literal["softmax", "sigmoid", "logits"]
 Weight = Literal["raw", "renorm", "softmax", "sigmoid"]
 GroupScore = Literal["max", "top2"]
 GroupFill = Literal["zero", "never"]
-ActivationWord = Literal["silu", "gelu", "gelu_tanh", "relu"]
+ActivationWord = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 # What the gates of a recurrent layer's output, or of attention's heads, go through.
-GateFunction = Literal["silu", "sigmoid", "softplus"]
+GateFunction = Literal["silu", "sigmoid", "softplus", "identity"]
 # What activations become where they meet quantised weights.
 Activations = Literal["int8", "float"]
 
@@ -78,6 +78,56 @@ class DeltaSizes:
         if self.tiled:
             return value_head % self.key_heads
         return value_head // (self.value_heads // self.key_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelDecay:
+    """How fast each channel of a key decays (Kimi delta attention, arXiv 2510.26692), of a number f
+    and what is kept for each head, decay = -exp(A_log): decay * softplus(f), or with a bound
+    lower * sigmoid(-decay * f).
+
+    lower     None for no bound; else below zero
+    rounded   to the dtype of f, before its exponential is taken
+    """
+
+    lower: float | None = None
+    rounded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lower is not None and not -math.inf < self.lower < 0:
+            raise ConfigError(f"decays of channels are bounded by {self.lower}; it must be below 0")
+
+
+@dataclass(frozen=True, slots=True)
+class ScanSizes:
+    """The heads of a selective state space (Mamba 2, arXiv 2405.21060).
+
+    heads, head_dim   how many, and the size P of what each reads and gives
+    state_dim         size N of a state for each of these P
+    groups            of as many heads, which share what writes to states and what reads them
+    """
+
+    heads: int
+    head_dim: int
+    state_dim: int
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "head_dim", "state_dim", "groups"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} of a Mamba layer is {value}; it must be positive")
+        if self.heads % self.groups:
+            raise ConfigError(f"{self.heads} heads of a Mamba layer are no {self.groups} groups")
+
+    @property
+    def out_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def xbc_size(self) -> int:
+        """C: x of all heads, and B and C of all groups, side by side."""
+        return self.out_size + 2 * self.groups * self.state_dim
 
 
 @dataclass(frozen=True, slots=True)

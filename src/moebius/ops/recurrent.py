@@ -1,12 +1,13 @@
-"""The operations of recurrent layers, whose past is a state of one size: causal convolutions and
-the gated delta rule, and what stands around them.
+"""The operations of recurrent layers, whose past is a state of one size: causal convolutions, the
+gated delta rule and selective state spaces, and what stands around them.
 
 A step's rows are its sequences' next tokens, in order. Each sequence is computed token by token,
 whether it brings one or a whole prompt: so a state is the same, bit for bit, however the tokens
 before it were cut into steps, and wherever a snapshot of it was taken.
 
 Shape legend, beside that of moebius.ops: S slots of states, C columns that are convolved, J taps,
-H value heads, K size of a key head, V size of a value head.
+H value heads, K size of a key head, V size of a value head. Of a selective state space: P size of a
+head, M of its state for each of these.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moebius.ops.config import DeltaSizes, GateFunction, HeadGates
+from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction, HeadGates, ScanSizes
 from moebius.ops.prepared import StatePlan
 from moebius.ops.steps import Step
 
@@ -93,6 +94,55 @@ class RecurrentOps(ABC):
         """
 
     @abstractmethod
+    def kimi_delta(
+        self,
+        qkv_TC: Tensor,
+        beta_TI: Tensor,
+        beta_start: int,
+        channels_TI: Tensor,
+        channels_start: int,
+        decay_H: Tensor,
+        dt_bias_HK: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: DeltaSizes,
+        decay: ChannelDecay,
+    ) -> Tensor:
+        """The gated delta rule with a decay for each channel (arXiv 2510.26692): (T, H * V).
+
+        As gated_delta, but row k of a head's S is multiplied by exp(g_k), where g_k is what `decay`
+        makes of f + dt_bias[h, k] and decay[h] in float32. beta_TI has a number b for each head
+        from column `beta_start` on, channels_TI the H * K numbers f from `channels_start` on.
+        """
+
+    @abstractmethod
+    def selective_scan(
+        self,
+        xbc_TC: Tensor,
+        dt_TI: Tensor,
+        start: int,
+        decay_H: Tensor,
+        dt_bias_H: Tensor,
+        skip_H: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: ScanSizes,
+    ) -> Tensor:
+        """A selective state space (Mamba 2, arXiv 2405.21060), token by token: (T, H * P).
+
+        xbc_TC holds a token's x of all heads, then B and C of each group, side by side; dt_TI has a
+        number for each head from column `start` on. decay (-exp(A_log)), dt_bias and skip (D) are
+        float32. state: (S, H, M, P) float32. Of each head, with its group's B and C, in float32 but
+        for dt, which is rounded to its dtype after each step:
+
+            dt = softplus(dt + dt_bias), without any bounds
+            S <- exp(decay * dt) * S + B (dt x)^T
+            out = S^T C + skip * x, rounded
+
+        Sums over M have one order on every instruction set.
+        """
+
+    @abstractmethod
     def gated_norm(
         self,
         x_TI: Tensor,
@@ -106,6 +156,23 @@ class RecurrentOps(ABC):
 
         g is the I columns of gate_TI from `start`. What is multiplied with the gate is rounded to
         x's dtype before, unless the weight is float32 beside x of 16 bits; gates are float32.
+        """
+
+    @abstractmethod
+    def grouped_norm(
+        self,
+        x_TI: Tensor,
+        gate_TI: Tensor,
+        start: int,
+        weight_I: Tensor,
+        eps: float,
+        groups: int,
+    ) -> Tensor:
+        """rms_norm of x * silu(g), of each of the groups that the I columns are divided into by
+        itself: (T, I).
+
+        g is the I columns of gate_TI from `start`. The product with g is float32; what is normed is
+        rounded before the product with the weight as in Ops.rms_norm.
         """
 
     @abstractmethod

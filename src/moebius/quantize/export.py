@@ -196,8 +196,10 @@ def _targets(
 
 
 def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A file has no dimension of 1 between others."""
+    """Matrices have no dimension of 1 between others; of four dimensions all are meant."""
     last = len(shape) - 1
+    if last == 3:
+        return shape
     return tuple(size for i, size in enumerate(shape) if size != 1 or i in (0, last))
 
 
@@ -205,7 +207,8 @@ def _format(recipe: Recipe, source: Source, tensor: StoredTensor, config: ModelC
     wanted = format_of(recipe, source, config)
     if wanted is not None:
         return wanted
-    matrix = len(source.shape) > 1 and source.shape[0] > 1
+    norm = source.parameter.endswith("norm.weight")
+    matrix = len(source.shape) > 1 and source.shape[0] > 1 and not norm
     stored = str(tensor.format)
     # Rows that are no whole blocks; a router is worth float32.
     rows_do_not_fit = matrix and ".router." not in source.parameter and not source.float32

@@ -98,7 +98,7 @@ def format_of(recipe: Recipe, source: Source, config: ModelConfig) -> str | None
         return _fitting(recipe.usual, columns)
     number = int(layer[1])
     role = layer[2]
-    if role.startswith(_KEPT):
+    if role.startswith(_KEPT) or role.endswith("norm.weight"):
         return None
     return _fitting(_in_layer(recipe, role, number, config, source.expert is not None), columns)
 

@@ -38,13 +38,16 @@ def _unchanged(x_RK: Tensor) -> Tensor:
 def _change(source: Source, moved: Moved | None) -> Change:
     columns = None if moved is None or moved.columns is None else torch.tensor(moved.columns)
     exponential = moved is not None and moved.exponential
+    negative = exponential and moved is not None and not moved.positive
     if not (exponential or source.added or columns is not None):
         return _unchanged
 
     def change(x_RK: Tensor) -> Tensor:
         x_RK = x_RK + source.added if source.added else x_RK
         x_RK = x_RK if columns is None else x_RK[:, columns]
-        return -x_RK.exp() if exponential else x_RK
+        if exponential:
+            x_RK = x_RK.exp()
+        return -x_RK if negative else x_RK
 
     return change
 
@@ -96,7 +99,9 @@ class Rows:
             yield from self._of_heads(source, stored, format)
             return
         entry = source.entry or 0
-        rows = range(*source.rows)
+        # Of a whole tensor of more dimensions each but the last counts.
+        whole = len(source.shape) > 2
+        rows = range(math.prod(source.shape[:-1])) if whole else range(*source.rows)
         order = None if moved is None else moved.rows
         wanted = rows if order is None else [rows[row] for row in order]
         change = _change(source, moved)

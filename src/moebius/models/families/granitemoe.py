@@ -1,13 +1,23 @@
 """Granite 3 MoE: stacked experts, softmax over the chosen logits, multipliers on four places of the
 network."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
-from moebius.models.gguf_architecture import USUAL_KEYS, GgufArchitecture, Key, expert_keys
+from moebius.models.gguf_architecture import (
+    MULTIPLIER_KEYS,
+    USUAL_KEYS,
+    GgufArchitecture,
+    expert_keys,
+)
 from moebius.models.layout import Layout, stacked
 from moebius.models.parts import attention, decoder, experts, layers
 from moebius.models.reading import ConfigReader
 from moebius.moe.config import FeedForwardConfig
+from moebius.nn.attention import GQA
+from moebius.nn.mixer import Mixer
 
 
 def sparse(reader: ConfigReader) -> FeedForwardConfig:
@@ -16,13 +26,20 @@ def sparse(reader: ConfigReader) -> FeedForwardConfig:
     )
 
 
-def model(reader: ConfigReader, part: FeedForwardConfig) -> ModelConfig:
-    """With this feed-forward part in each layer."""
-    mixer = attention(reader, scale=reader.number("attention_multiplier"), biases=True)
+def scaled_attention(reader: ConfigReader, **different: Any) -> GQA:
+    scale = reader.number("attention_multiplier")
+    return attention(reader, scale=scale, biases=True, **different)
+
+
+def model(
+    reader: ConfigReader, part: FeedForwardConfig, mixers: Sequence[Mixer] | None = None
+) -> ModelConfig:
+    """With this feed-forward part in each layer, and attention, unless there are other mixers."""
     residual = reader.number("residual_multiplier")
+    every = mixers or scaled_attention(reader)
     return decoder(
         reader,
-        layers(reader, mixer, part, residual_multiplier=residual),
+        layers(reader, every, part, residual_multiplier=residual),
         embedding_multiplier=reader.number("embedding_multiplier"),
         logits_divisor=reader.number("logits_scaling"),
     )
@@ -43,14 +60,7 @@ CONVERTED = {
 }
 GGUF = GgufArchitecture(
     "granitemoe",
-    (
-        *USUAL_KEYS,
-        *expert_keys("num_local_experts"),
-        Key("attention_multiplier", "attention.scale", "number"),
-        Key("embedding_multiplier", "embedding_scale", "number"),
-        Key("residual_multiplier", "residual_scale", "number"),
-        Key("logits_scaling", "logit_scale", "number"),
-    ),
+    (*USUAL_KEYS, *expert_keys("num_local_experts"), *MULTIPLIER_KEYS),
     sparse=True,
     fixed={"hidden_act": "silu"},
     values={"expert_gating_func": 1},

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from moebius.errors import ConfigError, require_word
 from moebius.nn.linear import Linear, ParameterModule, RMSNorm
+from moebius.nn.mixers.derived import Convolution, Derived, rows_of
 from moebius.nn.mixers.recurs import Recurs
 from moebius.nn.rope import Positions
 from moebius.nn.spec import Parameter, Parameters, Place
-from moebius.ops import Operation, PreparedLinear, Use, Weight
+from moebius.ops import Operation, PreparedLinear, Use
 from moebius.ops.cache_spec import CacheSpec, Plane
 from moebius.ops.config import DeltaSizes
-from moebius.ops.weights import Matrix
 
 Projections = Literal["apart", "gates grouped", "grouped"]
 
@@ -152,14 +152,6 @@ def _of_groups(matrix: str, groups: int, parts: Sequence[int]) -> list[tuple[str
     return found
 
 
-class Convolution(ParameterModule):
-    """Taps of each column's convolution over time, oldest first: (C, 1, J), as they are stored."""
-
-    def __init__(self, columns: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(columns, 1, taps, dtype=torch.float32))
-
-
 class GatedDeltaNet(ParameterModule):
     """The module of a GatedDelta at one layer."""
 
@@ -175,9 +167,8 @@ class GatedDeltaNet(ParameterModule):
         }
         for name, matrix in self._matrices.items():
             self.add_module(name, matrix)
-        self._prepared: tuple[PreparedLinear, Tensor] | None = None
-        self._prepared_at = 0
-        self.conv1d = Convolution(sizes.qkv_size, spec.taps)
+        self._derived = Derived[tuple[PreparedLinear, Tensor]]()
+        self.conv1d = Convolution((sizes.qkv_size, 1, spec.taps))
         decay = nn.Parameter(torch.empty(sizes.value_heads, dtype=torch.float32))
         self.register_parameter("A_log" if spec.logarithm else "decay", decay)
         self.dt_bias = nn.Parameter(torch.empty(sizes.value_heads, dtype=torch.float32))
@@ -185,22 +176,22 @@ class GatedDeltaNet(ParameterModule):
         self.out_proj = Linear(place.ops, sizes.out_size, place.hidden_size, dtype=place.dtype)
 
     def prepared(self, dtype: torch.dtype) -> tuple[PreparedLinear, Tensor]:
-        """What makes I, and the decay (H,): made at first use, and anew where a parameter changed.
+        """What makes I, and the decay (H,).
 
         Of matrices whose rows are wanted in another order, each run of rows is a layer of its own,
         where it lies.
         """
-        now = self.changes.count
-        if self._prepared is None or self._prepared_at != now or torch.is_grad_enabled():
+
+        def make() -> tuple[PreparedLinear, Tensor]:
             layers = [
-                (_rows(self._matrices[name].held(), first, last), None)
+                (rows_of(self._matrices[name].held(), first, last), None)
                 for name, first, last in self.spec.pieces()
             ]
             held = self.get_parameter("A_log" if self.spec.logarithm else "decay")
             decay_H = -held.exp() if self.spec.logarithm else held
-            self._prepared = (self.ops.prepare_linear(*layers, dtype=dtype), decay_H)
-            self._prepared_at = now
-        return self._prepared
+            return self.ops.prepare_linear(*layers, dtype=dtype), decay_H
+
+        return self._derived.get(self.changes, make)
 
     def forward(self, x_TD: Tensor, positions: Positions, past: Recurs) -> Tensor:
         """What the layer adds to the residual stream (T, D)."""
@@ -208,8 +199,7 @@ class GatedDeltaNet(ParameterModule):
         states, plan = past.recur(self, x_TD)
         projections, decay_H = self.prepared(x_TD.dtype)
         in_TI = self.ops.linear(x_TD, projections)
-        taps_CJ = self.conv1d.weight.squeeze(1)
-        qkv_TC = self.ops.causal_conv(in_TI, 0, taps_CJ, states.get("conv"), plan)
+        qkv_TC = self.ops.causal_conv(in_TI, 0, self.conv1d.taps_CJ, states.get("conv"), plan)
         out_TV = self.ops.gated_delta(
             qkv_TC,
             in_TI,
@@ -224,10 +214,3 @@ class GatedDeltaNet(ParameterModule):
         out_TV = self.ops.gated_norm(out_TV, in_TI, spec.gate_start, norm.weight, norm.eps)
         out_TD: Tensor = self.out_proj(out_TV)
         return out_TD
-
-
-def _rows(weight: Weight, first: int, last: int) -> Weight:
-    """Rows of a weight, where they lie; the very weight for all of them."""
-    if (first, last) == (0, weight.shape[0]):
-        return weight
-    return weight.rows(first, last) if isinstance(weight, Matrix) else weight[first:last]

@@ -40,7 +40,7 @@ class CpuOps(
     def capability(self, use: Use) -> Capability | None:
         if use.dtype not in DTYPES or {Feature.LATENT, Feature.INT8_CACHE} <= use.features:
             return None
-        if use.operation == Operation.ROTARY or Feature.TWO_MATRICES in use.features:
+        if use.operation == Operation.ROTARY:
             return self._fallback.capability(use)
         recorded = use.operation != Operation.SAMPLING
         return Capability(self.name, batch_invariant=True, recorded=recorded)

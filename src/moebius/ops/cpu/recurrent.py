@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.capability import Operation
-from moebius.ops.config import DeltaSizes, GateFunction, HeadGates
+from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction, HeadGates, ScanSizes
 from moebius.ops.cpu.base import (
     DTYPES,
     CpuBase,
@@ -23,7 +23,7 @@ from moebius.ops.reference.recurrent import require_states
 from moebius.ops.steps import Step, StepInputs
 
 # As csrc/kernels.h numbers them.
-_GATES: dict[GateFunction, int] = {"silu": 0, "sigmoid": 1, "softplus": 2}
+_GATES: dict[GateFunction, int] = {"silu": 0, "sigmoid": 1, "softplus": 2, "identity": 3}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,6 +143,99 @@ class RecurrentOps(CpuBase):
         self._run(Operation.GATED_DELTA, call, qkv_TC, rows, planned)
         return out
 
+    def kimi_delta(
+        self,
+        qkv_TC: Tensor,
+        beta_TI: Tensor,
+        beta_start: int,
+        channels_TI: Tensor,
+        channels_start: int,
+        decay_H: Tensor,
+        dt_bias_HK: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: DeltaSizes,
+        decay: ChannelDecay,
+    ) -> Tensor:
+        planned = own(plan, CpuStatePlan)
+        require_no_gradient(qkv_TC, beta_TI, channels_TI)
+        rows = len(qkv_TC)
+        heads = sizes.value_heads
+        check_shape("queries, keys and values", qkv_TC, rows, sizes.qkv_size)
+        check_shape("betas", beta_TI, rows, beta_TI.shape[1])
+        check_shape("decays of channels", channels_TI, rows, channels_TI.shape[1])
+        _check_columns(beta_TI, beta_start, heads)
+        _check_columns(channels_TI, channels_start, heads * sizes.key_dim)
+        check_shape("decays", decay_H, heads)
+        check_shape("what is added to decays", dt_bias_HK, heads, sizes.key_dim)
+        slots = _slots(state, (heads, sizes.key_dim, sizes.value_dim), torch.float32)
+        out = self._empty(qkv_TC, (sizes.out_size,), qkv_TC.dtype)
+        call = _cpu.GatedDelta(
+            dtype=require_dtype(qkv_TC.dtype, beta_TI, channels_TI),
+            step=planned.step,
+            key_heads=sizes.key_heads,
+            value_heads=heads,
+            key_dim=sizes.key_dim,
+            value_dim=sizes.value_dim,
+            tiled=sizes.tiled,
+            qkv=self._at(qkv_TC),
+            gates=self._at(beta_TI) + beta_start * beta_TI.element_size(),
+            gates_stride=beta_TI.shape[1],
+            decay=self._at(decay_H, torch.float32),
+            dt_bias=self._at(dt_bias_HK, torch.float32),
+            state=self._at(state),
+            slots=slots,
+            out=self._at(out),
+            channels=self._at(channels_TI) + channels_start * channels_TI.element_size(),
+            channels_stride=channels_TI.shape[1],
+            lower=decay.lower or 0.0,
+            rounded=decay.rounded,
+        )
+        self._run(Operation.KIMI_DELTA, call, qkv_TC, rows, planned)
+        return out
+
+    def selective_scan(
+        self,
+        xbc_TC: Tensor,
+        dt_TI: Tensor,
+        start: int,
+        decay_H: Tensor,
+        dt_bias_H: Tensor,
+        skip_H: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: ScanSizes,
+    ) -> Tensor:
+        planned = own(plan, CpuStatePlan)
+        require_no_gradient(xbc_TC, dt_TI)
+        rows = len(xbc_TC)
+        check_shape("a selective state space's rows", xbc_TC, rows, sizes.xbc_size)
+        check_shape("time steps", dt_TI, rows, dt_TI.shape[1])
+        _check_columns(dt_TI, start, sizes.heads)
+        for what, vector in (("decays", decay_H), ("biases", dt_bias_H), ("skips", skip_H)):
+            check_shape(f"{what} of heads", vector, sizes.heads)
+        slots = _slots(state, (sizes.heads, sizes.state_dim, sizes.head_dim), torch.float32)
+        out = self._empty(xbc_TC, (sizes.out_size,), xbc_TC.dtype)
+        call = _cpu.SelectiveScan(
+            dtype=require_dtype(xbc_TC.dtype, dt_TI),
+            step=planned.step,
+            heads=sizes.heads,
+            head_dim=sizes.head_dim,
+            state_dim=sizes.state_dim,
+            groups=sizes.groups,
+            xbc=self._at(xbc_TC),
+            dt=self._at(dt_TI) + start * dt_TI.element_size(),
+            dt_stride=dt_TI.shape[1],
+            decay=self._at(decay_H, torch.float32),
+            dt_bias=self._at(dt_bias_H, torch.float32),
+            skip=self._at(skip_H, torch.float32),
+            state=self._at(state),
+            slots=slots,
+            out=self._at(out),
+        )
+        self._run(Operation.SELECTIVE_SCAN, call, xbc_TC, rows, planned)
+        return out
+
     def gated_norm(
         self,
         x_TI: Tensor,
@@ -173,6 +266,38 @@ class RecurrentOps(CpuBase):
             out=self._at(out),
         )
         self._run(Operation.GATED_NORM, call, x_TI, rows)
+        return out
+
+    def grouped_norm(
+        self,
+        x_TI: Tensor,
+        gate_TI: Tensor,
+        start: int,
+        weight_I: Tensor,
+        eps: float,
+        groups: int,
+    ) -> Tensor:
+        rows, width = x_TI.shape
+        size, rest = divmod(width, groups)
+        if rest:
+            raise ValueError(f"{width} columns are no {groups} groups")
+        check_shape("a norm's weight", weight_I, width)
+        check_shape("gates", gate_TI, rows, gate_TI.shape[1])
+        _check_columns(gate_TI, start, width)
+        out = self._empty(x_TI, (width,), x_TI.dtype)
+        call = _cpu.GroupedNorm(
+            dtype=require_dtype(x_TI.dtype, gate_TI),
+            x=self._at(x_TI),
+            gates=self._at(gate_TI) + start * gate_TI.element_size(),
+            gates_stride=gate_TI.shape[1],
+            weight=self._at(weight_I),
+            weight_dtype=norm_dtype(x_TI.dtype, weight_I),
+            eps=eps,
+            groups=groups,
+            size=size,
+            out=self._at(out),
+        )
+        self._run(Operation.GROUPED_NORM, call, x_TI, rows)
         return out
 
     def gate_heads(self, x_THN: Tensor, gates_TI: Tensor, at: HeadGates) -> Tensor:

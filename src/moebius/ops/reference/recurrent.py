@@ -4,7 +4,7 @@ They are differentiable where no state is kept. Sequences are taken longest firs
 which have a token left at a turn are always the first ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.ops.config import DeltaSizes, GateFunction, HeadGates
+from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction, HeadGates, ScanSizes
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import StatePlan, own
 from moebius.ops.steps import Step, StepInputs
@@ -24,6 +24,7 @@ GATES: Mapping[GateFunction, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "softplus": F.softplus,
+    "identity": lambda x: x,
 }
 
 
@@ -61,6 +62,16 @@ class ReferenceStatePlan(StatePlan):
         """What the states are after the step."""
         if state is not None and self.slots is not None:
             state.index_copy_(0, self.slots, after)
+
+    def turns(self, *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Of rows (T, ...), those of each turn."""
+        return zip(*(torch.split(x[self.order], list(self.counts)) for x in inputs), strict=True)
+
+    def in_order(self, outs: Sequence[Tensor], width: int) -> Tensor:
+        """Of what each turn gave, the rows as they stand in the step: (T, width)."""
+        if not outs:
+            return torch.zeros(0, width, device=self.order.device)
+        return torch.cat(list(outs)).flatten(1)[torch.argsort(self.order)]
 
 
 def _plan(
@@ -155,31 +166,79 @@ class RecurrentOps(Ops):
         plan: StatePlan,
         sizes: DeltaSizes,
     ) -> Tensor:
-        planned = own(plan, ReferenceStatePlan)
         heads = sizes.value_heads
-        q_THK, k_THK, v_THV = _delta_heads(qkv_TC, sizes)
         b_TH, a_TH = torch.split(gates_TI[:, start : start + 2 * heads], heads, dim=1)
-        beta_TH = torch.sigmoid(b_TH.float()).to(b_TH.dtype).float()
         kept_TH = torch.exp(decay_H * F.softplus(a_TH.float() + dt_bias_H))
-        row = (heads, sizes.key_dim, sizes.value_dim)
-        state_BHKV = planned.at_first(state, row, torch.float32)
-        turns = [
-            torch.split(x[planned.order], list(planned.counts))
-            for x in (q_THK, k_THK, v_THV, beta_TH, kept_TH)
-        ]
+        return _delta(qkv_TC, b_TH, kept_TH.unsqueeze(-1), state, plan, sizes)
+
+    def kimi_delta(
+        self,
+        qkv_TC: Tensor,
+        beta_TI: Tensor,
+        beta_start: int,
+        channels_TI: Tensor,
+        channels_start: int,
+        decay_H: Tensor,
+        dt_bias_HK: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: DeltaSizes,
+        decay: ChannelDecay,
+    ) -> Tensor:
+        heads = sizes.value_heads
+        b_TH = beta_TI[:, beta_start : beta_start + heads]
+        f_TI = channels_TI[:, channels_start : channels_start + heads * sizes.key_dim]
+        f_THK = f_TI.float().view(len(f_TI), heads, sizes.key_dim) + dt_bias_HK
+        decay_H1 = decay_H.unsqueeze(-1)
+        if decay.lower is None:
+            exponent_THK = decay_H1 * F.softplus(f_THK)
+        else:
+            exponent_THK = decay.lower * torch.sigmoid(-decay_H1 * f_THK)
+        if decay.rounded:
+            exponent_THK = exponent_THK.to(channels_TI.dtype).float()
+        return _delta(qkv_TC, b_TH, torch.exp(exponent_THK), state, plan, sizes)
+
+    def selective_scan(
+        self,
+        xbc_TC: Tensor,
+        dt_TI: Tensor,
+        start: int,
+        decay_H: Tensor,
+        dt_bias_H: Tensor,
+        skip_H: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: ScanSizes,
+    ) -> Tensor:
+        planned = own(plan, ReferenceStatePlan)
+        rows = len(xbc_TC)
+        dtype = xbc_TC.dtype
+        shared = [sizes.groups * sizes.state_dim] * 2
+        x_TI, b_TI, c_TI = torch.split(xbc_TC.float(), [sizes.out_size, *shared], dim=1)
+        x_THP = x_TI.view(rows, sizes.heads, sizes.head_dim)
+
+        def of_heads(y_TI: Tensor) -> Tensor:
+            y_TGM = y_TI.view(rows, sizes.groups, sizes.state_dim)
+            return y_TGM.repeat_interleave(sizes.heads // sizes.groups, dim=1)
+
+        summed_TH = dt_TI[:, start : start + sizes.heads] + dt_bias_H.to(dtype)
+        dt_TH = F.softplus(summed_TH.float()).to(dtype).float()
+        kept_TH = torch.exp(dt_TH * decay_H)
+        into_THP = dt_TH.unsqueeze(-1) * x_THP
+        row = (sizes.heads, sizes.state_dim, sizes.head_dim)
+        state_BHMP = planned.at_first(state, row, torch.float32)
         outs = []
         done: list[Tensor] = []
-        for q, k, v, beta, kept in zip(*turns, strict=True):
-            done.append(state_BHKV[len(q) :])
-            state_BHKV = state_BHKV[: len(q)] * kept[..., None, None]
-            u = beta.unsqueeze(-1) * (v - (state_BHKV * k.unsqueeze(-1)).sum(-2))
-            state_BHKV = state_BHKV + k.unsqueeze(-1) * u.unsqueeze(-2)
-            outs.append((state_BHKV * q.unsqueeze(-1)).sum(-2))
-        planned.keep(state, torch.cat([state_BHKV, *reversed(done)]))
-        if not outs:
-            return qkv_TC.new_zeros(0, sizes.out_size)
-        place_T = torch.argsort(planned.order)
-        return torch.cat(outs).flatten(1)[place_T].to(qkv_TC.dtype)
+        inputs = (of_heads(b_TI), of_heads(c_TI), into_THP, kept_TH)
+        for b, c, into, kept in planned.turns(*inputs):
+            done.append(state_BHMP[len(b) :])
+            state_BHMP = state_BHMP[: len(b)] * kept[..., None, None]
+            state_BHMP = state_BHMP + b.unsqueeze(-1) * into.unsqueeze(-2)
+            outs.append((state_BHMP * c.unsqueeze(-1)).sum(-2))
+        planned.keep(state, torch.cat([state_BHMP, *reversed(done)]))
+        read_TI = planned.in_order(outs, sizes.out_size)
+        skipped_THP = skip_H.unsqueeze(-1) * x_THP
+        return (read_TI + skipped_THP.flatten(1)).to(dtype)
 
     def gated_norm(
         self,
@@ -201,6 +260,24 @@ class RecurrentOps(Ops):
         gates_TI = gate_TI[:, start : start + width].float()
         return (normed_THN.view(rows, width) * GATES[gate](gates_TI)).to(x_TI.dtype)
 
+    def grouped_norm(
+        self,
+        x_TI: Tensor,
+        gate_TI: Tensor,
+        start: int,
+        weight_I: Tensor,
+        eps: float,
+        groups: int,
+    ) -> Tensor:
+        rows, width = x_TI.shape
+        gated_TI = x_TI.float() * F.silu(gate_TI[:, start : start + width].float())
+        gated_TGN = gated_TI.view(rows, groups, width // groups)
+        normed_TGN = gated_TGN * torch.rsqrt(gated_TGN.square().mean(-1, keepdim=True) + eps)
+        normed_TI = normed_TGN.view(rows, width)
+        if weight_I.dtype == torch.float32:
+            return (normed_TI * weight_I).to(x_TI.dtype)
+        return normed_TI.to(x_TI.dtype) * weight_I
+
     def gate_heads(self, x_THN: Tensor, gates_TI: Tensor, at: HeadGates) -> Tensor:
         rows, heads, size = x_THN.shape
         width = 1 if at.single else size
@@ -220,6 +297,32 @@ def require_states(step: StepInputs) -> None:
                 f"a step without states brings the last {stop - start} tokens of a sequence of "
                 f"{step.seq_lens_host[b]}, whose state is nowhere"
             )
+
+
+def _delta(
+    qkv_TC: Tensor,
+    b_TH: Tensor,
+    kept_THX: Tensor,
+    state: Tensor | None,
+    plan: StatePlan,
+    sizes: DeltaSizes,
+) -> Tensor:
+    """The delta rule where so much is kept of each head's state, or of each of its rows."""
+    planned = own(plan, ReferenceStatePlan)
+    q_THK, k_THK, v_THV = _delta_heads(qkv_TC, sizes)
+    beta_TH = torch.sigmoid(b_TH.float()).to(b_TH.dtype).float()
+    row = (sizes.value_heads, sizes.key_dim, sizes.value_dim)
+    state_BHKV = planned.at_first(state, row, torch.float32)
+    outs = []
+    done: list[Tensor] = []
+    for q, k, v, beta, kept in planned.turns(q_THK, k_THK, v_THV, beta_TH, kept_THX):
+        done.append(state_BHKV[len(q) :])
+        state_BHKV = state_BHKV[: len(q)] * kept.unsqueeze(-1)
+        u = beta.unsqueeze(-1) * (v - (state_BHKV * k.unsqueeze(-1)).sum(-2))
+        state_BHKV = state_BHKV + k.unsqueeze(-1) * u.unsqueeze(-2)
+        outs.append((state_BHKV * q.unsqueeze(-1)).sum(-2))
+    planned.keep(state, torch.cat([state_BHKV, *reversed(done)]))
+    return planned.in_order(outs, sizes.out_size).to(qkv_TC.dtype)
 
 
 def _delta_heads(qkv_TC: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
