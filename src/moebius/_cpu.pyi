@@ -81,6 +81,7 @@ class RmsNorm(_Call):
         sum: int,
         out: int,
         less_mean: bool = False,
+        scale: int = 0,
     ) -> None: ...
 
 class Clip(_Call):
@@ -120,6 +121,9 @@ class RotateAndStore(_Call):
         key_offset: int,
         q_out: int,
         turned_first: bool,
+        keys_as_values: bool = False,
+        normed_values: bool = False,
+        queries_alone: bool = False,
     ) -> None: ...
 
 class Attention(_Call):
@@ -225,6 +229,7 @@ class Route(_Call):
         ids: int,
         pairs: int,
         sums: int,
+        expert_scale: int = 0,
     ) -> None: ...
 
 class Linear:
@@ -262,10 +267,19 @@ class StepStates:
 
 class CacheShape:
     def __init__(
-        self, *, block_size: int, kv_heads: int, key_dim: int, value_dim: int, type: int
+        self,
+        *,
+        block_size: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        type: int,
+        stride: int = 0,
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
 
 class RouterSettings:
     def __init__(

@@ -41,7 +41,10 @@ WITH_EXPERTS = {
     **{name: (name, {}) for name in FAMILY},
     "mixtral-window": WINDOWED["mixtral-window"],
 }
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "gemma3_text", "phi3")
+DENSE = (
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text"),
+    *("gemma3_text", "gemma4_unified_text", "phi3"),
+)
 
 
 def check(directory: Path, one: Decoder, asked: list[Wish], ranks: int, rng: random.Random) -> None:

@@ -217,16 +217,16 @@ def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     open_ended = {
         "dots1": {"n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3},
         "glm4_moe": {"head_dim": 128},
+        "gemma4_text": {"hidden_size_per_layer_input": 0},
     }
     needed = {"model_type": model_type, **open_ended.get(model_type, {})}
     config = AutoConfig.for_model(**needed)
     ours = model_config(needed)
     assert ours == model_config(config.to_dict())
-    assert (
-        ours.attention.num_kv_heads == config.num_key_value_heads
-        and ours.num_layers == config.num_hidden_layers
-    )
-    rope = ours.attention.rope
+    attention = next(mixer for mixer in ours.mixers if isinstance(mixer, GQA))
+    assert attention.num_kv_heads == config.num_key_value_heads
+    assert ours.num_layers == config.num_hidden_layers
+    rope = attention.rope
     first = (getattr(config, "layer_types", None) or [None])[0]
     theirs = config.rope_parameters.get(first, config.rope_parameters)
     assert rope is not None and rope.theta == theirs["rope_theta"]
@@ -352,6 +352,22 @@ def test_a_name_that_the_class_does_not_know_is_none() -> None:
         ("laguna", {"num_attention_heads_per_layer": [4, 5]}, ["5", "num_key_value_heads = 2"]),
         ("laguna", {"moe_apply_router_weight_on_input": True}, ["moe_apply_router_weight_on_input"]),
         ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, ["use_bidirectional_attention", "'all'"]),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, ["hidden_size_per_layer_input is 8", "E2B"]),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, ["num_kv_shared_layers", "some kind"]),
+        ("gemma4_text", {"num_kv_shared_layers": 3}, ["num_kv_shared_layers", "some kind"]),
+        ("gemma4_text", {"per_layer_config": {"1": {"sliding_window": 3}}}, ["per_layer_config", "sliding_window"]),
+        ("gemma4_text", {"per_layer_config": {"2": {"head_dim": 8}}}, ["per_layer_config", "'2'"]),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": "8"}}}, ["per_layer_config", "'8'"]),
+        ("gemma4_text", {"per_layer_config": [8]}, ["per_layer_config"]),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 8}}, "layer_types": ["full_attention"] * 2},
+         ["per_layer_config", "differs among layers of full_attention"]),
+        ("gemma4_text", {"num_experts": None}, ["num_experts", "null"]),
+        ("gemma4_text", {"hidden_activation": "tanh"}, ["hidden_activation", "tanh"]),
+        ("gemma4_text", {"rope_parameters": {"full_attention": {"rope_type": "proportional", "rope_theta": 9.0}}},
+         ["no object for sliding_attention"]),
+        ("gemma4_text", {"rope_parameters": {"sliding_attention": {"rope_theta": 9.0}, "full_attention": {
+            "rope_type": "proportional", "rope_theta": 9.0, "partial_rotary_factor": 1.5}}}, ["partial_rotary_factor is 1.5"]),
         ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, ["longrope", "neighbours"]),
         ("qwen3_moe", {"mlp_only_layers": "0"}, ["mlp_only_layers"]),
         ("qwen3", {"layer_types": ["full_attention"]}, ["layer_types"]),

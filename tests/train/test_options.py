@@ -155,6 +155,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "multiplier_rounded": [{"multiplier_rounded": True, REFUSED: "is not supported"}],
     "norm": [{"norm": "float32", REFUSED: "norm = 'float32' is not supported"}],
     "norms": [{"norms": "sandwich", REFUSED: "norms = 'sandwich' is not supported"}],
+    "scaled": [{"scaled": True, REFUSED: "scaled = True is not supported"}],
     "logits_softcap": [{"final_logit_softcapping": 30.0, REFUSED: "is not supported"}],
     "scale": [{"attention_multiplier": 0.5, REFUSED: "is not supported"}],
     "embedding_multiplier": [{"embedding_multiplier": 2.0, REFUSED: "is not supported"}],

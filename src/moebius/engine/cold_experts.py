@@ -48,9 +48,7 @@ class _Ahead:
 
     def __call__(self, x_TD: Tensor) -> None:
         router = self._router
-        linear = self._ops.prepare_linear((router.held(), router.bias), dtype=x_TD.dtype)
-        logits_TE = self._ops.logits(x_TD, linear)
-        _, ids_TK = self._ops.route(logits_TE, router.config, router.selection_bias)
+        _, ids_TK = self._ops.route(router.logits(x_TD), router.config, router.selection_bias)
         self._ops.host(self._ask, [ids_TK], [])
 
     def _ask(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:

@@ -27,12 +27,14 @@ class LayerSpec:
                           that alone is (OLMo 2, arXiv 2501.00656). `parallel`: both parts read
                           one normed stream (GPT-J)
     residual_multiplier   of what each part adds to the stream; in parallel, of the feed-forward's
+    scaled                the stream behind the layer is multiplied by a learned number (Gemma 4)
     """
 
     mixer: Mixer | None = None
     feed_forward: FeedForwardConfig | None = None
     norms: Norms = "pre"
     residual_multiplier: float = 1.0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         require_word("a layer's norms", self.norms, Norms)
@@ -42,6 +44,8 @@ class LayerSpec:
             raise ConfigError("parts are parallel where there are two")
         if self.norms == "post" and self.residual_multiplier != 1:
             raise ConfigError("residual_multiplier goes with layers whose inputs are normed")
+        if self.scaled and (self.norms == "post" or self.feed_forward is None):
+            raise ConfigError("a layer that is scaled has a feed-forward part behind a norm")
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of moebius.models.decoder.Layer."""
@@ -61,6 +65,8 @@ class LayerSpec:
                 yield parameter.within("mlp.")
             if behind:
                 yield Parameter("mlp_output_norm.weight", (hidden_size,), norm=True)
+        if self.scaled:
+            yield Parameter("scale", (1,), float32=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,10 @@ class FileKeys(Protocol):
     def listed(self, key: str) -> Sequence[object] | None:
         """A list as it is; None where there is none."""
 
+    def each(self, key: str, layers: int) -> list[int]:
+        """An integer for each layer, where the file may have one for all. ConfigError for others,
+        and for none."""
+
     def wrong(self, key: str, message: str) -> ConfigError:
         """What is wrong with a key."""
 
@@ -149,6 +153,7 @@ def expert_keys(
 
 SHARED_WIDTH = Key("", "expert_shared_feed_forward_length", absent=meaning(0))
 SLIDING_LAYERS = "attention.sliding_window_pattern"
+SLIDING_SIZE = "attention.key_length_swa"
 SLIDING_WINDOW = Key("sliding_window", "attention.sliding_window", absent=meaning(None))
 
 
@@ -224,7 +229,7 @@ class GgufArchitecture:
 
     name      general.architecture
     keys      config.json's keys and the file's
-    sparse    its files have experts: tells families apart that share a name
+    sparse    its files have experts: tells families apart that share a name; None: some have
     fixed     what llama.cpp's code takes for granted, as config.json says it: files do not tell it,
               and a model for which it is not so cannot be written
     values    keys of the file that must have this value where they are present, and are written
@@ -235,6 +240,8 @@ class GgufArchitecture:
               positions; or `each` kind of layer has its own
     sliding_theta     theta of layers with a window, where the file does not say it; None: as the
                       others'
+    proportional      divisors of frequencies are of full attention alone, and say which of them
+                      are 0
     told      what config.json would have that the file's tensors tell, by their shapes
     marked    a key that tells its files from another family's, where it is there and not 0
     permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand
@@ -251,7 +258,7 @@ class GgufArchitecture:
 
     name: str
     keys: tuple[Key, ...] = USUAL_KEYS
-    sparse: bool = False
+    sparse: bool | None = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
@@ -263,6 +270,7 @@ class GgufArchitecture:
     marked: str = ""
     ropes: Literal["one", "sliding", "some", "each"] = "one"
     sliding_theta: float | None = None
+    proportional: bool = False
     told: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = nothing_told
     read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read
     write: Callable[[ConfigReader, ModelConfig], Mapping[str, Value]] = _nothing_written

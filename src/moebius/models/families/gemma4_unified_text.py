@@ -1,0 +1,6 @@
+"""The language model of gemma4_unified: Gemma 4, dense."""
+
+from moebius.models.families import gemma4_text
+from moebius.models.family import Family
+
+FAMILY = Family(gemma4_text.read, gemma4_text.LAYOUTS, gemma4_text.UNUSED, gguf=gemma4_text.GGUF)
