@@ -214,6 +214,7 @@ UNWRITABLE: list[tuple[str, dict[str, Any], str]] = [
     ("gemma4_text", {"rope_parameters": {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 9.0, "factor": 2.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 9.0}}}, "positions are scaled, which files of this kind cannot"),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}}, "with longrope"),
     ("gemma4_text", {"attention_bias": True}, "attention_bias is True"),
     ("gemma3_text", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is 7.0, but llama.cpp takes 10 for granted"),
     ("laguna", {"moe_router_logit_softcapping": 0.5}, "moe_router_logit_softcapping is 0.5"),

@@ -368,7 +368,12 @@ def test_a_name_that_the_class_does_not_know_is_none() -> None:
          ["no object for sliding_attention"]),
         ("gemma4_text", {"rope_parameters": {"sliding_attention": {"rope_theta": 9.0}, "full_attention": {
             "rope_type": "proportional", "rope_theta": 9.0, "partial_rotary_factor": 1.5}}}, ["partial_rotary_factor is 1.5"]),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, ["longrope", "neighbours"]),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, ["longrope", "neighbours"]),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, ["longrope", "short_factor"]),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 0.0], "long_factor": [1.0]}},
+         ["short_factor", "positive"]),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 3}},
+         ["2 divisors", "3 pairs"]),
         ("qwen3_moe", {"mlp_only_layers": "0"}, ["mlp_only_layers"]),
         ("qwen3", {"layer_types": ["full_attention"]}, ["layer_types"]),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_", "use_sliding_window"]),

@@ -162,6 +162,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "residual_multiplier": [{"residual_multiplier": 2.0, REFUSED: "is not supported"}],
     "logits_divisor": [{"logits_scaling": 2.0, REFUSED: "is not supported"}],
     "unpublished": [{"unpublished": "this"}],
+    "longer": [{"rope_scaling": {"rope_type": "longrope"}, REFUSED: "longrope"}],
     # Keys that no field has: of training, or none at all.
     "": [
         {

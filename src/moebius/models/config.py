@@ -3,7 +3,7 @@
 The records are frozen, and checked when they are constructed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -83,6 +83,8 @@ class ModelConfig:
                      `zero-centred`, the same with a weight that checkpoints hold less 1
                      (Qwen3-Next); or `less-mean`, a layer norm with a float32 weight (Cohere)
     logits_softcap   c * tanh(logits / c), where given
+    longer           (n, the same layers for sequences of more than n tokens), where their rotary
+                     embedding is another (longrope, arXiv 2402.13753)
     unpublished      what no published model_type has, so that the model can be trained and
                      measured, but not served
     """
@@ -100,6 +102,7 @@ class ModelConfig:
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     unpublished: str = ""
+    longer: tuple[int, tuple[LayerSpec, ...]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size"):
@@ -122,6 +125,17 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def at_length(self, tokens: int | None) -> "ModelConfig":
+        """The model for sequences of up to so many tokens; None: of all that it has positions for.
+
+        One for all of them, so that no answer depends on how long another sequence is.
+        """
+        if self.longer is None:
+            return self
+        most, layers = self.longer
+        long = (self.context if tokens is None else tokens) > most
+        return replace(self, layers=layers if long else self.layers, longer=None)
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:
