@@ -244,7 +244,8 @@ class Converter:
             _, _, layer, rest = name.split(".", 3)
             return [(tensor, f"blk.{layer}.{GEMMA4[rest]}")]
         known = name.replace("e_score_correction_bias", "e_score_correction.bias")
-        known += ".weight" if known.endswith("layer_scalar") else ""
+        if self.model_type.startswith("gemma4"):
+            known = known.removesuffix(".weight") + ".weight"
         known += ".weight" if known.endswith("sinks") else ""
         if self.model_type == "afmoe":
             known = known.replace(".expert_bias", ".expert_bias.bias")

@@ -80,10 +80,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("seven-layers-dense", "gemma4_text", {"num_hidden_layers": 7, "layer_types": None, "enable_moe_block": False, "num_experts": None,
                                            "moe_intermediate_size": None, "top_k_experts": None, "final_logit_softcapping": 3.0,
                                            "global_head_dim": 26, "tie_word_embeddings": False}),
-    ("taken-keys", "gemma4_text", {
+    ("taken-keys", "gemma4_unified_text", {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "enable_moe_block": False, "num_experts": None,
-        "moe_intermediate_size": None, "top_k_experts": None, "attention_k_eq_v": False, "num_global_key_value_heads": None}),
+        "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
     ("dense", "gemma4_unified_text", {}),
     ("plain", "phi3", {}),
     ("partial", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.67}}),

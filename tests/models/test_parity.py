@@ -133,9 +133,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         "num_global_key_value_heads": 4, "rope_parameters": {
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 900.0, "factor": 2.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}),
-    ("window-taken-keys", "gemma4_text", {
+    ("window-taken-keys", "gemma4_unified_text", {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
-        "num_hidden_layers": 5, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "enable_moe_block": False}),
+        "num_hidden_layers": 5, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
     ("window", "gemma4_unified_text", {}),
     ("same-heads", "gemma4_unified_text", {"global_head_dim": 10, "attention_k_eq_v": True, "final_logit_softcapping": 2.0}),
     ("window-partial", "phi3", {"sliding_window": 4, "tie_word_embeddings": True, "head_dim": 10,

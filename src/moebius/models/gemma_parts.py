@@ -70,8 +70,7 @@ def kinds(reader: ConfigReader) -> Sequence[str]:
 
 def _sizes(reader: ConfigReader, types: Sequence[str]) -> list[Mapping[str, int]]:
     """What of its heads is another layer's, by config.json's keys."""
-    known = {"global_head_dim", "num_global_key_value_heads", PER_LAYER}
-    reader.computed |= known
+    reader.computed |= {"global_head_dim", "num_global_key_value_heads", PER_LAYER}
     if PER_LAYER not in reader.raw:
         full = {"head_dim": reader.integer("global_head_dim", 512)}
         heads = reader.get("num_global_key_value_heads")
@@ -79,11 +78,13 @@ def _sizes(reader: ConfigReader, types: Sequence[str]) -> list[Mapping[str, int]
             full["num_key_value_heads"] = reader.integer("num_global_key_value_heads")
         return [full if kind == FULL else {} for kind in types]
     given = reader.raw[PER_LAYER] or {}
+    if not isinstance(given, Mapping):
+        raise reader.error(f"{PER_LAYER} is {given!r}; it must be an object")
     found: list[Mapping[str, int]] = [{} for _ in types]
-    for layer, sizes in given.items() if isinstance(given, Mapping) else [("", None)]:
+    for layer, sizes in given.items():
         numbered = str(layer).isdecimal() and int(layer) < len(types)
-        good = numbered and isinstance(sizes, Mapping) and set(sizes) <= set(_SIZES)
-        if not (good and all(type(size) is int for size in sizes.values())):
+        known = isinstance(sizes, Mapping) and set(sizes) <= set(_SIZES)
+        if not (numbered and known and all(type(size) is int for size in sizes.values())):
             raise reader.error(
                 f"{PER_LAYER} must have numbers of layers, with {' and '.join(_SIZES)} of each; "
                 f"{layer!r}: {sizes!r} is not supported"
@@ -151,7 +152,7 @@ def feed_forwards(reader: ConfigReader) -> list[FeedForwardConfig]:
             reader.integer("num_experts"), reader.integer("top_k_experts"), weight="renorm"
         )
         experts = reader.integer("moe_intermediate_size")
-        parts = {
+        parts: dict[int, FeedForwardConfig] = {
             times: DenseBeside(experts, router, does, shared_width=times * width)
             for times in (1, 2)
         }

@@ -108,8 +108,9 @@ class _Keys:
         """An integer for each layer, where the file may have one for all."""
         found = self._metadata.get(self._before + key)
         self._read.add(key)
-        listed = found[:layers] if isinstance(found, list) else [found] * layers
-        if len(listed) != layers or not all(type(value) is int for value in listed):
+        given = found[:layers] if isinstance(found, list) else [found] * layers
+        listed = [value for value in given if type(value) is int]
+        if len(listed) != layers:
             raise self.wrong(key, f"is {found!r}; it must be an integer, or one for each layer")
         return listed
 

@@ -169,7 +169,7 @@ def longrope(reader: ConfigReader, given: Mapping[str, Any]) -> tuple[RopeConfig
     factors = ("short_factor", "long_factor")
     keys = ("rope_theta", "partial_rotary_factor", "factor", "attention_factor", *factors)
     entries = ConfigReader(given, Keys(dict.fromkeys(keys)), f"{reader.where}longrope: ")
-    entries.computed |= {"rope_type", "type", "original_max_position_embeddings"}
+    entries.computed |= {"rope_type", "type", "original_max_position_embeddings", *keys[:2]}
     plain = {key: given[key] for key in keys[:2] if given.get(key) is not None}
     base = rope_of(reader, "rope_scaling", plain, partial=1.0)
     original = reader.integer("original_max_position_embeddings", low=2)

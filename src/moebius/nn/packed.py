@@ -86,13 +86,15 @@ class PackedPast:
         parts = rows.sizes(qkv_TI.shape[1], groups, spec.head_dim, value_size)
         q_TI, k_TI, v_TI = torch.split(qkv_TI, parts, dim=1)
         # Behind a head's queries stand its gates, where there are such.
-        q_THN = q_TI.unflatten(1, (spec.num_heads, -1))[..., : spec.head_dim]
+        tokens = len(qkv_TI)
+        of_head = parts[0] // spec.num_heads
+        q_THN = q_TI.view(tokens, spec.num_heads, of_head)[..., : spec.head_dim]
         q_norm, k_norm = attention.head_norms or (None, None)
         q_THN = _turned(attention, q_THN, q_norm, rotation)
         if rows.queries_alone:
             return q_THN, *self._kept[attention.layer]
-        k_TGN = k_TI.unflatten(1, (groups, spec.head_dim))
-        v_TGN = k_TGN if rows.keys_as_values else v_TI.unflatten(1, (groups, value_size))
+        k_TGN = k_TI.view(tokens, groups, spec.head_dim)
+        v_TGN = k_TGN if rows.keys_as_values else v_TI.view(tokens, groups, value_size)
         if rows.normed_values:
             assert k_norm is not None, "whose eps is the values'"
             ones_N = torch.ones(value_size, device=v_TGN.device)

@@ -157,7 +157,9 @@ class AttentionOps(Ops):
         value_size = held.v.shape[3]
         parts = heads.sizes(qkv_TI.shape[1], kv_heads, size, value_size)
         q_TI, k_TI, v_TI = torch.split(qkv_TI, parts, dim=1)
-        q_THN = q_TI.unflatten(1, (-1, 2 * size if heads.gated else size))[..., :size]
+        rows = len(qkv_TI)
+        of_head = 2 * size if heads.gated else size
+        q_THN = q_TI.view(rows, parts[0] // of_head, of_head)[..., :size]
 
         def turned(x_THN: Tensor, norm_N: Tensor | None, *, wide: bool = False) -> Tensor:
             if heads.turned_first:
@@ -169,8 +171,8 @@ class AttentionOps(Ops):
             return x_THN if heads.turned_first else self.rotary(x_THN, rotation)
 
         if not heads.queries_alone:
-            k_TGN = k_TI.unflatten(1, (kv_heads, size))
-            v_TGN = k_TGN if heads.keys_as_values else v_TI.unflatten(1, (kv_heads, value_size))
+            k_TGN = k_TI.view(rows, kv_heads, size)
+            v_TGN = k_TGN if heads.keys_as_values else v_TI.view(rows, kv_heads, value_size)
             if heads.normed_values:
                 v_TGN = self.rms_norm(v_TGN, torch.ones(value_size, device=v_TGN.device), eps)
             keys_TGN = turned(k_TGN, k_norm_N, wide=held.scales is not None)
