@@ -29,10 +29,11 @@ def read(reader: ConfigReader) -> ModelConfig:
     if kind not in ("longrope", "su"):
         mixer = attention(reader, rope=rope(reader, partial=1.0))
         return decoder(reader, layers(reader, mixer, part, window))
-    short, long = (attention(reader, rope=each) for each in longrope(reader, given))
-    config = decoder(reader, layers(reader, short, part, window))
+    short, long = longrope(reader, given)
+    mixer = attention(reader, rope=short)
+    config = decoder(reader, layers(reader, mixer, part, window))
     most = reader.integer("original_max_position_embeddings")
-    return replace(config, longer=(most, layers(reader, long, part, window)))
+    return replace(config, longer=(most, layers(reader, replace(mixer, rope=long), part, window)))
 
 
 def written(reader: ConfigReader, config: ModelConfig) -> dict[str, Value]:
