@@ -83,7 +83,7 @@ def test_layers_without_keys_and_values_have_no_place() -> None:
         ({(None, 1): 5, (9, 2): 25}, {None: 5, 9: 2}, 1 + 13),
         ({(None, 1): 10, (9, 4): 50}, {None: 10, 9: 4}, 1 + 13),
         ({(None, 2): 1, (9, 3): 1}, {None: 1, 9: 1}, 2),
-        ({(None, 1): 3, (None, 2): 3}, {}, 2),
+        ({(None, 1): 3, (None, 2): 3}, {None: 2}, 2 + 3),
         ({(None, 7): 1, (9, 1): 40}, {None: 1, 9: 7}, 1 + 6),
     ],
 )
