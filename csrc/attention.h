@@ -33,8 +33,7 @@ template <class T> constexpr int per_group() { return 4 / sizeof(T); }
 
 // The groups of one (block, kv head).
 template <class T> INLINE const uint32_t* head_of(const AttentionBlock& a, const CacheShape& s, int block) {
-    size_t groups = s.k_groups + s.v_groups;
-    return a.cache + (size_t(a.block_table[block]) * s.kv_heads + a.kv_head) * groups;
+    return a.cache + s.head_at(a.block_table[block], a.kv_head) / sizeof(uint32_t);
 }
 
 // Copies key `position` into lane `lane` of a packed tile; blocks whose size is no multiple of 16 go this way.

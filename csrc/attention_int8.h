@@ -57,7 +57,7 @@ struct CodeTiles {
 
 private:
     static const int8_t* head_at(const AttentionBlock& a, const CacheShape& s, int block) {
-        return reinterpret_cast<const int8_t*>(a.cache) + (size_t(a.block_table[block]) * s.kv_heads + a.kv_head) * s.head_bytes();
+        return reinterpret_cast<const int8_t*>(a.cache) + s.head_at(a.block_table[block], a.kv_head);
     }
     static const f16* scales_at(const int8_t* head, const CacheShape& s) {
         return reinterpret_cast<const f16*>(head + 2 * (s.k_groups + s.v_groups));

@@ -10,31 +10,40 @@ void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
     const CacheShape& shape = *r.shape;
     const size_t size = size_of(r.dtype), key_bytes = shape.key_dim * size, value_bytes = shape.value_dim * size;
     const size_t q_bytes = r.q_heads * key_bytes, head_bytes = r.gated ? 2 * key_bytes : key_bytes;
-    const size_t queries_bytes = r.q_heads * head_bytes, row_bytes = queries_bytes + shape.kv_heads * (key_bytes + value_bytes);
+    const size_t queries_bytes = r.q_heads * head_bytes, stored = r.queries_alone ? 0 : shape.kv_heads;
+    const size_t row_bytes = queries_bytes + stored * (key_bytes + (r.keys_as_values ? 0 : value_bytes));
     const auto rotate_query = kernels_->rotate[r.dtype][r.q_norm.dtype], rotate_key = kernels_->rotate[r.dtype][r.k_norm.dtype];
     const auto rotate_key_wide = kernels_->rotate_wide[r.dtype][r.k_norm.dtype];
+    const auto norm_value = kernels_->rotate[r.dtype][F32];
     const int group = r.q_heads / shape.kv_heads, half = r.turned_first ? 0 : r.half;
     // Two neighbouring tokens may share a group of the cache: a head's tokens of one step are written by one thread.
     const int items = rows <= 4 ? 1 : shape.kv_heads, heads = shape.kv_heads / items;
     const bool coded = shape.type == INT8_CACHE;
     pool_.run(items, [&](int item, int thread) {
         const size_t codes = coded ? size_t(shape.key_dim) + shape.value_dim : 0;
-        float *rotated = scratch_[thread].need(2 * shape.key_dim + codes), *turned = rotated + shape.key_dim + codes;
+        float *rotated = scratch_[thread].need(2 * shape.key_dim + codes + (r.normed_values ? 2 * shape.value_dim : 0));
+        float *turned = rotated + shape.key_dim + codes, *ones = turned + shape.key_dim, *normed = ones + shape.value_dim;
+        if (r.normed_values) std::fill_n(ones, shape.value_dim, 1.0f);
         int8_t *k_codes = reinterpret_cast<int8_t*>(rotated + shape.key_dim), *v_codes = k_codes + shape.key_dim;
         for (int t = 0; t < rows; t++) {
             const float *cos = r.cos + size_t(t) * r.half, *sin = r.sin + size_t(t) * r.half;
             // A head as the kernels have it that norm it and turn what is not turned yet.
-            const auto head = [&](const char* x) -> const void* {
+            const auto head = [&](const void* x) -> const void* {
                 if (!r.turned_first) return x;
                 kernels_->rotate[r.dtype][r.dtype](x, nullptr, 0, cos, sin, r.half, r.interleaved, shape.key_dim, turned);
                 return turned;
             };
-            const char *row = at(r.qkv, t * row_bytes), *keys = row + queries_bytes, *values = keys + shape.kv_heads * key_bytes;
+            const char *row = at(r.qkv, t * row_bytes), *keys = row + queries_bytes, *values = r.keys_as_values ? keys : keys + shape.kv_heads * key_bytes;
             for (int h = item * heads; h < (item + 1) * heads; h++) {
                 for (int i = h * group; i < (h + 1) * group; i++)
                     rotate_query(head(row + i * head_bytes), r.q_norm.values, r.eps, cos, sin, half, r.interleaved, shape.key_dim,
                                  at(r.q_out, t * q_bytes + i * key_bytes));
-                const char *key = keys + h * key_bytes, *value = values + h * value_bytes;
+                if (r.queries_alone) continue;
+                const void *key = keys + h * key_bytes, *value = values + h * value_bytes;
+                if (r.normed_values) {
+                    norm_value(value, ones, r.eps, cos, sin, 0, false, shape.value_dim, normed);
+                    value = normed;
+                }
                 if (coded) {
                     rotate_key_wide(head(key), r.k_norm.values, r.eps, cos, sin, half, r.interleaved, shape.key_dim, rotated);
                     const float* less = r.key_offset ? r.key_offset + size_t(h) * shape.key_dim : nullptr;
@@ -52,7 +61,7 @@ void Ops::rotate_and_store(const RotateAndStore& r, int rows) {
 
 // The groups of a slot's (block, kv head).
 static uint32_t* groups_of(const CacheShape& shape, uint32_t* cache, int64_t slot, int head) {
-    return cache + (size_t(slot / shape.block_size) * shape.kv_heads + head) * (shape.k_groups + shape.v_groups);
+    return cache + shape.head_at(slot / shape.block_size, head) / sizeof(uint32_t);
 }
 
 void write_key(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void* k, int64_t slot, int head) {
@@ -83,7 +92,7 @@ void write_kv(Dtype dtype, const CacheShape& shape, uint32_t* cache, const void*
 void write_codes(const CacheShape& shape, void* cache, const Codes& k, const Codes& v, int64_t slot, int head) {
     const int64_t block = slot / shape.block_size;
     const int offset = int(slot % shape.block_size), n = shape.key_dim;
-    int8_t* keys = static_cast<int8_t*>(cache) + (size_t(block) * shape.kv_heads + head) * shape.head_bytes();
+    int8_t* keys = static_cast<int8_t*>(cache) + shape.head_at(block, head);
     int8_t* values = keys + 2 * shape.k_groups;
     uint16_t* scales = reinterpret_cast<uint16_t*>(values + 2 * shape.v_groups);
     int8_t* to = keys + 2 * offset;

@@ -191,11 +191,11 @@ struct Softcap {
 
 struct Route {
     const RouterSettings* settings;
-    const float *logits, *bias;
+    const float *logits, *bias, *expert_scale;
     float* weights;
     int64_t* ids;
     RouterTally tally;
-    void operator()(Ops& ops, int rows) const { ops.route(*settings, logits, rows, bias, weights, ids, tally); }
+    void operator()(Ops& ops, int rows) const { ops.route(*settings, logits, rows, bias, expert_scale, weights, ids, tally); }
 };
 
 struct RmsNormCall : RmsNorm {
@@ -256,10 +256,11 @@ void bind_calls(nb::module_& m) {
         new (self) AddGated{Dtype(dtype), array<V>(a), array<V>(b), array<float>(gate), size, array<V>(out)};
     }, "dtype"_a, "a"_a, "b"_a, "gate"_a, "size"_a, "out"_a);
     bind_call<RmsNormCall>(m, "RmsNorm", [](RmsNormCall* self, int dtype, Address x, Address update, float multiplier, Address weight, int weight_dtype,
-                                            int size, int stride, float eps, Address sum, Address out, bool less_mean) {
+                                            int size, int stride, float eps, Address sum, Address out, bool less_mean, Address scale) {
         new (self) RmsNormCall{{Dtype(dtype), array<V>(x), array<V>(update), multiplier, norm_weight(dtype, weight, weight_dtype), size, stride,
-                                eps, array<V>(sum), array<V>(out), less_mean}};
-    }, "dtype"_a, "x"_a, "update"_a, "multiplier"_a, "weight"_a, "weight_dtype"_a, "size"_a, "stride"_a, "eps"_a, "sum"_a, "out"_a, "less_mean"_a = false);
+                                eps, array<V>(sum), array<V>(out), less_mean, array<float>(scale)}};
+    }, "dtype"_a, "x"_a, "update"_a, "multiplier"_a, "weight"_a, "weight_dtype"_a, "size"_a, "stride"_a, "eps"_a, "sum"_a, "out"_a, "less_mean"_a = false,
+       "scale"_a = 0);
     bind_call<ClipCall>(m, "Clip", [](ClipCall* self, int dtype, Address x, int size, float limit, Address out) {
         new (self) ClipCall{{Dtype(dtype), array<V>(x), size, limit, array<V>(out)}};
     }, "dtype"_a, "x"_a, "size"_a, "limit"_a, "out"_a);
@@ -275,22 +276,24 @@ void bind_calls(nb::module_& m) {
     bind_call<RotateAndStoreCall>(m, "RotateAndStore", [](RotateAndStoreCall* self, int dtype, const CacheShape& shape, int blocks, Address qkv, int q_heads,
                                                           bool gated, Address cos, Address sin, int half, bool interleaved, Address q_norm,
                                                           Address k_norm, int norm_dtype, float eps, Address slots, Address cache, Address key_offset,
-                                                          Address q_out, bool turned_first) {
+                                                          Address q_out, bool turned_first, bool keys_as_values, bool normed_values,
+                                                          bool queries_alone) {
         new (self) RotateAndStoreCall{{Dtype(dtype), &shape, array<V>(qkv), q_heads, gated, array<float>(cos), array<float>(sin), half,
                                        interleaved, norm_weight(dtype, q_norm, norm_dtype), norm_weight(dtype, k_norm, norm_dtype), eps, array<int64_t>(slots), array<uint32_t>(cache),
-                                       array<V>(q_out), array<float>(key_offset), turned_first}, blocks};
+                                       array<V>(q_out), array<float>(key_offset), turned_first, keys_as_values, normed_values, queries_alone},
+                                      blocks};
     }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "gated"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "norm_dtype"_a, "eps"_a, "slots"_a, "cache"_a,
-       "key_offset"_a, "q_out"_a, "turned_first"_a);
+       "key_offset"_a, "q_out"_a, "turned_first"_a, "keys_as_values"_a = false, "normed_values"_a = false, "queries_alone"_a = false);
     bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
                                                 Address cache, Address key_offset, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
         new (self) AttentionCall{{Dtype(dtype), &shape, &step, array<uint32_t>(cache), array<V>(q), q_heads, scale, softcap,
                                   array<float>(sinks), array<V>(out), array<float>(key_offset)}, blocks};
     }, "dtype"_a, "shape"_a, "blocks"_a, "step"_a, "cache"_a, "key_offset"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a);
     bind_call<Route>(m, "Route", [](Route* self, const RouterSettings& settings, Address logits, Address bias, Address weights, Address ids,
-                                    Address pairs, Address sums) {
-        new (self) Route{&settings, array<float>(logits), array<float>(bias), array<float>(weights), array<int64_t>(ids),
-                         {array<int64_t>(pairs), array<double>(sums)}};
-    }, "settings"_a, "logits"_a, "bias"_a, "weights"_a, "ids"_a, "pairs"_a, "sums"_a);
+                                    Address pairs, Address sums, Address expert_scale) {
+        new (self) Route{&settings, array<float>(logits), array<float>(bias), array<float>(expert_scale), array<float>(weights),
+                         array<int64_t>(ids), {array<int64_t>(pairs), array<double>(sums)}};
+    }, "settings"_a, "logits"_a, "bias"_a, "weights"_a, "ids"_a, "pairs"_a, "sums"_a, "expert_scale"_a = 0);
 }
 
 }  // namespace
@@ -329,10 +332,11 @@ NB_MODULE(_cpu, m) {
         }, nb::kw_only(), "window"_a, "block_size"_a)
         .def("set", &set_step, nb::kw_only(), "query_start"_a, "seq_lens"_a, "block_table"_a, "batch"_a, "width"_a);
     nb::class_<CacheShape>(m, "CacheShape")
-        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int type, bool shared) {
+        .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int type, bool shared, size_t stride) {
             if (shared && (type == INT8_CACHE || value_dim > key_dim)) throw std::invalid_argument("a cache of latents holds numbers, of which values are the first");
-            new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, CacheType(type), shared);
-        }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "type"_a, "shared"_a = false)
+            new (self) CacheShape(block_size, kv_heads, key_dim, value_dim, CacheType(type), shared, stride);
+        }, nb::kw_only(), "block_size"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "type"_a, "shared"_a = false, "stride"_a = 0)
+        .def_ro("stride", &CacheShape::stride)
         .def_prop_ro("block_bytes", &CacheShape::block_bytes);
     nb::class_<RouterSettings>(m, "RouterSettings").def(nb::init<int, int, int, int, int, int, int, float, float, float, float, float>(),
         nb::kw_only(), "num_experts"_a, "top_k"_a, "score"_a, "weight"_a, "num_groups"_a, "groups_kept"_a, "group_top2"_a, "group_fill"_a,

@@ -57,17 +57,19 @@ struct CacheShape {
     bool shared;
     int per_group;
     size_t k_groups, v_groups;  // of one (block, kv head)
+    size_t stride;              // bytes from one block to the next, in between which others may lie
 
-    CacheShape(int block_size, int kv_heads, int key_dim, int value_dim, CacheType type, bool shared = false)
+    CacheShape(int block_size, int kv_heads, int key_dim, int value_dim, CacheType type, bool shared = false, size_t stride = 0)
         : block_size(block_size), kv_heads(kv_heads), key_dim(key_dim), value_dim(value_dim), padded_dim((value_dim + 15) / 16 * 16),
           type(type), shared(shared), per_group(type == F32_CACHE ? 1 : 2),
           k_groups(size_t(block_size) * ((key_dim + per_group - 1) / per_group)),
-          v_groups(shared ? 0 : size_t((block_size + per_group - 1) / per_group) * padded_dim) {}
+          v_groups(shared ? 0 : size_t((block_size + per_group - 1) / per_group) * padded_dim), stride(stride ? stride : block_bytes()) {}
     size_t head_bytes() const {  // of one (block, kv head)
         const size_t groups = k_groups + v_groups;
         return type == INT8_CACHE ? (2 * groups + 4 * block_size + 3) / 4 * 4 : 4 * groups;
     }
     size_t block_bytes() const { return head_bytes() * kv_heads; }
+    size_t head_at(size_t block, int head) const { return block * stride + head * head_bytes(); }  // in bytes
 };
 
 // Some rows of one sequence and one kv head: `queries` consecutive tokens with `group` query heads each.
@@ -189,9 +191,10 @@ struct Kernels {
     void (*gated[2])(const float* gate, const float* up, int n, const Activation& activation, void* out);
     // out = round(base + sum over k, in order, of weights[k] * rows[k]); base may be null.
     void (*combine[2])(const void* const* rows, const float* weights, int k, int n, const void* base, void* out);
-    // sum = round(x + multiplier * update) where update is given (else sum is not written), out = norm(sum) * weight. Of norms there
-    // is one for each dtype of a row and of its weight; null for float32 with bfloat16. less_mean: of the sum less its mean.
-    void (*rms_norm[2][2])(const void* x, const void* update, float multiplier, const void* weight, int n, float eps,
+    // sum = round(x + multiplier * update) where update is given (else sum is not written), times *scale where that is given, and
+    // rounded again; out = norm(sum) * weight. Of norms there is one for each dtype of a row and of its weight; null for float32
+    // with bfloat16. less_mean: of the sum less its mean.
+    void (*rms_norm[2][2])(const void* x, const void* update, float multiplier, const float* scale, const void* weight, int n, float eps,
                            bool less_mean, void* sum, void* out);
     // One head: RMS norm where weight is given, then rotation of the first 2 * half values, in pairs of i and half + i, or
     // of 2i and 2i + 1 where they are interleaved; out may be x.

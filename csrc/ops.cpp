@@ -375,8 +375,8 @@ void Ops::rms_norm(const RmsNorm& n, int rows) {
     pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
         for (int t = item * chunk; t < std::min(rows, (item + 1) * chunk); t++) {
             size_t row = t * row_bytes;
-            norm(at(n.x, row), n.update ? at(n.update, row) : nullptr, n.multiplier, n.weight.values, n.size, n.eps, n.less_mean,
-                 n.update ? at(n.sum, row) : nullptr, at(n.out, row));
+            norm(at(n.x, row), n.update ? at(n.update, row) : nullptr, n.multiplier, n.scale, n.weight.values, n.size, n.eps,
+                 n.less_mean, n.update ? at(n.sum, row) : nullptr, at(n.out, row));
         }
     });
 }

@@ -107,7 +107,7 @@ struct RouterTally {
 };
 
 // x (rows, size), `stride` elements apart like those of update, sum and out: sum = x + multiplier * update where there is an
-// update (else sum is not written), out = norm(sum) * weight.
+// update (else sum is not written), times `scale` where there is one; out = norm(sum) * weight.
 struct RmsNorm {
     Dtype dtype;
     const void* x;
@@ -119,6 +119,7 @@ struct RmsNorm {
     void* sum;
     void* out;
     bool less_mean = false;  // a layer norm: of x less its mean
+    const float* scale = nullptr;  // (1,) or null
 };
 
 // Normalises (where norms are given) and rotates queries into q_out, and keys into the cache with their values.
@@ -140,6 +141,9 @@ struct RotateAndStore {
     void* q_out;           // (rows, q_heads, key_dim)
     const float* key_offset = nullptr;  // (kv_heads, key_dim) or null: what codes of keys are made less
     bool turned_first = false;          // heads are rotated, and rounded, before they are normed
+    bool keys_as_values = false;        // values are the keys as they were projected, and have no columns of their own
+    bool normed_values = false;         // values are normed, without a weight
+    bool queries_alone = false;         // there are neither keys nor values, and the cache is left alone
 };
 
 struct Attention {
@@ -221,8 +225,9 @@ public:
     void head_products(const HeadProducts& p, int rows);
     void rotate_and_store_latent(const StoreLatent& s, int rows);
     // Adds to the tally what it chose.
-    void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,
-               const RouterTally& tally);
+    // expert_scale (num_experts,), or null, multiplies the weights of each expert.
+    void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, const float* expert_scale,
+               float* weights, int64_t* ids, const RouterTally& tally);
     // Of each of the rows: the lowest id of the largest logit, or -1 where one is not finite.
     std::vector<int64_t> argmax(const Logits& x, const std::vector<int32_t>& rows);
     // Of each of the rows: log of the sum of exp(logit / temperature) (NaN where a logit is not finite), and its `count`

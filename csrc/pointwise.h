@@ -152,16 +152,18 @@ template <class T, class W> INLINE V weighted(V normed, V weight) {
 }
 
 template <class T, class W>
-void rms_norm(const void* x_row, const void* update_row, float multiplier, const void* weight, int n, float eps, bool less_mean,
-              void* sum_row, void* out_row) {
+void rms_norm(const void* x_row, const void* update_row, float multiplier, const float* scale, const void* weight, int n, float eps,
+              bool less_mean, void* sum_row, void* out_row) {
     const T* x = static_cast<const T*>(x_row);
     const W* w = static_cast<const W*>(weight);
     T* out = static_cast<T*>(out_row);
     if (update_row) {
         const T* update = static_cast<const T*>(update_row);
         T* sum = static_cast<T*>(sum_row);
+        const V factor = all(scale ? *scale : 1.0f);
         each_vector(n, [&](int i, int count) {
-            put(sum + i, fma(take(update + i, count), all(multiplier), take(x + i, count)), count);
+            const V added = fma(take(update + i, count), all(multiplier), take(x + i, count));
+            put(sum + i, scale ? mul(as_stored<T>(added), factor) : added, count);
         });
         x = sum;
     }

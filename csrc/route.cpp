@@ -64,8 +64,8 @@ void keep_best_groups(const RouterSettings& r, float* choice, std::vector<float>
 
 }  // namespace
 
-void Ops::route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, float* weights, int64_t* ids,
-                const RouterTally& tally) {
+void Ops::route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, const float* expert_scale,
+                float* weights, int64_t* ids, const RouterTally& tally) {
     const int experts = r.num_experts, k = r.top_k, chunk = 16;
     std::vector<double> entropies(tally.pairs ? rows : 0);
     pool_.run((rows + chunk - 1) / chunk, [&](int item, int) {
@@ -92,6 +92,7 @@ void Ops::route(const RouterSettings& r, const float* logits, int rows, const fl
             for (int i = 0; i < k; i++) sum += w[i];
             const float divisor = std::max(sum + r.renorm_eps, r.renorm_least);
             for (int i = 0; i < k; i++) w[i] = (r.weight == 1 ? w[i] / divisor : w[i]) * r.scale;
+            if (expert_scale) for (int i = 0; i < k; i++) w[i] *= expert_scale[chosen[i]];
         }
     });
     if (!tally.pairs) return;

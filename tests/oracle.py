@@ -199,6 +199,27 @@ FAMILY: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gemma4_text": {
+        "intermediate_size": 20,
+        "moe_intermediate_size": 14,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "head_dim": 10,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma4_unified_text": {
+        "intermediate_size": 20,
+        "head_dim": 10,
+        "global_head_dim": 16,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 HYBRID: dict[str, Any] = {
     "full_attention_interval": 2,
@@ -346,6 +367,8 @@ def tiny_of(config: Any, seed: int = 0) -> Any:
         for name, buffer in model.named_buffers():
             if "correction_bias" in name or "expert_bias" in name:
                 buffer.copy_(0.3 * torch.randn_like(buffer))
+            if "layer_scalar" in name:
+                buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
     return model.eval()
 
 

@@ -42,10 +42,12 @@ CORE = (
 )
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
-# What only training uses, where experts lie, and what only models with recurrent layers or with
-# narrower experts have: a mixer is read by who wants to know that mixer (nn/mixers/), as a family is.
+# What only training uses, where experts lie, and what only some models have: recurrent layers,
+# narrower experts, a dense part beside experts. A mixer (nn/mixers/) is read by who wants to know
+# that mixer, as a family is.
 NOT_CORE = {
     "nn/packed.py",
+    "moe/beside.py",
     "moe/training.py",
     "moe/losses.py",
     "moe/capacity.py",

@@ -63,7 +63,7 @@ void test_route(Ops& ops) {
         std::vector<int64_t> pairs(r.num_experts), counted(r.num_experts);
         double sums[2] = {0, 0};
         const RouterTally tally{turn % 7 ? pairs.data() : nullptr, sums};
-        ops.route(r, logits.data(), rows, biased ? bias.data() : nullptr, weights.data(), ids.data(), tally);
+        ops.route(r, logits.data(), rows, biased ? bias.data() : nullptr, nullptr, weights.data(), ids.data(), tally);
         for (int64_t id : ids) counted[id] += tally.pairs != nullptr;
         check(pairs == counted, "route: the tally has other pairs than were chosen");
         check(sums[1] == (tally.pairs ? rows : 0), "route: the tally has %d tokens", int(sums[1]));

@@ -81,6 +81,7 @@ class RmsNorm(_Call):
         sum: int,
         out: int,
         less_mean: bool = False,
+        scale: int = 0,
     ) -> None: ...
 
 class Clip(_Call):
@@ -120,6 +121,9 @@ class RotateAndStore(_Call):
         key_offset: int,
         q_out: int,
         turned_first: bool,
+        keys_as_values: bool = False,
+        normed_values: bool = False,
+        queries_alone: bool = False,
     ) -> None: ...
 
 class Attention(_Call):
@@ -293,6 +297,7 @@ class Route(_Call):
         ids: int,
         pairs: int,
         sums: int,
+        expert_scale: int = 0,
     ) -> None: ...
 
 class Linear:
@@ -341,9 +346,12 @@ class CacheShape:
         value_dim: int,
         type: int,
         shared: bool = False,
+        stride: int = 0,
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
 
 class RouterSettings:
     def __init__(

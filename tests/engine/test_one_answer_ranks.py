@@ -42,7 +42,10 @@ WITH_EXPERTS = {
     "mixtral-window": WINDOWED["mixtral-window"],
     "nemotron_h-latent": ("nemotron_h", {"moe_latent_size": 10}),
 }
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "gemma3_text", "phi3", "lfm2")
+DENSE = (
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text"),
+    *("gemma3_text", "gemma4_unified_text", "phi3", "lfm2"),
+)
 
 
 def check(directory: Path, one: Decoder, asked: list[Wish], ranks: int, rng: random.Random) -> None:

@@ -126,7 +126,9 @@ def _model_type(kind: str, shared: dict[str, Any]) -> dict[str, Any]:
         if _is_key(name, defaults)
     }
     never_null = [
-        field.name for field in own if field.name in read and "None" not in str(field.type)
+        field.name
+        for field in own
+        if field.name in read and not any(word in str(field.type) for word in ("None", "Optional"))
     ]
     return {"read": read, "never_null": sorted(never_null), "aliases": aliases}
 

@@ -120,6 +120,45 @@ def gemma3_text(w: gguf.GGUFWriter, c: Config) -> None:
     w.add_final_logit_softcapping(c["final_logit_softcapping"])
 
 
+def full_heads(c: Config) -> Config:
+    """Sizes of heads where a layer sees everything."""
+    own = c.get("per_layer_config") or {}
+    full = [i for i, kind in enumerate(c["layer_types"]) if kind == "full_attention"]
+    found = {int(layer): sizes for layer, sizes in own.items()}.get(full[0], {})
+    return {"head_dim": c["head_dim"], **found}
+
+
+def gemma4(w: gguf.GGUFWriter, c: Config) -> None:
+    full = full_heads(c)
+    sliding = [kind == "sliding_attention" for kind in c["layer_types"]]
+    w.add_shared_kv_layers(c["num_kv_shared_layers"])
+    w.add_embedding_length_per_layer_input(c.get("hidden_size_per_layer_input") or 0)
+    w.add_sliding_window(c["sliding_window"])
+    w.add_sliding_window_pattern(sliding)
+    w.add_key_length(full["head_dim"])
+    w.add_value_length(full["head_dim"])
+    w.add_key_length_swa(c["head_dim"])
+    w.add_value_length_swa(c["head_dim"])
+    w.add_rope_dimension_count(full["head_dim"])
+    w.add_rope_dimension_count_swa(c["head_dim"])
+    w.add_rope_freq_base_swa(c["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if c.get("final_logit_softcapping"):
+        w.add_final_logit_softcapping(c["final_logit_softcapping"])
+    if c.get("top_k_experts"):
+        w.add_expert_used_count(c["top_k_experts"])
+    if c["use_double_wide_mlp"]:
+        first = c["num_hidden_layers"] - c["num_kv_shared_layers"]
+        width = c["intermediate_size"]
+        w.add_feed_forward_length(
+            [width if i < first else 2 * width for i in range(c["num_hidden_layers"])]
+        )
+    if "num_key_value_heads" in full:
+        heads = c["num_key_value_heads"]
+        w.add_head_count_kv(
+            [heads if slides else full["num_key_value_heads"] for slides in sliding]
+        )
+
+
 def laguna(w: gguf.GGUFWriter, c: Config) -> None:
     w.add_vocab_size(c["vocab_size"])
     w.add_head_count(c["num_attention_heads_per_layer"])
@@ -213,6 +252,8 @@ OWN_KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "hunyuan_v1_moe": hunyuan_v1_moe,
     "afmoe": afmoe,
     "gemma3_text": gemma3_text,
+    "gemma4_text": gemma4,
+    "gemma4_unified_text": gemma4,
     "laguna": laguna,
     "cohere2_moe": cohere2_moe,
     "phi3": phi3,

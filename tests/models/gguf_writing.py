@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.gguf_families import OWN_KEYS
+from models.gguf_families import OWN_KEYS, full_heads
 
 ARCHITECTURES = {
     "llama": "LLAMA",
@@ -49,6 +49,8 @@ ARCHITECTURES = {
     "deepseek_v3": "DEEPSEEK2",
     "glm4_moe_lite": "DEEPSEEK2",
     "mistral4": "MISTRAL4",
+    "gemma4_text": "GEMMA4",
+    "gemma4_unified_text": "GEMMA4",
     # Which gguf-py does not know yet: tensors are called as in these.
     "mellum": "QWEN3MOE",
     "laguna": "DOTS1",
@@ -60,6 +62,7 @@ LAGUNA = {
     "self_attn.g_proj.weight": "attn_gate.weight",
     "mlp.experts.e_score_correction_bias": "exp_probs_b.bias",
 }
+GEMMA4 = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 UNKNOWN = {
     **{kind: kind for kind in ("mellum", "hy_v3", "laguna")},
     "cohere2_moe": "cohere2moe",
@@ -193,7 +196,7 @@ class Converter:
         if self.model_type in PERMUTED:
             w.add_vocab_size(c["vocab_size"])
             w.add_rope_dimension_count(self.head_size)
-        if "moe_intermediate_size" in c:
+        if c.get("moe_intermediate_size"):
             w.add_expert_feed_forward_length(c["moe_intermediate_size"])
         if self.model_type == "qwen2_moe":
             w.add_expert_shared_feed_forward_length(c["shared_expert_intermediate_size"])
@@ -254,7 +257,12 @@ class Converter:
         if self.model_type == "laguna" and name.endswith(tuple(LAGUNA)):
             _, _, layer, rest = name.split(".", 3)
             return [(tensor, f"blk.{layer}.{LAGUNA[rest]}")]
+        if name.endswith(tuple(GEMMA4)):
+            _, _, layer, rest = name.split(".", 3)
+            return [(tensor, f"blk.{layer}.{GEMMA4[rest]}")]
         known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        if self.model_type.startswith("gemma4"):
+            known = known.removesuffix(".weight") + ".weight"
         known += ".weight" if known.endswith("sinks") else ""
         if self.model_type == "afmoe":
             known = known.replace(".expert_bias", ".expert_bias.bias")
@@ -313,6 +321,11 @@ class Converter:
     def rope_freqs(self, writer: gguf.GGUFWriter) -> None:
         """Llama 3's frequencies, as divisors."""
         rope = self.rope
+        if rope["rope_type"] == "proportional":
+            size = full_heads(self.config)["head_dim"]
+            turning = int(size * rope["partial_rotary_factor"] / 2)
+            values = [1.0] * turning + [1e30] * (size // 2 - turning)
+            writer.add_tensor("rope_freqs.weight", np.array(values, dtype=np.float32))
         if rope["rope_type"] != "llama3":
             return
         size = int(self.head_size * rope.get("partial_rotary_factor", 1.0))

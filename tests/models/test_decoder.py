@@ -15,10 +15,12 @@ from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.layout import Layout, sources
+from moebius.moe.beside import DenseBeside
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA
 from moebius.nn.linear import Linear
 from moebius.nn.mixers.gated_delta import GatedDelta
+from moebius.nn.mixers.normed_values import NormedValues
 from moebius.nn.packed import PackedPast
 from moebius.nn.paged import PagedPast
 from moebius.nn.rope import Positions, RopeConfig
@@ -80,6 +82,10 @@ LAYERS = {
     "gated delta": LayerSpec(GatedDelta(DeltaSizes(2, 4, 6, 5), projections="grouped"), ROUTED),
     "decay itself": LayerSpec(GatedDelta(DeltaSizes(2, 2, 6, 5), logarithm=False), DENSE),
     "both parts read one norm": LayerSpec(PLAIN, ROUTED, "parallel", 0.5),
+    "a dense part beside experts, values that are keys": LayerSpec(
+        NormedValues(4, 2, 6, rope=ROPE, qk_norm="head", keys_as_values=True),
+        DenseBeside(16, RouterConfig(3, 2), shared_width=8), "sandwich", scaled=True),
+    "keys of another layer": LayerSpec(NormedValues(4, 2, 6, rope=ROPE, qk_norm="head", kept_by=0), DENSE),
     "a mixer alone": LayerSpec(PLAIN, norms="sandwich"),
     "a feed-forward alone": LayerSpec(feed_forward=ROUTED, norms="sandwich"),
 }  # fmt: skip
@@ -118,6 +124,9 @@ def test_layers_that_are_nothing_are_refused() -> None:
         LayerSpec(PLAIN, norms="both")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="residual_multiplier goes with layers whose inputs"):
         LayerSpec(PLAIN, norms="post", residual_multiplier=0.5)
+    for other in (LayerSpec(PLAIN, DENSE, "post"), LayerSpec(PLAIN)):
+        with pytest.raises(ConfigError, match="a layer that is scaled has a feed-forward part"):
+            replace(other, scaled=True)
 
 
 class CountingOps(ReferenceOps):

@@ -21,7 +21,7 @@ from moebius.models.config import ModelConfig
 from moebius.models.description import describe
 from moebius.models.family import family, model_config, model_types
 from moebius.models.gguf_architecture import pair_rows
-from moebius.models.gguf_config import gguf_config
+from moebius.models.gguf_config import _rope_divisors
 from moebius.models.gguf_keys import gguf_keys
 from moebius.nn.attention import GQA
 from moebius.nn.mixers.latent import MLA
@@ -172,6 +172,7 @@ def test_keys_and_configuration_say_the_same(
         "mistral": "llama",
         "solar_open": "glm4_moe",
         "glm4_moe_lite": "deepseek_v3",
+        "gemma4_unified_text": "gemma4_text",
         "granitemoeshared-none-shared": "granitemoe",
     }
     wanted = names.get(model_type, names.get(f"{model_type}-{name}", model_type))
@@ -186,10 +187,12 @@ def test_keys_and_configuration_say_the_same(
     if model_type not in inexact:
         assert same == without_rope(theirs)
     assert ours.norm_eps == pytest.approx(theirs.norm_eps)
-    sizes = {mixer.head_dim for mixer in ours.mixers if isinstance(mixer, GQA)}
-    sizes |= {mixer.rope_dim for mixer in ours.mixers if isinstance(mixer, MLA)}
-    (size,) = sizes
-    for one, other in zip(ropes_of(ours), ropes_of(theirs), strict=True):
+    sizes = [
+        mixer.rope_dim if isinstance(mixer, MLA) else mixer.head_dim
+        for mixer in ours.mixers
+        if isinstance(mixer, GQA | MLA)
+    ]
+    for one, other, size in zip(ropes_of(ours), ropes_of(theirs), sizes, strict=True):
         if one is None or other is None:
             assert one is other
             continue
@@ -212,7 +215,7 @@ def test_keys_and_configuration_say_the_same(
     if f"{before}attention.recurrent_layers" in written:
         differing.pop(f"{before}full_attention_interval", None)  # which those precede
     assert differing == {}
-    divisors = gguf_config(open_gguf(tmp_path / "tiny.gguf")).rope_divisors
+    divisors = _rope_divisors(open_gguf(tmp_path / "tiny.gguf"), "tiny.gguf")
     assert found.rope_divisors == (divisors and pytest.approx(divisors, rel=1e-6))
 
 
@@ -228,6 +231,11 @@ UNWRITABLE: list[tuple[str, dict[str, Any], str]] = [
     ("ernie4_5_moe", {"moe_layer_end_index": 1}, "layer 2 has no experts, which files of ernie4_5-moe cannot say"),
     ("afmoe", {"layer_types": ["full_attention"] + ["sliding_attention"] * 3}, "no sliding window in layer 0"),
     ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "moe_topk is"),
+    ("gemma4_text", {"rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 9.0, "factor": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 9.0}}}, "positions are scaled, which files of this kind cannot"),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}}, "with longrope"),
+    ("gemma4_text", {"attention_bias": True}, "attention_bias is True"),
     ("gemma3_text", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is 7.0, but llama.cpp takes 10 for granted"),
     ("laguna", {"moe_router_logit_softcapping": 0.5}, "moe_router_logit_softcapping is 0.5"),
     ("cohere2_moe", {"attention_bias": True}, "attention_bias is True"),

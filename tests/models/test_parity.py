@@ -150,6 +150,21 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("types-short", "deepseek_v32", {"mlp_layer_types": ["sparse", "dense"], "index_topk": 20, "norm_topk_prob": False}),
     ("plain", "glm_moe_dsa", {}),
     ("bias", "glm_moe_dsa", {"attention_bias": True, "index_topk": 19, "n_group": 1, "topk_group": 1}),
+    ("window", "gemma4_text", {}),
+    ("dense-own-values", "gemma4_text", {"enable_moe_block": False, "attention_k_eq_v": False, "final_logit_softcapping": 3.0,
+                                         "tie_word_embeddings": False, "num_key_value_heads": 4}),
+    ("window-seven-layers", "gemma4_text", {"num_hidden_layers": 7, "layer_types": None, "attention_bias": True,
+                                            "num_global_key_value_heads": None, "top_k_experts": 5, "hidden_size": 36}),
+    ("ropes-last-full", "gemma4_text", {
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "num_hidden_layers": 3, "global_head_dim": 26,
+        "num_global_key_value_heads": 4, "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 900.0, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}}),
+    ("window-taken-keys", "gemma4_unified_text", {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 5, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    ("window", "gemma4_unified_text", {}),
+    ("same-heads", "gemma4_unified_text", {"global_head_dim": 10, "attention_k_eq_v": True, "final_logit_softcapping": 2.0}),
     ("window-partial", "phi3", {"sliding_window": 4, "tie_word_embeddings": True, "head_dim": 10,
                                 "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
                                                     "partial_rotary_factor": 0.67}}),
@@ -217,6 +232,7 @@ def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
     ("qwen3_5_moe_text", {"linear_num_value_heads": 2}),
     ("deepseek_v3", {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 6}),
     ("mistral4", {}),
+    ("gemma4_text", {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
 ])  # fmt: skip
 def test_training_logits_and_gradients_equal_transformers(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe.test_router import CHOSEN_LOGITS, ROWS, SOFTMAX, V3
-from moebius.ops import ExpertWeights
+from moebius.ops import ExpertWeights, Ops
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps, activate
@@ -102,6 +102,22 @@ def test_norms(ops: CpuOps, dtype: torch.dtype, multiplier: float) -> None:
     assert torch.equal(ops.rms_norm(heads, heads[0, 0], 0.1), flat.view(5, 3, 33))
 
 
+def test_the_stream_times_a_scale(ops: CpuOps, dtype: torch.dtype) -> None:
+    """Rounded twice, as it would be by two operations; what is normed is what is stored."""
+    for rows, size in [(r, s) for r in (0, 1, 3, 70) for s in SIZES]:
+        x, update = torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype)
+        weight, scale = 1 + torch.randn(size), torch.tensor([0.37])
+        plain, _ = ops.add_rms_norm(x, update, 1.0, weight, 1e-5)
+        total, normed = ops.add_rms_norm(x, update, 1.0, weight, 1e-5, scale_1=scale)
+        assert torch.equal(total, (plain.float() * scale).to(dtype))
+        assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))
+        theirs, _ = REF.add_rms_norm(x, update, 1.0, weight, 1e-5, scale_1=scale)
+        assert theirs.dtype == dtype
+        torch.testing.assert_close(total, theirs, rtol=2 * ROUNDOFF[dtype], atol=1e-6)
+    with pytest.raises(ValueError, match="scale"):
+        ops.add_rms_norm(x, x, 1.0, weight, 1e-5, scale_1=torch.ones(2))
+
+
 def test_norms_with_float32_weights(ops: CpuOps) -> None:
     """Rows of bfloat16 are rounded once, behind the product with the weight; so is the reference's
     result."""
@@ -171,6 +187,17 @@ def test_route(config: RouterConfig, rows: int) -> None:
         atol=1e-7,
         equal_nan=True,
     )
+
+
+@pytest.mark.parametrize("backend", [CpuOps(threads=2), REF], ids=lambda ops: ops.name)
+def test_route_with_a_scale_of_each_expert(backend: Ops) -> None:
+    """It multiplies weights, and chooses nothing."""
+    config = RouterConfig(12, 3, weight="renorm", scale=2.0)
+    logits, scale = torch.randn(70, 12), torch.randn(12)
+    weights, ids = backend.route(logits, config)
+    scaled, same = backend.route(logits, config, expert_scale_E=scale)
+    assert torch.equal(same, ids)
+    assert torch.equal(scaled, weights * scale[ids])
 
 
 def test_route_ties_and_what_is_no_number() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from moebius.ops.cache_spec import key_value_spec
+from moebius.ops.config import HeadRows
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import Rotation, StepInputs
@@ -55,7 +57,7 @@ def test_rotate_and_store(
     weights = [None, None]
     if norms != "none":
         weights = [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)]
-    options: dict[str, Any] = {"eps": 1e-6, "turned_first": norms == "behind"}
+    options: dict[str, Any] = {"eps": 1e-6, "heads": HeadRows(turned_first=norms == "behind")}
     for block_size in (1, 3, 16, 24):
         blocks = -(-tokens // block_size)
         step = StepInputs.build([[0] * tokens], [0], [torch.randperm(blocks).tolist()], block_size)
@@ -117,13 +119,53 @@ def test_heads_with_gates_and_norms_of_float32(
     rows = side_by_side(projected, k, v)
     before = rows.clone()
     given = (turn, found, slots, q_norm, k_norm, 1e-6)
-    out = ops.rotate_and_store(rows, *given, gated=gated)
+    how = HeadRows(gated=gated)
+    out = ops.rotate_and_store(rows, *given, how)
     normed = side_by_side(ops.rms_norm(q, q_norm, 1e-6), ops.rms_norm(k, k_norm, 1e-6), v)
     assert torch.equal(out, ops.rotate_and_store(normed, turn, wanted, slots))
     assert torch.equal(found.buffer, wanted.buffer) and torch.equal(rows, before)
     plain = empty_cache(REF, 4, 4, kv_heads, size, kv_dtype or dtype)
-    reference = REF.rotate_and_store(rows, turn, plain, slots, q_norm, k_norm, 1e-6, gated=gated)
+    reference = REF.rotate_and_store(rows, turn, plain, slots, q_norm, k_norm, 1e-6, how)
     torch.testing.assert_close(out, reference, rtol=2.0**-7, atol=2.0**-6)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("tokens", [2, 11])
+@pytest.mark.parametrize("shared", [False, True])
+def test_normed_values_and_keys_as_values(
+    ops: CpuOps, dtype: torch.dtype, shared: bool, tokens: int, kv_dtype: torch.dtype | None
+) -> None:
+    """To the bit what values give that were normed before; keys that are values are so before
+    their own norm and rotation."""
+    heads, kv_heads, size = 4, 2, 40
+    q = torch.randn(tokens, heads, size).to(dtype)
+    k, v = (torch.randn(tokens, kv_heads, size).to(dtype) for _ in range(2))
+    norms = [1 + torch.randn(size) for _ in range(2)]
+    turn = Rotation(torch.rand(tokens, 8), torch.rand(tokens, 8))
+    slots = torch.randperm(16)[:tokens]
+    rows = torch.cat((q.flatten(1), k.flatten(1)), dim=1) if shared else side_by_side(q, k, v)
+    normed = ops.rms_norm(k if shared else v, torch.ones(size), 1e-6)
+    how = HeadRows(keys_as_values=shared, normed_values=True)
+    found, wanted = (empty_cache(ops, 4, 4, kv_heads, size, kv_dtype or dtype) for _ in range(2))
+    out = ops.rotate_and_store(rows, turn, found, slots, *norms, 1e-6, how)
+    before = side_by_side(q, k, normed)
+    assert torch.equal(out, ops.rotate_and_store(before, turn, wanted, slots, *norms, 1e-6))
+    assert torch.equal(found.buffer, wanted.buffer)
+    alone = ops.rotate_and_store(
+        q.flatten(1), turn, found, slots, *norms, 1e-6, HeadRows(queries_alone=True)
+    )
+    assert torch.equal(alone, out)
+    assert torch.equal(found.buffer, wanted.buffer), "the cache is left alone"
+    plain = empty_cache(REF, 4, 4, kv_heads, size, kv_dtype or dtype)
+    reference = REF.rotate_and_store(rows, turn, plain, slots, *norms, 1e-6, how)
+    torch.testing.assert_close(out, reference, rtol=2.0**-7, atol=2.0**-6)
+    exact = (k if shared else v).double()
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6)
+    stored = plain.v.flatten(0, 1)[slots].double()
+    if kv_dtype is not None:
+        stored = stored * plain.scales[1].flatten(0, 1)[slots].double().unsqueeze(-1)
+    bound = 0.5 / 127 * exact.abs().amax(-1, True) if kv_dtype else 0.0 * exact
+    assert_within(stored, exact, 1.2 * bound + (1.1 * ROUNDOFF[dtype] + 2.0**-20) * exact.abs())
 
 
 def assert_attends(
@@ -171,6 +213,53 @@ def test_paged_attention(ops: CpuOps, dtype: torch.dtype) -> None:
         assert_attends(
             ops, dtype, case, lengths, [rng.choice((1, n, rng.randint(1, n))) for n in lengths]
         )
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 256), (8, 1, 512), (3, 3, 264)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_wide_heads(
+    ops: CpuOps, dtype: torch.dtype, heads: tuple[int, int, int], window: int | None
+) -> None:
+    """Gemma 4's sizes, and one that is no multiple of 16."""
+    case = {"heads": heads, "block_size": 16, "window": window, "softcap": None, "sinks": False}
+    assert_attends(ops, dtype, case, [70, 33, 5], [70, 1, 3])
+
+
+def test_blocks_that_lie_apart(ops: CpuOps, dtype: torch.dtype) -> None:
+    """Two layers of other heads in each block, one behind the other: neither touches what is the
+    other's, nor what is nobody's."""
+    block_size, blocks, spare = 8, 5, 12
+    specs = [key_value_spec(2, 24, dtype), key_value_spec(1, 40, dtype)]
+    sizes = [ops.cache_bytes_per_block(spec, block_size) for spec in specs]
+    stride = sum(sizes) + spare
+    memory = torch.full((blocks * stride,), 255, dtype=torch.uint8)
+    tables = [[3, 0], [4, 1]]
+    step = StepInputs.build([[0] * 13, [0] * 9], [0, 0], tables, block_size)
+    plan = ops.plan_attention(step, block_size)
+    start = 0
+    found, wanted = [], []
+    for spec, size in zip(specs, sizes, strict=True):
+        end = start + (blocks - 1) * stride + size
+        apart = ops.make_cache(memory[start:end], spec, block_size, stride=stride)
+        assert apart.num_blocks == blocks
+        start += size
+        kv_heads, head_dim = spec.token[0].shape
+        dense = empty_cache(ops, blocks, block_size, kv_heads, head_dim, dtype)
+        k, v = (torch.randn(22, kv_heads, head_dim).to(dtype) for _ in range(2))
+        for cache in (apart, dense):
+            as_is(ops, cache, k, v, step.slot_mapping)
+        found.append((apart, torch.randn(22, 2, head_dim).to(dtype)))
+        wanted.append(dense)
+    for (apart, q), dense in zip(found, wanted, strict=True):
+        ours = ops.paged_attention(q, apart, plan, 0.2)
+        assert torch.equal(ours, ops.paged_attention(q, dense, plan, 0.2))
+        for block in range(blocks):
+            ((mine,), (its,)) = (ops.block_memory(each, block) for each in (apart, dense))
+            assert torch.equal(mine, its)
+    gaps = memory.view(blocks, stride)[:, sum(sizes) :]
+    assert bool((gaps == 255).all())
+    with pytest.raises(ValueError, match="cannot lie"):
+        ops.make_cache(memory, specs[0], block_size, stride=sizes[0] - 4)
 
 
 @pytest.mark.parametrize("window", [None, 1500])

@@ -159,6 +159,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "multiplier_rounded": [{"multiplier_rounded": True, REFUSED: "is not supported"}],
     "norm": [{"norm": "float32", REFUSED: "norm = 'float32' is not supported"}],
     "norms": [{"norms": "sandwich", REFUSED: "norms = 'sandwich' is not supported"}],
+    "scaled": [{"scaled": True, REFUSED: "scaled = True is not supported"}],
     "logits_softcap": [{"final_logit_softcapping": 30.0, REFUSED: "is not supported"}],
     "scale": [{"attention_multiplier": 0.5, REFUSED: "is not supported"}],
     "embedding_multiplier": [{"embedding_multiplier": 2.0, REFUSED: "is not supported"}],
@@ -166,6 +167,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "logits_divisor": [{"logits_scaling": 2.0, REFUSED: "is not supported"}],
     "unpublished": [{"unpublished": "this"}],
     "capped": [{"capped": "so", REFUSED: "capped = 'so' is not supported"}],
+    "longer": [{"rope_scaling": {"rope_type": "longrope"}, REFUSED: "longrope"}],
     # Keys that no field has: of training, or none at all.
     "": [
         {

@@ -1,9 +1,13 @@
 """The tensors behind blocks and states, in one anonymous mapping of huge pages, touched early on.
 
-Every block has one size: `rows` layers' keys and values of `block_size` tokens. Layers that keep
-the same of the past form a group with a block table of its own (schedule/groups.py says why groups
-share one pool); a group of more than `rows` layers is cut into several. So layer `row` of a block
-lies in the same array for all groups, and no two groups ever use one block of it.
+Every block has one size: some layers' keys and values of `block_size` tokens. Layers that keep the
+same of the past form a group with a block table of its own (schedule/groups.py says why groups
+share one pool); a group of more layers than a block has room for is cut into several. No two groups
+ever use one block.
+
+Where all layers keep as much, layer `row` of a block lies in the same array for all groups. Where
+they do not (Gemma 4's, whose heads are of two sizes), a block has room for more layers of the one
+kind than of the other: its bytes lie together, and a layer's are found every so many.
 """
 
 import json
@@ -11,7 +15,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -19,15 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebius.errors import CacheDataError, ConfigError
+from moebius.errors import CacheDataError
 from moebius.ops import LayerCache, Ops
 from moebius.ops.cache_spec import CacheSpec, Plane
-from moebius.ops.formats import dtype_name
 from moebius.pages import populate, reserve
 
 MOST_TABLES = 8
 """Block tables that a sequence may have: each costs every step a little, so above this a block with
 some unused memory is the lesser evil."""
+MOST_UNEQUAL_TABLES = 16
+"""The same where layers keep more or less: then more of a block may be unused."""
+_LONG = 16
+"""How many windows long a sequence is that the size of a block is chosen for."""
 _IDLE_SECONDS = 0.2
 _MAGIC = b"moebius cache\n"
 _CHECKSUM_BYTES = 16
@@ -38,42 +45,74 @@ class CacheLayout:
     """Where each layer's past lies.
 
     windows   of each block table, that is each group of layers (None: the whole past)
-    rows      layers that a block has room for
+    rows      layers that a block has room for, of those that keep least
     places    each layer's (group, row); None for a layer without keys and values
+    unequal   layers keep more or less of a token than others
     """
 
     windows: tuple[int | None, ...]
     rows: int
     places: tuple[tuple[int, int] | None, ...]
+    unequal: bool = False
 
 
 def lay_out(specs: Sequence[CacheSpec]) -> CacheLayout:
     """Group the layers with equal specs, and cut the groups to the size of a block.
 
     Of the sizes with at most MOST_TABLES tables, the one that leaves least memory unused; of equal
-    ones the largest. ConfigError where layers keep keys and values of different sizes.
+    ones the largest.
     """
     groups = Counter(spec for spec in specs if spec.token)
-    kept = {spec.token: spec.bytes_per_token for spec in groups}
-    if len(kept) > 1:
-        names = "; ".join(sorted(f"{_named(token)}: {size} bytes" for token, size in kept.items()))
-        raise ConfigError(
-            f"layers keep different things of a token ({names}); all layers with keys and values "
-            "must keep the same"
-        )
-    rows = _rows(list(groups.values()))
+    unequal = len({spec.token for spec in groups}) > 1
+    rows = _unequal_rows(groups) if unequal else _equal_rows(groups)
     windows: list[int | None] = []
     first: dict[CacheSpec, int] = {}
     for spec, count in groups.items():
         first[spec] = len(windows)
-        windows += [spec.window] * -(-count // rows)
+        windows += [spec.window] * -(-count // rows[spec])
     places: list[tuple[int, int] | None] = []
     seen: Counter[CacheSpec] = Counter()
     for spec in specs:
-        group, row = divmod(seen[spec], max(rows, 1))
-        places.append((first[spec] + group, row) if spec.token else None)
+        if not spec.token:
+            places.append(None)
+            continue
+        group, row = divmod(seen[spec], rows[spec])
+        places.append((first[spec] + group, row))
         seen[spec] += 1
-    return CacheLayout(tuple(windows), rows, tuple(places))
+    most = max(rows.values(), default=0)
+    return CacheLayout(tuple(windows), most, tuple(places), unequal)
+
+
+def _equal_rows(groups: Mapping[CacheSpec, int]) -> dict[CacheSpec, int]:
+    """Layers a block, of groups that all keep as much of a token."""
+    return dict.fromkeys(groups, _rows(list(groups.values())))
+
+
+def _unequal_rows(groups: Mapping[CacheSpec, int]) -> dict[CacheSpec, int]:
+    """The same of groups that keep more or less: so many of each have room in a block. Unused
+    memory counts for more where all of a long sequence has some."""
+
+    def tables(room: int, spec: CacheSpec) -> int:
+        return -(-groups[spec] // (room // spec.bytes_per_token))
+
+    def cost(room: int) -> tuple[int, int]:
+        long = sum(tables(room, spec) * (1 if spec.window else _LONG) for spec in groups)
+        return room * long, -room
+
+    least = max(spec.bytes_per_token for spec in groups)
+    rooms = {
+        spec.bytes_per_token * rows
+        for spec, count in groups.items()
+        for rows in range(1, count + 1)
+    }
+    most = max(MOST_UNEQUAL_TABLES, len(groups))
+    fitting = [
+        room
+        for room in rooms | {least}
+        if room >= least and sum(tables(room, spec) for spec in groups) <= most
+    ]
+    room = min(fitting or [max(rooms)], key=cost)
+    return {spec: min(room // spec.bytes_per_token, groups[spec]) for spec in groups}
 
 
 def _rows(counts: Sequence[int]) -> int:
@@ -116,9 +155,8 @@ class KVCache:
         self.num_states = num_states
         self.block_size = block_size
         self.last_used = 0.0
-        self._ops = ops
+        self.ops = ops
         per_block = block_bytes(specs, ops, block_size)
-        per_row = num_blocks * per_block // max(self.layout.rows, 1)
         self.nbytes = num_blocks * per_block
         states = _aligned(self.nbytes)
         planes = [plane for spec in specs for plane in spec.state]
@@ -127,14 +165,11 @@ class KVCache:
             device,
             lambda: time.monotonic() - self.last_used > _IDLE_SECONDS,
         )
-        rows = [buffer[row * per_row : (row + 1) * per_row] for row in range(self.layout.rows)]
         places = self.layout.places
         offsets = tuple(key_offsets) or (None,) * len(places)
         self._offset_names = tuple(map(_offset_name, offsets))
-        self.layers = [
-            LayerCache() if at is None else ops.make_cache(rows[at[1]], spec, block_size, offset)
-            for at, spec, offset in zip(places, specs, offsets, strict=True)
-        ]
+        made = _unequal_caches if self.layout.unequal else _equal_caches
+        self.layers = made(self, buffer[: self.nbytes], per_block, offsets)
         self.groups = tuple(0 if at is None else at[0] for at in places)
         self.states = _state_planes(buffer[states:], specs, num_states)
 
@@ -186,14 +221,14 @@ class KVCache:
         if not 0 <= block < self.num_blocks:  # as NO_BLOCK is not
             raise IndexError(f"block {block} is none of {self.num_blocks}")
         layers = [self.layers[i] for i in self._members(group)]
-        return [part for layer in layers for part in self._ops.block_memory(layer, block)]
+        return [part for layer in layers for part in self.ops.block_memory(layer, block)]
 
     def _block_header(self, group: int) -> dict[str, Any]:
         layers = self._members(group)
         spec = self.specs[layers[0]]
         return {
             "kind": "block",
-            "layout": self._ops.cache_layout,
+            "layout": self.ops.cache_layout,
             "block_size": self.block_size,
             "window": spec.window,
             "layers": layers,
@@ -207,11 +242,41 @@ class KVCache:
 
 
 def block_bytes(specs: Sequence[CacheSpec], ops: Ops, block_size: int) -> int:
-    """What one block takes: keys and values of `block_size` tokens, in as many layers as rows."""
-    rows = lay_out(specs).rows
-    if not rows:
-        return 0
-    return rows * ops.cache_bytes_per_block(_keeping(specs), block_size)
+    """What one block takes: keys and values of `block_size` tokens, in the layers of a group."""
+    sizes = {spec: ops.cache_bytes_per_block(spec, block_size) for spec in specs if spec.token}
+    places = zip(lay_out(specs).places, specs, strict=True)
+    return max((sizes[spec] * (at[1] + 1) for at, spec in places if at is not None), default=0)
+
+
+def _equal_caches(
+    cache: KVCache, buffer: Tensor, block: int, offsets: Sequence[Tensor | None]
+) -> list[LayerCache]:
+    """Each layer's cache, in the array of its row."""
+    per_row = cache.num_blocks * block // max(cache.layout.rows, 1)
+    layers = []
+    for at, spec, offset in zip(cache.layout.places, cache.specs, offsets, strict=True):
+        if at is None:
+            layers.append(LayerCache())
+            continue
+        row = buffer[at[1] * per_row : (at[1] + 1) * per_row]
+        layers.append(cache.ops.make_cache(row, spec, cache.block_size, offset))
+    return layers
+
+
+def _unequal_caches(
+    cache: KVCache, buffer: Tensor, block: int, offsets: Sequence[Tensor | None]
+) -> list[LayerCache]:
+    """Each layer's cache, in its part of each block."""
+    layers = []
+    for at, spec, offset in zip(cache.layout.places, cache.specs, offsets, strict=True):
+        if at is None:
+            layers.append(LayerCache())
+            continue
+        own = cache.ops.cache_bytes_per_block(spec, cache.block_size)
+        start = at[1] * own
+        part = buffer[start : start + (cache.num_blocks - 1) * block + own]
+        layers.append(cache.ops.make_cache(part, spec, cache.block_size, offset, stride=block))
+    return layers
 
 
 def state_bytes(specs: Sequence[CacheSpec]) -> int:
@@ -227,16 +292,6 @@ def scratch_states(specs: Sequence[CacheSpec]) -> int:
 def request_bytes(specs: Sequence[CacheSpec]) -> int:
     """What is written once a request, over all layers."""
     return sum(spec.bytes_per_request for spec in specs)
-
-
-def _keeping(specs: Sequence[CacheSpec]) -> CacheSpec:
-    """One of the layers that keep something of each token; all of them keep the same."""
-    return next(spec for spec in specs if spec.token)
-
-
-def _named(planes: Sequence[Plane]) -> str:
-    kinds = (f"{plane.name} {plane.shape} {dtype_name(plane.dtype)}" for plane in planes)
-    return ", ".join(kinds)
 
 
 def _planes(planes: Sequence[Plane]) -> list[list[Any]]:

@@ -187,7 +187,7 @@ def prepare(
     """
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
-    checkpoint = _published(directory)
+    checkpoint = _published(directory, config.max_model_len)
     quantized = Quantized.by_name(checkpoint, config.quantization)
     checkpoint = checkpoint if quantized is None else quantized.checkpoint
     device = _device(config.device, share)
@@ -300,7 +300,7 @@ def check_ranks(directory: Path, config: EngineConfig) -> None:
         ExpertShare(0, config.ranks).of(open_checkpoint(directory).config, config)
 
 
-def _published(directory: Path) -> Checkpoint:
+def _published(directory: Path, length: int | None) -> Checkpoint:
     """The checkpoint in a directory. Raises ConfigError for what can be trained alone."""
     checkpoint = open_checkpoint(directory)
     why = checkpoint.config.unpublished
@@ -309,7 +309,7 @@ def _published(directory: Path) -> Checkpoint:
             f"{directory} can be trained and measured, but not served: no published architecture "
             f"has {why}"
         )
-    return checkpoint
+    return replace(checkpoint, config=checkpoint.config.at_length(length))
 
 
 def _range(numbers: set[int]) -> str:

@@ -3,7 +3,7 @@
 The records are frozen, and checked when they are constructed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,12 +28,14 @@ class LayerSpec:
                           one normed stream (GPT-J). `behind-mlp`: as `pre`, and what the
                           feed-forward adds is normed too (A.X K1)
     residual_multiplier   of what each part adds to the stream; in parallel, of the feed-forward's
+    scaled                the stream behind the layer is multiplied by a learned number (Gemma 4)
     """
 
     mixer: Mixer | None = None
     feed_forward: FeedForwardConfig | None = None
     norms: Norms = "pre"
     residual_multiplier: float = 1.0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         require_word("a layer's norms", self.norms, Norms)
@@ -43,6 +45,8 @@ class LayerSpec:
             raise ConfigError("parts are parallel where there are two")
         if self.norms == "post" and self.residual_multiplier != 1:
             raise ConfigError("residual_multiplier goes with layers whose inputs are normed")
+        if self.scaled and (self.norms == "post" or self.feed_forward is None):
+            raise ConfigError("a layer that is scaled has a feed-forward part behind a norm")
 
     def parameters(self, hidden_size: int) -> Parameters:
         """Those of moebius.models.decoder.Layer."""
@@ -62,6 +66,8 @@ class LayerSpec:
                 yield parameter.within("mlp.")
             if behind or self.norms == "behind-mlp":
                 yield Parameter("mlp_output_norm.weight", (hidden_size,), norm=True)
+        if self.scaled:
+            yield Parameter("scale", (1,), float32=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,8 @@ class ModelConfig:
                      (Qwen3-Next); or `less-mean`, a layer norm with a float32 weight (Cohere)
     logits_softcap   c * tanh(logits / c), where given
     capped           why the context is shorter than what positions were made for
+    longer           (n, the same layers for sequences of more than n tokens), where their rotary
+                     embedding is another (longrope, arXiv 2402.13753)
     unpublished      what no published model_type has, so that the model can be trained and
                      measured, but not served
     """
@@ -97,6 +105,7 @@ class ModelConfig:
     logits_softcap: float | None = None
     capped: str = ""
     unpublished: str = ""
+    longer: tuple[int, tuple[LayerSpec, ...]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size"):
@@ -119,6 +128,17 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def at_length(self, tokens: int | None) -> "ModelConfig":
+        """The model for sequences of up to so many tokens; None: of all that it has positions for.
+
+        One for all of them, so that no answer depends on how long another sequence is.
+        """
+        if self.longer is None:
+            return self
+        most, layers = self.longer
+        long = (self.context if tokens is None else tokens) > most
+        return replace(self, layers=layers if long else self.layers, longer=None)
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.models.config import LayerSpec, ModelConfig, Norms
+from moebius.moe.beside import feed_forward
 from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.layer import FeedForward
 from moebius.moe.ranks import ExpertRank
@@ -23,20 +24,24 @@ from moebius.ops import Ops, Pair, PreparedLinear, Weight
 
 
 class Stream(NamedTuple):
-    """The residual stream x + multiplier * update; its next reader adds, beside its norm."""
+    """The residual stream scale * (x + multiplier * update), which its next reader works out."""
 
     x_TD: Tensor
     update_TD: Tensor | None = None
     multiplier: float = 1.0
+    scale_1: Tensor | None = None
 
 
-class Layer(nn.Module):
+class Layer(ParameterModule):
     """What a LayerSpec describes. Its parts are named as in published checkpoints of Llama."""
 
     def __init__(self, spec: LayerSpec, place: Place, ranks: ExpertRank | None = None) -> None:
         super().__init__()
         self.ops = place.ops
         self.multiplier = spec.residual_multiplier
+        self.scale: nn.Parameter | None = None
+        if spec.scaled:
+            self.scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
         def norm(*without: Norms) -> RMSNorm | None:
             if spec.norms in without:
@@ -54,7 +59,7 @@ class Layer(nn.Module):
             self.post_attention_layernorm = norm("post", "parallel")
             dispatch = ranks.dispatcher(place.ops, place.layer) if ranks else LocalDispatcher()
             held = ranks.held(place.layer) if ranks else None
-            self.mlp = FeedForward(spec.feed_forward, place, dispatch, held)
+            self.mlp = feed_forward(spec.feed_forward, place, dispatch, held)
             self.mlp_output_norm = norm("pre", "parallel")
 
     def forward(
@@ -72,17 +77,17 @@ class Layer(nn.Module):
             x_TD, read_TD = self._read(stream, self.post_attention_layernorm)
             if not self.parallel:
                 normed_TD = read_TD
-            update_TD, routing = self.mlp(normed_TD)
+            update_TD, routing = self.mlp(normed_TD, x_TD)
             if self.mlp_output_norm is not None:
                 update_TD = self.mlp_output_norm(update_TD)
-            stream = Stream(x_TD, update_TD, self.multiplier)
+            stream = Stream(x_TD, update_TD, self.multiplier, self.scale)
         return stream, routing
 
     def _read(self, stream: Stream, norm: RMSNorm | None) -> Pair:
         """The residual stream, and what a part of the layer reads of it: its norm, if any."""
         if norm is not None:
             return norm.add(*stream)
-        x_TD, update_TD, _ = stream
+        x_TD, update_TD, *_ = stream
         if update_TD is not None:
             x_TD = self.ops.add_gated(x_TD, update_TD)
         return x_TD, x_TD

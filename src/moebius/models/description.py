@@ -91,4 +91,5 @@ def describe_gguf(model: GgufModel) -> Description:
 
 def _as_stored(rope: RopeConfig, divisors: tuple[float, ...] | None, permuted: bool) -> RopeConfig:
     """Queries and keys turn as their rows lie in the file: nothing is put into another order."""
+    divisors = divisors or rope.divisors
     return replace(rope, divisors=divisors, interleaved=permuted or rope.interleaved)

@@ -69,6 +69,10 @@ class FileKeys(Protocol):
     def listed(self, key: str) -> Sequence[object] | None:
         """A list as it is; None where there is none."""
 
+    def each(self, key: str, layers: int) -> list[int]:
+        """An integer for each layer, where the file may have one for all. ConfigError for others,
+        and for none."""
+
     def wrong(self, key: str, message: str) -> ConfigError:
         """What is wrong with a key."""
 
@@ -150,6 +154,7 @@ def expert_keys(
 
 SHARED_WIDTH = Key("", "expert_shared_feed_forward_length", absent=meaning(0))
 SLIDING_LAYERS = "attention.sliding_window_pattern"
+SLIDING_SIZE = "attention.key_length_swa"
 SLIDING_WINDOW = Key("sliding_window", "attention.sliding_window", absent=meaning(None))
 
 
@@ -244,6 +249,8 @@ class GgufArchitecture:
               positions; or `each` kind of layer has its own; or one turns all or none does (`any`)
     sliding_theta     theta of layers with a window, where the file does not say it; None: as the
                       others'
+    proportional      divisors of frequencies are of full attention alone, and say which of them
+                      are 0
     told      what config.json would have that the file's tensors tell, by their shapes
     marked    a key that tells its files from another family's, where it is there and not 0
     marks     whether a file's keys are of this family's models, where several share the name; None
@@ -277,6 +284,7 @@ class GgufArchitecture:
     latent: bool = False
     ropes: Literal["one", "sliding", "some", "each", "any"] = "one"
     sliding_theta: float | None = None
+    proportional: bool = False
     told: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = nothing_told
     read: Callable[[FileKeys, Mapping[str, Any]], Mapping[str, Any]] = _nothing_read
     write: Callable[[ConfigReader, ModelConfig], Mapping[str, Value]] = _nothing_written

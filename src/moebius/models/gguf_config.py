@@ -16,12 +16,16 @@ from moebius.files import short_name
 from moebius.gguf import GgufModel, GgufTensor, Value
 from moebius.gguf.types import QUANTIZATION_VERSION
 from moebius.models.family import gguf_architectures, gguf_families
+from moebius.models.gemma_parts import turning_pairs
 from moebius.models.gguf_architecture import SLIDING_WINDOW, GgufArchitecture, Key
 from moebius.models.parts import FULL, SLIDING
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
+# The divisor of a pair that does not turn, in float32.
+STILL = struct.unpack("<f", struct.pack("<f", 1e30))[0]
+_HEAD_SIZE = "attention.key_length"
 _ROUTERS = "blk.*.ffn_gate_inp.weight"
 
 # Keys that change no logits here: what they say is told by others, or concerns other programs.
@@ -100,6 +104,16 @@ class _Keys:
             raise self.wrong(key, f"is {value!r}; it must be a list")
         return value
 
+    def each(self, key: str, layers: int) -> list[int]:
+        """An integer for each layer, where the file may have one for all."""
+        found = self._metadata.get(self._before + key)
+        self._read.add(key)
+        given = found[:layers] if isinstance(found, list) else [found] * layers
+        listed = [value for value in given if type(value) is int]
+        if len(listed) != layers:
+            raise self.wrong(key, f"is {found!r}; it must be an integer, or one for each layer")
+        return listed
+
     def typed(self, key: Key) -> Any:
         """A key's value as config.json would have it. Raises ConfigError for another type."""
         value = self.get(key.gguf, 0)
@@ -165,8 +179,9 @@ def gguf_config(model: GgufModel) -> GgufConfig:
         config[flag] = tensor in model.tensors
     for name, wanted in architecture.values.items():
         keys.check(name, wanted)
+    size = next((config[key.config] for key in architecture.keys if key.gguf == _HEAD_SIZE), 0)
     if not architecture.latent:
-        _read_heads(keys, config, architecture)
+        _read_heads(keys, config, architecture, size)
     config |= architecture.read(keys, config)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     config |= architecture.told(shapes, config)
@@ -176,12 +191,17 @@ def gguf_config(model: GgufModel) -> GgufConfig:
         config["rope_parameters"] = _ropes(keys, config, architecture)
     config["vocab_size"] = _embedding(model, where).shape[0]
     config["tie_word_embeddings"] = HEAD not in model.tensors
-    return GgufConfig(config, architecture, _rope_divisors(model, where), keys.finish())
+    divisors = _rope_divisors(model, where)
+    if architecture.proportional:
+        config["rope_parameters"][FULL] |= _proportional(divisors, size, where)
+        divisors = None
+    return GgufConfig(config, architecture, divisors, keys.finish())
 
 
-def _read_heads(keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture) -> None:
+def _read_heads(
+    keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture, size: int
+) -> None:
     """How much of each head turns; values are heads of the same size."""
-    size = config["head_dim"]
     if architecture.partial:
         turning = keys.number("rope.dimension_count", size)
         config["partial_rotary_factor"] = turning / max(size, 1)
@@ -219,6 +239,26 @@ def _ropes(keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture) 
     else:
         keys.check("rope.dimension_count_swa", size)
     return {FULL: full, SLIDING: slides}
+
+
+def _proportional(
+    divisors: tuple[float, ...] | None, head_dim: int, where: str
+) -> dict[str, float | str]:
+    """Entries of the rope of full attention, whose slow pairs do not turn: their divisors are
+    beyond all others."""
+    pairs = head_dim // 2
+    turning = pairs
+    if divisors is not None:
+        turning = sum(each < STILL for each in divisors)
+        if tuple(map(float, divisors)) != (1.0,) * turning + (STILL,) * (pairs - turning):
+            raise ConfigError(
+                f"{where}: {ROPE_DIVISORS} must be 1 for pairs that turn, and {STILL:g} for those "
+                f"behind, {pairs} in all"
+            )
+    partial = 2 * turning / max(head_dim, 1)
+    if turning_pairs(partial, head_dim) != turning:  # by a rounding
+        partial = (2 * turning + 1) / head_dim
+    return {"rope_type": "proportional", "partial_rotary_factor": partial}
 
 
 def _check_counts(keys: _Keys, model: GgufModel) -> None:

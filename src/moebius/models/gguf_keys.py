@@ -1,5 +1,6 @@
 """A config.json as the keys of a GGUF file: the way back of moebius.models.gguf_config."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,11 +12,12 @@ from moebius.models.family import config_reader, family, model_config
 from moebius.models.gguf_architecture import (
     SHARED_WIDTH,
     SLIDING_LAYERS,
+    SLIDING_SIZE,
     GgufArchitecture,
     Key,
     told_by_routers,
 )
-from moebius.models.gguf_config import yarn_attention
+from moebius.models.gguf_config import STILL, yarn_attention
 from moebius.models.reading import ConfigReader
 from moebius.nn.attention import GQA
 from moebius.nn.mixers.latent import MLA
@@ -23,6 +25,7 @@ from moebius.nn.rope import RopeConfig, frequencies
 
 _WINDOWS = ("sliding_window", "use_sliding_window")
 _ADVICE = "load the model with --quantization instead"
+_SEVERAL_SIZES = f"GGUF files hold no models of several sizes of heads; {_ADVICE}"
 
 
 class GgufKeys(NamedTuple):
@@ -47,6 +50,8 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     reader = config_reader(config_json)
     _check_windows(architecture, config)
     _check_fixed(architecture, reader)
+    if not architecture.latent:
+        _check_sizes(architecture, config)
     rope, turning, size = _turning(config, architecture)
     keys: dict[str, Value] = {
         key.gguf: _value(key, reader, config, rope)
@@ -65,7 +70,8 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     _check_sparse(architecture, config, keys)
     named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
     named = {"general.architecture": architecture.name, **named}
-    return GgufKeys(architecture, named, _divisors(rope, size))
+    divisors = _still(rope, size) if architecture.proportional else _divisors(rope, size)
+    return GgufKeys(architecture, named, divisors)
 
 
 def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeConfig, int, int]:
@@ -106,7 +112,7 @@ def _check_sparse(
     architecture: GgufArchitecture, config: ModelConfig, keys: Mapping[str, Any]
 ) -> None:
     """Raises ConfigError where other layers have experts than the file would say."""
-    if architecture.told is told_by_routers:
+    if architecture.told is told_by_routers or architecture.sparse is None:
         return
     first = keys.get("leading_dense_block_count", 0)
     step = keys.get("interleave_moe_layer_step", 1)
@@ -125,13 +131,25 @@ def _gqas(config: ModelConfig) -> list[GQA]:
     return [mixer for mixer in config.mixers if isinstance(mixer, GQA)]
 
 
-def _attention(config: ModelConfig) -> GQA:
-    """One layer's, whose sizes all have, but for the number of heads."""
-    found = _gqas(config)
-    sizes = {(mixer.num_kv_heads, mixer.head_dim) for mixer in found}
-    if len(sizes) != 1:
-        raise ConfigError(f"GGUF files hold no models of several sizes of heads; {_ADVICE}")
+def _attention(config: ModelConfig, *, sliding: bool = False) -> GQA:
+    """One layer's, of those without a window or with one, if there are such. All of these have its
+    sizes, but for the number of heads."""
+    every = _gqas(config)
+    found = [mixer for mixer in every if (mixer.window is not None) == sliding] or every
+    if len({_sizes(mixer) for mixer in found}) != 1:
+        raise ConfigError(_SEVERAL_SIZES)
     return found[0]
+
+
+def _sizes(mixer: GQA) -> tuple[int, int]:
+    return mixer.num_kv_heads, mixer.head_dim
+
+
+def _check_sizes(architecture: GgufArchitecture, config: ModelConfig) -> None:
+    """Raises ConfigError where windows have other heads, and the file cannot say it."""
+    apart = any(key.gguf == SLIDING_SIZE for key in architecture.keys)
+    if not apart and _sizes(_attention(config)) != _sizes(_attention(config, sliding=True)):
+        raise ConfigError(_SEVERAL_SIZES)
 
 
 def _window(config: ModelConfig) -> int:
@@ -199,7 +217,7 @@ def _sliding_rope_keys(config: ModelConfig, rope: RopeConfig) -> dict[str, int |
         )
     return {
         "rope.freq_base_swa": own.theta,
-        "rope.dimension_count_swa": own.size(_attention(config).head_dim),
+        "rope.dimension_count_swa": own.size(_attention(config, sliding=True).head_dim),
     }
 
 
@@ -240,6 +258,14 @@ def _rope_keys(rope: RopeConfig, architecture: GgufArchitecture) -> dict[str, in
     return keys
 
 
+def _still(rope: RopeConfig, head_dim: int) -> tuple[float, ...]:
+    """Those of a proportional embedding. Raises ConfigError for one that is scaled."""
+    found = rope.divisors or (1.0,) * (head_dim // 2)
+    if rope.scaling != "none" or set(found) - {1.0, math.inf}:
+        raise ConfigError(f"positions are scaled, which files of this kind cannot say; {_ADVICE}")
+    return tuple(min(each, STILL) for each in found)
+
+
 def _divisors(rope: RopeConfig, head_dim: int) -> tuple[float, ...] | None:
     if rope.scaling != "llama3":
         return rope.divisors
@@ -252,6 +278,7 @@ def _divisors(rope: RopeConfig, head_dim: int) -> tuple[float, ...] | None:
 _TOLD: Mapping[str, Callable[[ModelConfig], int | float]] = {
     "block_count": lambda config: config.num_layers,
     "attention.key_length": lambda config: _attention(config).head_dim,
+    SLIDING_SIZE: lambda config: _attention(config, sliding=True).head_dim,
     "attention.head_count_kv": lambda config: _attention(config).num_kv_heads,
     "attention.sliding_window": _window,
     "leading_dense_block_count": _dense_first,

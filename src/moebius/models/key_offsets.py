@@ -33,7 +33,7 @@ def key_offsets(decoder: Decoder) -> list[Tensor | None]:
 
 def _offset(attention: Attention, context: int) -> Tensor | None:
     """None where keys have no bias, or are normed behind it, which bounds them."""
-    bias = attention.k_proj.bias
+    bias = None if attention.k_proj is None else attention.k_proj.bias
     if bias is None or attention.k_norm is not None:
         return None
     spec = attention.spec

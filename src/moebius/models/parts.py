@@ -4,6 +4,7 @@ rotary embedding, feed-forwards, which layers slide, and the whole.
 A family takes what it shares with the others from here, and changes the records where it differs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,29 @@ def _scaled(reader: ConfigReader, kind: str, entries: ConfigReader) -> RopeConfi
             truncate=entries.flag("truncate", "truncate" not in entries.raw),
         )
     return RopeConfig(theta)
+
+
+def longrope(reader: ConfigReader, given: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
+    """Of sequences up to original_max_position_embeddings, and of longer (arXiv 2402.13753)."""
+    factors = ("short_factor", "long_factor")
+    keys = ("rope_theta", "partial_rotary_factor", "factor", "attention_factor", *factors)
+    entries = ConfigReader(given, Keys(dict.fromkeys(keys)), f"{reader.where}longrope: ")
+    entries.computed |= {"rope_type", "type", "original_max_position_embeddings", *keys[:2]}
+    plain = {key: given[key] for key in keys[:2] if given.get(key) is not None}
+    base = rope_of(reader, "rope_scaling", plain, partial=1.0)
+    original = reader.integer("original_max_position_embeddings", low=2)
+    longest = reader.integer("max_position_embeddings")
+    factor = max(entries.number("factor", longest / original), 1.0)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original))
+    base = replace(base, attention_factor=entries.number("attention_factor", usual))
+    found = []
+    for key in factors:
+        each = entries.get(key)
+        if not (isinstance(each, list) and all(type(x) in (int, float) and x > 0 for x in each)):
+            raise entries.error(f"{key} is {each!r}; it must be a list of positive numbers")
+        found.append(replace(base, divisors=tuple(map(float, each))))
+    entries.finish()
+    return found[0], found[1]
 
 
 def attention(reader: ConfigReader, *, biases: bool = False, **different: Any) -> GQA:

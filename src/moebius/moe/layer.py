@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
             if config.shared_gate:
                 self.shared_gate = Linear(place.ops, size, 1, dtype=place.dtype)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_TD: Tensor, _: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         """The layer's output (T, D), and where its tokens went, None for a dense one."""
         if self.router is None:
             return self.experts(x_TD), None

@@ -54,19 +54,25 @@ class Router(Weighted):
         experts = config.num_experts
         self.bias = where(config.logit_bias, experts)
         self.selection_bias = where(config.selection_bias, experts, kind=torch.float32)
+        self.expert_scale: Tensor | None = None
         self.noise_weight = where(config.learned_noise, experts, width)
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """What experts are chosen by, (T, E) float32."""
         layer = (self.held(), self.bias)
         if self._prepared is None or not self._prepared.is_of(layer):
             self._prepared = self.ops.prepare_linear(layer, dtype=x_TD.dtype)
+        return self.ops.logits(x_TD, self._prepared)
+
+    def forward(self, x_TD: Tensor) -> Routing:
         if self.limits is not None and self.limits.jitter and self.training:
             x_TD = jittered(x_TD, self.limits.jitter, self.share)
-        logits_TE = self.ops.logits(x_TD, self._prepared)
+        logits_TE = self.logits(x_TD)
         if self.noise_weight is not None and self.limits is not None and self.training:
             noise = self.ops.prepare_linear((self.noise_weight, None))
             logits_TE = noisy(logits_TE, self.ops.logits(x_TD, noise), self.share)
-        weights_TK, ids_TK = self.ops.route(logits_TE, self.config, self.selection_bias, self.tally)
+        chosen = (self.selection_bias, self.tally, self.expert_scale)
+        weights_TK, ids_TK = self.ops.route(logits_TE, self.config, *chosen)
         kept_TK = None
         if self.limits is not None:
             kept_TK = kept(

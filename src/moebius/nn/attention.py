@@ -18,7 +18,7 @@ from moebius.nn.rope import Positions, RopeConfig
 from moebius.nn.spec import Parameter, Parameters, Place
 from moebius.ops import Feature, Operation, PreparedLinear, Rotation, Use
 from moebius.ops.cache_spec import CacheSpec, key_value_spec
-from moebius.ops.config import GateFunction, HeadGates
+from moebius.ops.config import GateFunction, HeadGates, HeadRows
 
 QKNorm = Literal["none", "head", "full", "turned"]
 Gated = Literal["none", "queries", "values", "heads"]
@@ -110,6 +110,11 @@ class GQA:
         return {"values": self.out_size, "heads": self.num_heads}.get(self.gated, 0)
 
     @property
+    def rows(self) -> HeadRows:
+        """How a token's row holds them."""
+        return HeadRows(self.gated == "queries", self.qk_norm == "turned")
+
+    @property
     def score_scale(self) -> float:
         """What attention scores are multiplied by."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
@@ -188,6 +193,7 @@ class Attention(ParameterModule):
         self.ops = place.ops
         self.rotary = place.rotary(spec.rope, spec.head_dim)
         self.scale = spec.score_scale
+        self.rows = spec.rows
         self.gates: HeadGates | None = None
         if spec.gated == "queries":
             self.gates = HeadGates(spec.head_dim, 2 * spec.head_dim, False, spec.gate_function)
@@ -206,8 +212,8 @@ class Attention(ParameterModule):
             return RMSNorm(place.ops, normed, place.norm_eps, dtype=place.norm_dtype)
 
         self.q_proj = linear(place.hidden_size, spec.q_rows, spec.qkv_bias)
-        self.k_proj = linear(place.hidden_size, spec.k_size, spec.qkv_bias)
-        self.v_proj = linear(place.hidden_size, spec.v_size, spec.qkv_bias)
+        self.k_proj: Linear | None = linear(place.hidden_size, spec.k_size, spec.qkv_bias)
+        self.v_proj: Linear | None = linear(place.hidden_size, spec.v_size, spec.qkv_bias)
         self.o_proj = linear(spec.out_size, place.hidden_size, spec.output_bias)
         self.gate_proj: Linear | None = None
         if spec.gate_size:
@@ -226,7 +232,7 @@ class Attention(ParameterModule):
     def _projected(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values side by side (T, I): clipped, and normed where all heads are."""
         spec = self.spec
-        layers = [(p.held(), p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        layers = [(p.held(), p.bias) for p in (self.q_proj, self.k_proj, self.v_proj) if p]
         if self._projections is None or not self._projections.is_of(*layers):
             self._projections = self.ops.prepare_linear(*layers, dtype=x_TD.dtype)
         qkv_TI = self.ops.linear(x_TD, self._projections)

@@ -182,10 +182,12 @@ class RMSNorm(ParameterModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps, less_mean=self.less_mean)
 
-    def add(self, x: Tensor, update: Tensor | None, multiplier: float) -> tuple[Tensor, Tensor]:
-        """x + multiplier * update (x without one): the residual stream, and its norm."""
+    def add(
+        self, x: Tensor, update: Tensor | None, multiplier: float, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """scale * (x + multiplier * update), x without an update: the stream, and its norm."""
         if update is None:
             return x, self(x)
         return self.ops.add_rms_norm(
-            x, update, multiplier, self.weight, self.eps, less_mean=self.less_mean
+            x, update, multiplier, self.weight, self.eps, less_mean=self.less_mean, scale_1=scale
         )

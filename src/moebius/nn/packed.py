@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moebius.nn.attention import Attention
+from moebius.nn.linear import RMSNorm
 from moebius.nn.mixers.latent import LatentRows
 from moebius.nn.mixers.recurs import Recurrence, Recurrent
 from moebius.ops import Rotation, StatePlan
@@ -31,6 +32,7 @@ class PackedPast:
         self._document_ids_T = document_ids_T
         self._biases: dict[int | None, Tensor] = {}
         self._state_plan: StatePlan | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _bias(self, window: int | None, like: Tensor) -> Tensor:
         """What is added to scores, 0 or about -inf: (R or 1, L, L)."""
@@ -47,7 +49,7 @@ class PackedPast:
     def attend(self, attention: Attention, qkv_TI: Tensor, rotation: Rotation) -> Tensor:
         """See moebius.nn.attention.Attends."""
         spec = attention.spec
-        q_THN, k_TGN, v_TGN = _heads(attention, qkv_TI, rotation)
+        q_THN, k_TGN, v_TGN = self._heads(attention, qkv_TI, rotation)
         bias_RLL = self._bias(spec.window, q_THN)
         return self._over(
             q_THN * attention.scale, k_TGN, v_TGN, bias_RLL, spec.softcap, attention.sinks
@@ -99,6 +101,35 @@ class PackedPast:
         out_RGLSN = torch.cat(blocks, dim=2)
         return out_RGLSN.transpose(1, 2).reshape(tokens, heads, out_RGLSN.shape[-1])
 
+    def _heads(
+        self, attention: Attention, qkv_TI: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
+        spec = attention.spec
+        rows = attention.rows
+        groups = spec.num_kv_heads
+        value_size = spec.v_size // groups
+        parts = rows.sizes(qkv_TI.shape[1], groups, spec.head_dim, value_size)
+        q_TI, k_TI, v_TI = torch.split(qkv_TI, parts, dim=1)
+        # Behind a head's queries stand its gates, where there are such.
+        tokens = len(qkv_TI)
+        of_head = parts[0] // spec.num_heads
+        q_THN = q_TI.view(tokens, spec.num_heads, of_head)[..., : spec.head_dim]
+        q_norm, k_norm = attention.head_norms or (None, None)
+        q_THN = _turned(attention, q_THN, q_norm, rotation)
+        if rows.queries_alone:
+            return q_THN, *self._kept[attention.layer]
+        k_TGN = k_TI.view(tokens, groups, spec.head_dim)
+        v_TGN = k_TGN if rows.keys_as_values else v_TI.view(tokens, groups, value_size)
+        if rows.normed_values:
+            assert k_norm is not None, "whose eps is the values'"
+            ones_N = torch.ones(value_size, device=v_TGN.device)
+            v_TGN = attention.ops.rms_norm(v_TGN.contiguous(), ones_N, k_norm.eps)
+        k_TGN = _turned(attention, k_TGN, k_norm, rotation)
+        if rows.normed_values:  # other layers may attend over them
+            self._kept[attention.layer] = (k_TGN, v_TGN)
+        return q_THN, k_TGN, v_TGN
+
     def recur(self, mixer: Recurrent, x_TD: Tensor) -> Recurrence:
         """See moebius.nn.mixers.recurs.Recurs: nothing is kept."""
         if self._state_plan is None:
@@ -116,31 +147,16 @@ class PackedPast:
         return [*first_RL.flatten().nonzero().flatten().tolist(), tokens]
 
 
-def _heads(
-    attention: Attention, qkv_TI: Tensor, rotation: Rotation
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q (T, H, N) and k (T, G, N), normed and rotated, ready to meet, and v (T, G, N)."""
-    spec = attention.spec
-    q_TI, k_TI, v_TI = torch.split(qkv_TI, [spec.q_rows, spec.k_size, spec.v_size], dim=1)
-    groups = spec.num_kv_heads
-    # Behind a head's queries stand its gates, where there are such.
-    q_THN = q_TI.view(len(qkv_TI), spec.num_heads, spec.q_rows // spec.num_heads)[
-        ..., : spec.head_dim
-    ]
-    k_TGN = k_TI.view(len(qkv_TI), groups, spec.head_dim)
-    v_TGN = v_TI.view(len(qkv_TI), groups, spec.v_size // groups)
+def _turned(
+    attention: Attention, x_THN: Tensor, norm: RMSNorm | None, rotation: Rotation
+) -> Tensor:
+    """Queries or keys, normed where there is a norm of each head, and rotated."""
     rotary = attention.ops.rotary
-    turned_first = spec.qk_norm == "turned"
-    if turned_first:
-        q_THN = rotary(q_THN, rotation)
-        k_TGN = rotary(k_TGN, rotation)
-    if attention.head_norms is not None:
-        q_norm, k_norm = attention.head_norms
-        q_THN = q_norm(q_THN.contiguous())
-        k_TGN = k_norm(k_TGN.contiguous())
-    if turned_first:
-        return q_THN, k_TGN, v_TGN
-    return rotary(q_THN, rotation), rotary(k_TGN, rotation), v_TGN
+    if attention.rows.turned_first:
+        x_THN = rotary(x_THN, rotation)
+    if norm is not None:
+        x_THN = norm(x_THN.contiguous())
+    return x_THN if attention.rows.turned_first else rotary(x_THN, rotation)
 
 
 def _attend(

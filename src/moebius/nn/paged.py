@@ -66,8 +66,7 @@ class PagedPast:
             q_weight,
             k_weight,
             eps,
-            gated=spec.gated == "queries",
-            turned_first=spec.qk_norm == "turned",
+            attention.rows,
         )
         return self._ops.paged_attention(
             q_THN,

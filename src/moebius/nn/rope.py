@@ -95,7 +95,7 @@ def _scaled(rope: RopeConfig, size: int) -> tuple[Tensor, float]:
         return _llama3(inverse_R, rope), 1.0
     if rope.scaling == "yarn":
         return _yarn(inverse_R, rope, size), _yarn_attention_factor(rope)
-    return inverse_R, 1.0
+    return inverse_R, rope.attention_factor or 1.0
 
 
 def _llama3(inverse_R: Tensor, rope: RopeConfig) -> Tensor:

@@ -166,6 +166,33 @@ class Temperature:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRows:
+    """How a token's row holds attention's heads, and what becomes of them in rotate_and_store.
+
+    gated            behind each query head stand as many gates, which are left alone
+    turned_first     queries and keys are rotated, and rounded, before they are normed
+    keys_as_values   values are the keys as they were projected, and have no columns (Gemma 4)
+    normed_values    values are normed, without a weight (Gemma 4)
+    queries_alone    there are no others: keys and values are those of another layer (Gemma 4)
+    """
+
+    gated: bool = False
+    turned_first: bool = False
+    keys_as_values: bool = False
+    normed_values: bool = False
+    queries_alone: bool = False
+
+    def sizes(self, width: int, kv_heads: int, key_size: int, value_size: int) -> list[int]:
+        """Columns of queries (with gates), keys and values in a row of `width`."""
+        keys = 0 if self.queries_alone else kv_heads * key_size
+        values = 0 if self.queries_alone or self.keys_as_values else kv_heads * value_size
+        return [width - keys - values, keys, values]
+
+
+PLAIN_HEADS = HeadRows()
+
+
+@dataclass(frozen=True, slots=True)
 class RouterConfig:
     """How a token chooses its experts; one function over this record serves every architecture.
 

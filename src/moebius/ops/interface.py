@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
-from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.config import PLAIN_HEADS, Activation, HeadRows, RouterConfig
 from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.latent import LatentOps
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
@@ -153,8 +153,10 @@ class Ops(SamplerOps, RecurrentOps, LatentOps):
         eps: float,
         *,
         less_mean: bool = False,
+        scale_1: Tensor | None = None,
     ) -> Pair:
-        """The residual stream x + multiplier * update, rounded once, and its rms_norm."""
+        """The residual stream x + multiplier * update, rounded once, and its rms_norm; where scale
+        (float32) is given, the stream is that times the sum, rounded again."""
 
     @abstractmethod
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
@@ -213,11 +215,13 @@ class Ops(SamplerOps, RecurrentOps, LatentOps):
         spec: CacheSpec,
         block_size: int,
         key_offset_GN: Tensor | None = None,
+        stride: int | None = None,
     ) -> LayerCache:
         """One layer's cache over `buffer`, whose layout is the backend's own.
 
-        buffer: uint8, a multiple of cache_bytes_per_block bytes. spec: planes k (G, N) and v
-        (G, Nv), whose sizes may differ. Of int8 the cache holds codes and scales, as
+        buffer: uint8, a multiple of cache_bytes_per_block bytes, or that of the last block behind a
+        multiple of `stride`, by which blocks lie apart. spec: planes k (G, N) and v (G, Nv), whose
+        sizes may differ. Of int8 the cache holds codes and scales, as
         ops/reference/codes.py makes them, of the rotated keys less key_offset_GN (float32), and of
         the values. Raises ValueError for an offset with keys that are not int8.
         """
@@ -241,18 +245,14 @@ class Ops(SamplerOps, RecurrentOps, LatentOps):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
-        *,
-        gated: bool = False,
-        turned_first: bool = False,
+        heads: HeadRows = PLAIN_HEADS,
     ) -> Tensor:
         """The step's queries (T, H, N); its keys and values go to the cache.
 
-        qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
-        gated: behind each query head stand N gates, left alone: (T, (2H + G) * N + G * Nv).
-        Queries and keys are normed per head where weights of one dtype are given, then rotated as
-        by `rotary`; or, with turned_first, rotated (and rounded) before they are normed.
-        slot_mapping_T: int64, block id * block_size + offset. Keys for an int8 cache are not
-        rounded in between.
+        qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv),
+        unless `heads` says otherwise. Queries and keys are normed per head where weights of one
+        dtype are given, then rotated as by `rotary`. slot_mapping_T: int64, block id * block_size
+        + offset. Keys for an int8 cache are not rounded in between.
         """
 
     @abstractmethod
@@ -291,11 +291,12 @@ class Ops(SamplerOps, RecurrentOps, LatentOps):
         config: RouterConfig,
         selection_bias_E: Tensor | None = None,
         tally: RouterTally | None = None,
+        expert_scale_E: Tensor | None = None,
     ) -> Pair:
         """Choose experts: weights (T, K) float32 and expert ids (T, K) int64, best first.
 
-        logits_TE: float32. Ties go to the lowest id. What was chosen is added to the tally, where
-        there is one.
+        logits_TE: float32. Ties go to the lowest id. expert_scale_E (float32) multiplies the
+        weights. What was chosen is added to the tally, where there is one.
         """
 
     @abstractmethod

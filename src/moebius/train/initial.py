@@ -18,15 +18,15 @@ def initial_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and value, one at a time; the decoder's own may be on meta, and stay.
 
-    Normal, cut off at 3 standard deviations (OLMoE, arXiv 2409.02060); norms one, biases zero.
-    Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers), as in
-    GPT-2. With `scale`, matrices but the embedding have sqrt(scale / inputs) instead, cut off at 2
-    (Switch, arXiv 2101.03961 section 2.4, recommends 0.1 in place of 1). `router` multiplies the
-    routers' width.
+    Normal, cut off at 3 standard deviations (OLMoE, arXiv 2409.02060); norms and scales one, biases
+    zero. Projections into the residual stream (o_proj, down_proj) are narrower by sqrt(2 * layers),
+    as in GPT-2. With `scale`, matrices but the embedding have sqrt(scale / inputs) instead, cut off
+    at 2 (Switch, arXiv 2101.03961 section 2.4, recommends 0.1 in place of 1). `router` multiplies
+    the routers' width.
     """
     for name, parameter in decoder.named_parameters():
         value = torch.empty(parameter.shape, dtype=parameter.dtype)
-        if "norm" in name:
+        if "norm" in name or name.endswith("scale"):
             value.fill_(1.0)
         elif parameter.ndim == 1:
             value.zero_()

@@ -52,11 +52,14 @@ class TrainingOps(ReferenceOps):
         eps: float,
         *,
         less_mean: bool = False,
+        scale_1: Tensor | None = None,
     ) -> Pair:
         mask_TD = self.dropout_mask(update_TD, update_TD.shape[1], routed=False)
         if mask_TD is not None:
             update_TD = update_TD * mask_TD
-        return super().add_rms_norm(x_TD, update_TD, multiplier, weight_D, eps, less_mean=less_mean)
+        return super().add_rms_norm(
+            x_TD, update_TD, multiplier, weight_D, eps, less_mean=less_mean, scale_1=scale_1
+        )
 
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, *, less_mean: bool = False

@@ -15,6 +15,7 @@ from moebius.ops.cache_spec import (
     key_value_planes,
 )
 from moebius.ops.capability import Feature, Operation
+from moebius.ops.config import PLAIN_HEADS, HeadRows
 from moebius.ops.cpu.base import CACHES, CpuBase, check_shape, norm_dtype, require_dtype
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.steps import Rotation, Step, StepInputs
@@ -33,7 +34,8 @@ class CpuCache(LayerCache):
 
     @property
     def num_blocks(self) -> int:
-        return len(self.buffer) // self.shape.block_bytes
+        shape = self.shape
+        return (len(self.buffer) + shape.stride - shape.block_bytes) // shape.stride
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -63,7 +65,7 @@ class CpuPlan(AttentionPlan):
         )
 
 
-def _shape(spec: CacheSpec, block_size: int) -> _cpu.CacheShape:
+def _shape(spec: CacheSpec, block_size: int, stride: int | None = None) -> _cpu.CacheShape:
     keys, values = key_value_planes(spec)
     if keys.dtype not in CACHES:
         raise ValueError(f"the CPU kernels keep no keys and values in {keys.dtype}")
@@ -74,6 +76,7 @@ def _shape(spec: CacheSpec, block_size: int) -> _cpu.CacheShape:
         value_dim=values.shape[1],
         type=CACHES[keys.dtype],
         shared=holds_latents(spec),
+        stride=stride or 0,
     )
 
 
@@ -114,18 +117,18 @@ class AttentionOps(CpuBase):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
-        *,
-        gated: bool = False,
-        turned_first: bool = False,
+        heads: HeadRows = PLAIN_HEADS,
     ) -> Tensor:
         held = own(cache, CpuCache)
         num_kv_heads, key_size = held.keys.shape
+        value_size = held.values.shape[1]
         rows, width = qkv_TI.shape
         cos_TR, sin_TR, interleaved = rotation
         half = cos_TR.shape[1]
-        q_size = width - num_kv_heads * (key_size + held.values.shape[1])
-        num_heads, rest = divmod(q_size, 2 * key_size if gated else key_size)
-        if rest or 2 * half > key_size:
+        q_size, _, _ = heads.sizes(width, num_kv_heads, key_size, value_size)
+        num_heads, rest = divmod(q_size, 2 * key_size if heads.gated else key_size)
+        unlike = heads.keys_as_values and key_size != value_size
+        if rest or 2 * half > key_size or unlike:
             raise ValueError(
                 f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
                 f"values of {num_kv_heads} key heads of {key_size} values"
@@ -141,7 +144,7 @@ class AttentionOps(CpuBase):
             blocks=held.num_blocks,
             qkv=self._at(qkv_TI),
             q_heads=num_heads,
-            gated=gated,
+            gated=heads.gated,
             cos=self._at(cos_TR, torch.float32),
             sin=self._at(sin_TR, torch.float32),
             half=half,
@@ -154,7 +157,10 @@ class AttentionOps(CpuBase):
             cache=self._at(held.buffer),
             key_offset=self._at(held.key_offset),
             q_out=self._at(out),
-            turned_first=turned_first,
+            turned_first=heads.turned_first,
+            keys_as_values=heads.keys_as_values,
+            normed_values=heads.normed_values,
+            queries_alone=heads.queries_alone,
         )
         use = Operation.ROTATE_AND_STORE
         self._run(use, call, qkv_TI, rows, held, features=held.features)
@@ -173,10 +179,13 @@ class AttentionOps(CpuBase):
         spec: CacheSpec,
         block_size: int,
         key_offset_GN: Tensor | None = None,
+        stride: int | None = None,
     ) -> CpuCache:
         keys, values = key_value_planes(spec)
         check_key_offset(spec, key_offset_GN)
-        shape = _shape(spec, block_size)
+        shape = _shape(spec, block_size, stride)
+        if shape.stride < shape.block_bytes or shape.stride % 4:
+            raise ValueError(f"blocks of {shape.block_bytes} bytes cannot lie {stride} apart")
         return CpuCache(buffer, shape, keys, values, key_offset_GN, holds_latents(spec))
 
     @property
@@ -185,8 +194,8 @@ class AttentionOps(CpuBase):
 
     def block_memory(self, cache: LayerCache, block: int) -> Sequence[Tensor]:
         held = own(cache, CpuCache)
-        size = held.shape.block_bytes
-        return (held.buffer[block * size : (block + 1) * size],)
+        start = block * held.shape.stride
+        return (held.buffer[start : start + held.shape.block_bytes],)
 
     def plan_attention(self, step: Step, block_size: int, window: int | None = None) -> CpuPlan:
         plan = CpuPlan(_cpu.StepAttention(window=window or 0, block_size=block_size), window)

@@ -65,8 +65,10 @@ class ExpertOps(CpuBase):
         config: RouterConfig,
         selection_bias_E: Tensor | None = None,
         tally: RouterTally | None = None,
+        expert_scale_E: Tensor | None = None,
     ) -> Pair:
         check_shape("a router's logits", logits_TE, len(logits_TE), config.num_experts)
+        check_shape("a scale of experts", expert_scale_E, config.num_experts)
         weights = self._empty(logits_TE, (config.top_k,), torch.float32)
         ids = self._empty(logits_TE, (config.top_k,), torch.int64)
         bias = selection_bias_E if config.selection_bias else None
@@ -85,6 +87,7 @@ class ExpertOps(CpuBase):
             ids=self._at(ids),
             pairs=self._at(None if tally is None else tally.pairs_E, torch.int64),
             sums=self._at(None if tally is None else tally.sums, torch.float64),
+            expert_scale=self._at(expert_scale_E, torch.float32),
         )
         self._run(Operation.ROUTE, call, logits_TE, len(logits_TE), settings)
         return weights, ids

@@ -44,8 +44,10 @@ class PointwiseOps(CpuBase):
         eps: float,
         *,
         less_mean: bool = False,
+        scale_1: Tensor | None = None,
     ) -> Pair:
         size = x_TD.shape[-1]
+        check_shape("a stream's scale", scale_1, 1)
         check_shape("an update", update_TD, *x_TD.shape)
         check_shape("a norm's weight", weight_D, size)
         total = self._empty(x_TD, x_TD.shape[1:], x_TD.dtype)
@@ -63,6 +65,7 @@ class PointwiseOps(CpuBase):
             sum=self._at(total),
             out=self._at(out),
             less_mean=less_mean,
+            scale=self._at(scale_1, torch.float32),
         )
         self._run(Operation.ADD_RMS_NORM, call, x_TD, x_TD.numel() // size)
         return total, out

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from moebius.ops.cache_spec import (
     CacheSpec,
+    Plane,
     check_key_offset,
     holds_latents,
     key_value_planes,
 )
+from moebius.ops.config import PLAIN_HEADS, HeadRows
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.reference.codes import quantised, widened
@@ -50,27 +52,78 @@ class ReferenceCache(LayerCache):
         if self.scales is None:
             planes = ((self.k, k_TGN), (self.v, v_TGN))
             for plane, new in planes[:1] if self.shared else planes:
-                plane.flatten(0, 1).index_copy_(0, slots_T, new.to(plane.dtype))
+                _put(plane, slots_T, new.to(plane.dtype))
             return
         held_TGN = k_TGN if self.key_offset is None else k_TGN - self.key_offset
         coded = zip((self.k, self.v), self.scales, (held_TGN, v_TGN), strict=True)
         for plane, scale, new in coded:
             codes, scales = quantised(new)
-            plane.flatten(0, 1).index_copy_(0, slots_T, codes)
-            scale.flatten(0, 1).index_copy_(0, slots_T, scales)
+            _put(plane, slots_T, codes)
+            _put(scale, slots_T, scales)
 
     def read(self, slots: Tensor, *, as_written: bool) -> tuple[Tensor, Tensor]:
         """Keys and values (..., G, N) in slots (...), codes widened to float32. as_written: what
         keys are held less is added back."""
-        k = self.k.flatten(0, 1)[slots]
-        v = k[..., : self.v.shape[3]] if self.shared else self.v.flatten(0, 1)[slots]
+        k = _taken(self.k, slots)
+        v = k[..., : self.v.shape[3]] if self.shared else _taken(self.v, slots)
         if self.scales is None:
             return k, v
         k_scale, v_scale = self.scales
-        k = widened(k, k_scale.flatten(0, 1)[slots])
+        k = widened(k, _taken(k_scale, slots))
         if as_written and self.key_offset is not None:
             k = k + self.key_offset
-        return k, widened(v, v_scale.flatten(0, 1)[slots])
+        return k, widened(v, _taken(v_scale, slots))
+
+
+def _put(plane: Tensor, slots_T: Tensor, new: Tensor) -> None:
+    """Entries of a plane (blocks, block_size, ...), whose blocks may lie apart."""
+    if plane.is_contiguous():
+        plane.flatten(0, 1).index_copy_(0, slots_T, new)
+    else:
+        size = plane.shape[1]
+        plane.index_put_((slots_T // size, slots_T % size), new)
+
+
+def _taken(plane: Tensor, slots: Tensor) -> Tensor:
+    if plane.is_contiguous():
+        return plane.flatten(0, 1)[slots]
+    size = plane.shape[1]
+    return plane[slots // size, slots % size]
+
+
+def _planes_side_by_side(
+    buffer: Tensor, kept: Sequence[Plane], block_size: int, blocks: int
+) -> dict[str, Tensor]:
+    """Each plane (blocks, block_size, ...), one behind the other."""
+    planes = {}
+    start = 0
+    # Codes, of single bytes, behind what has to begin at even ones.
+    for plane in sorted(kept, key=lambda plane: -plane.dtype.itemsize):
+        stop = start + blocks * block_size * plane.nbytes
+        shape = (blocks, block_size, *plane.shape)
+        planes[plane.name] = buffer[start:stop].view(plane.dtype).view(shape)
+        start = stop
+    return planes
+
+
+def _planes_of(
+    buffer: Tensor, kept: Sequence[Plane], block_size: int, stride: int, block_bytes: int
+) -> dict[str, Tensor]:
+    """Each plane (blocks, block_size, ...) of blocks that lie `stride` bytes apart."""
+    blocks = (len(buffer) + stride - block_bytes) // stride
+    planes = {}
+    start = 0
+    for plane in sorted(kept, key=lambda plane: -plane.dtype.itemsize):
+        size = plane.dtype.itemsize
+        stop = start + (blocks - 1) * stride + block_size * plane.nbytes
+        inner = torch.empty(block_size, *plane.shape, device="meta").stride()
+        planes[plane.name] = (
+            buffer[start:stop]
+            .view(plane.dtype)
+            .as_strided((blocks, block_size, *plane.shape), (stride // size, *inner))
+        )
+        start += block_size * plane.nbytes
+    return planes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,35 +159,34 @@ class AttentionOps(Ops):
         q_norm_N: Tensor | None = None,
         k_norm_N: Tensor | None = None,
         eps: float = 0.0,
-        *,
-        gated: bool = False,
-        turned_first: bool = False,
+        heads: HeadRows = PLAIN_HEADS,
     ) -> Tensor:
         held = own(cache, ReferenceCache)
-        rows = len(qkv_TI)
         kv_heads, size = held.k.shape[2:]
-        k_width = kv_heads * size
-        v_width = kv_heads * held.v.shape[3]
-        q_width = qkv_TI.shape[1] - k_width - v_width
-        q_TI, k_TI, v_TI = torch.split(qkv_TI, [q_width, k_width, v_width], dim=1)
-        head = 2 * size if gated else size
-        q_THN = q_TI.view(rows, q_width // head, head)[..., :size]
-        k_TGN = k_TI.view(rows, kv_heads, size)
-        v_TGN = v_TI.view(rows, kv_heads, held.v.shape[3])
-        if turned_first:
-            q_THN = self.rotary(q_THN, rotation)
-            k_TGN = self.rotary(k_TGN, rotation)
-        if q_norm_N is not None:
-            q_THN = self.rms_norm(q_THN, q_norm_N, eps)
-        if k_norm_N is not None:
-            k_TGN = self.rms_norm(k_TGN, k_norm_N, eps)
-        if held.scales is not None:
-            k_TGN = k_TGN.float()
-        if not turned_first:
-            q_THN = self.rotary(q_THN, rotation)
-            k_TGN = self.rotary(k_TGN, rotation)
-        held.write(k_TGN, v_TGN, slot_mapping_T)
-        return q_THN
+        value_size = held.v.shape[3]
+        parts = heads.sizes(qkv_TI.shape[1], kv_heads, size, value_size)
+        q_TI, k_TI, v_TI = torch.split(qkv_TI, parts, dim=1)
+        rows = len(qkv_TI)
+        of_head = 2 * size if heads.gated else size
+        q_THN = q_TI.view(rows, parts[0] // of_head, of_head)[..., :size]
+
+        def turned(x_THN: Tensor, norm_N: Tensor | None, *, wide: bool = False) -> Tensor:
+            if heads.turned_first:
+                x_THN = self.rotary(x_THN, rotation)
+            if norm_N is not None:
+                x_THN = self.rms_norm(x_THN, norm_N, eps)
+            if wide:
+                x_THN = x_THN.float()
+            return x_THN if heads.turned_first else self.rotary(x_THN, rotation)
+
+        if not heads.queries_alone:
+            k_TGN = k_TI.view(rows, kv_heads, size)
+            v_TGN = k_TGN if heads.keys_as_values else v_TI.view(rows, kv_heads, value_size)
+            if heads.normed_values:
+                v_TGN = self.rms_norm(v_TGN, torch.ones(value_size, device=v_TGN.device), eps)
+            keys_TGN = turned(k_TGN, k_norm_N, wide=held.scales is not None)
+            held.write(keys_TGN, v_TGN, slot_mapping_T)
+        return turned(q_THN, q_norm_N)
 
     def cache_bytes_per_block(self, spec: CacheSpec, block_size: int) -> int:
         key_value_planes(spec)
@@ -149,25 +201,22 @@ class AttentionOps(Ops):
         spec: CacheSpec,
         block_size: int,
         key_offset_GN: Tensor | None = None,
+        stride: int | None = None,
     ) -> LayerCache:
         keys, values = key_value_planes(spec)
-        blocks = len(buffer) // self.cache_bytes_per_block(spec, block_size)
-        if holds_latents(spec):
-            held = buffer[: blocks * block_size * keys.nbytes].view(keys.dtype)
-            k = held.view(blocks, block_size, *keys.shape)
-            return ReferenceCache(k, k[..., : values.shape[1]], shared=True)
-        planes: dict[str, Tensor] = {}
-        start = 0
-        # Codes, of single bytes, behind what has to begin at even ones.
-        for plane in sorted(spec.token, key=lambda plane: -plane.dtype.itemsize):
-            stop = start + blocks * block_size * plane.nbytes
-            shape = (blocks, block_size, *plane.shape)
-            planes[plane.name] = buffer[start:stop].view(plane.dtype).view(shape)
-            start = stop
+        shared = holds_latents(spec)
+        kept = (keys,) if shared else spec.token
+        block_bytes = self.cache_bytes_per_block(spec, block_size)
+        if stride is None:
+            planes = _planes_side_by_side(buffer, kept, block_size, len(buffer) // block_bytes)
+        else:
+            planes = _planes_of(buffer, kept, block_size, stride, block_bytes)
         check_key_offset(spec, key_offset_GN)
         coded = "k_scale" in planes
         scales = (planes["k_scale"], planes["v_scale"]) if coded else None
-        return ReferenceCache(planes["k"], planes["v"], scales, key_offset_GN)
+        k = planes["k"]
+        v = k[..., : values.shape[1]] if shared else planes["v"]
+        return ReferenceCache(k, v, scales, key_offset_GN, shared)
 
     @property
     def cache_layout(self) -> str:

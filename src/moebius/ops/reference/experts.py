@@ -58,8 +58,9 @@ class ExpertOps(Ops):
         config: RouterConfig,
         selection_bias_E: Tensor | None = None,
         tally: RouterTally | None = None,
+        expert_scale_E: Tensor | None = None,
     ) -> Pair:
-        weights_TK, ids_TK = route(logits_TE, config, selection_bias_E)
+        weights_TK, ids_TK = route(logits_TE, config, selection_bias_E, expert_scale_E)
         if tally is not None:
             count(tally, logits_TE, ids_TK, config)
         return weights_TK, ids_TK

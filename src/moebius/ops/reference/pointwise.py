@@ -28,8 +28,11 @@ class PointwiseOps(Ops):
         eps: float,
         *,
         less_mean: bool = False,
+        scale_1: Tensor | None = None,
     ) -> Pair:
         x_TD = x_TD + (update_TD if multiplier == 1.0 else update_TD * multiplier)
+        if scale_1 is not None:
+            x_TD = (x_TD * scale_1).to(x_TD.dtype)
         return x_TD, self.rms_norm(x_TD, weight_D, eps, less_mean=less_mean)
 
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:

@@ -64,7 +64,10 @@ def _keep_best_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
 
 
 def route(
-    logits_TE: Tensor, config: RouterConfig, selection_bias_E: Tensor | None = None
+    logits_TE: Tensor,
+    config: RouterConfig,
+    selection_bias_E: Tensor | None = None,
+    expert_scale_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The experts of each token: (weights_TK float32, expert_ids_TK int64), best first.
 
@@ -99,4 +102,5 @@ def route(
         weights = (
             torch.softmax(chosen, dim=-1) if config.weight == "softmax" else torch.sigmoid(chosen)
         )
-    return weights * config.scale, expert_ids
+    weights = weights * config.scale
+    return weights if expert_scale_E is None else weights * expert_scale_E[expert_ids], expert_ids
