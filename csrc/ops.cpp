@@ -205,7 +205,9 @@ void Ops::fetch(const Experts& e) const {
     if (!e.on_disk) return;
     for (size_t i = 0; i < e.gate.size(); i++)
         if (starts_[i + 1] > starts_[i])
-            for (const Matrix& w : {e.gate[i], e.up[i], e.down[i]}) {
+            for (const std::vector<Matrix>* matrices : {&e.gate, &e.up, &e.down}) {
+                if (matrices->empty()) continue;
+                const Matrix& w = (*matrices)[i];
                 will_need(w.data, w.bytes());
                 if (w.groups.data) will_need(w.groups.data, w.rows * w.groups_of_a_row() * SCALE_BYTES[w.groups.type]);
             }
@@ -213,7 +215,9 @@ void Ops::fetch(const Experts& e) const {
 
 void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out) {
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
-    plan_products(e.width, [&](int expert) { return !gate_by_panels(e, expert); }, [&](int expert) { return e.gate[expert].row_bytes() + e.up[expert].row_bytes(); });
+    plan_products(e.width, [&](int expert) { return !gate_by_panels(e, expert); }, [&](int expert) {
+        return e.gate[expert].row_bytes() + (e.two_matrices() ? 0 : e.up[expert].row_bytes());
+    });
     calls_++;
     pool_.run(int(products_.size()), [&](int item, int thread) {
         const Product& p = products_[item];
@@ -222,12 +226,12 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) x_rows[i] = at(x, pairs_[p.first + i] / top_k * hidden_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const Matrix &gate_w = e.gate[p.weights], &up_w = e.up[p.weights];
+        const Matrix &gate_w = e.gate[p.weights], *up_w = e.two_matrices() ? nullptr : &e.up[p.weights];
         const void* next = then ? e.gate[then->weights].row(then->column) : e.down[p.weights].data;
         // A row alone is the same one for all experts that it chose: packed once.
         const int rows = p.count == 1 ? -1 - pairs_[p.first] / top_k : p.first;
-        product(e.dtype, x_rows, rows, p.count, gate_w, p.column, up_w.row(p.column), gate, p.columns, scratch_[thread]);
-        product(e.dtype, x_rows, rows, p.count, up_w, p.column, next, up, p.columns, scratch_[thread]);
+        product(e.dtype, x_rows, rows, p.count, gate_w, p.column, up_w ? up_w->row(p.column) : next, gate, p.columns, scratch_[thread]);
+        if (up_w) product(e.dtype, x_rows, rows, p.count, *up_w, p.column, next, up, p.columns, scratch_[thread]);
         store_gated(e, p, gate, up, inner);
     });
     gate_and_up_by_panels(e, x, top_k, inner);
@@ -248,6 +252,7 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
 }
 
 void Ops::store_gated(const Experts& e, const Product& p, float* gate, float* up, void* inner) {
+    if (e.two_matrices()) std::fill_n(up, size_t(p.count) * p.columns, 1.0f);  // a product with one changes no bit
     const size_t size = size_of(e.dtype), width_bytes = e.width * size;
     for (int i = 0; i < p.count; i++) {
         float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;

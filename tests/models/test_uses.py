@@ -36,14 +36,16 @@ def model(*layers: FeedForwardConfig, attention: GQA = PLAIN) -> ModelConfig:
     )
 
 
-def test_one_layer_of_experts_with_two_matrices_is_enough_for_a_no() -> None:
-    kernels = CpuOps(1)
-    router = RouterConfig(4, 2)
-    for gated in (True, False):
-        last = FeedForwardConfig(16, router, gated=gated)
-        asked = uses(model(FeedForwardConfig(16), last), torch.bfloat16)
-        assert kernels.batch_invariant(asked) == gated
-        assert not ReferenceOps().batch_invariant(asked)
+def test_experts_of_two_matrices_and_with_a_capacity_ask_for_what_they_need() -> None:
+    plain = FeedForwardConfig(16, RouterConfig(4, 1))
+    two = replace(plain, router=RouterConfig(4, 1, capacity=3), gated=False)
+    found = uses(model(two), torch.bfloat16) - uses(model(plain), torch.bfloat16)
+    features = frozenset({Feature.TWO_MATRICES})
+    assert found == {
+        Use(Operation.EXPERTS, torch.bfloat16, features),
+        Use(Operation.WITHIN_CAPACITY, torch.float32),
+    }
+    assert CpuOps(1).batch_invariant(found) and not ReferenceOps().batch_invariant(found)
 
 
 @pytest.mark.parametrize(

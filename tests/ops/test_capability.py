@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebius.ops import Feature, Operation, Use
+from moebius.ops import Operation, Use
 from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from ops.levels import ROUNDOFF
-
-TWO_MATRICES = frozenset({Feature.TWO_MATRICES})
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDOFF), ids=str)
@@ -26,13 +24,10 @@ def test_each_operation_says_how_it_is_computed(ops: CpuOps, dtype: torch.dtype)
 
 
 def test_what_the_reference_computes_for_the_kernels_claims_nothing(ops: CpuOps) -> None:
-    for use in (
-        Use(Operation.EXPERTS, torch.float32, TWO_MATRICES),
-        Use(Operation.ROTARY, torch.float32),
-    ):
-        found = ops.capability(use)
-        assert found is not None and found.by == "reference" and not found.batch_invariant
-        assert not ops.batch_invariant([Use(Operation.LINEAR, torch.float32), use])
+    use = Use(Operation.ROTARY, torch.float32)
+    found = ops.capability(use)
+    assert found is not None and found.by == "reference" and not found.batch_invariant
+    assert not ops.batch_invariant([Use(Operation.LINEAR, torch.float32), use])
     assert ops.batch_invariant([Use(Operation.LINEAR, torch.float32)])
 
 

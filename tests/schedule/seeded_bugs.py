@@ -15,10 +15,10 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
-from schedule.seeded_snapshot_bugs import BUGS
-from schedule.seeding import bug
+from schedule import seeded_snapshot_bugs, seeded_source_bugs
+from schedule.seeding import BUGS, bug
 
-__all__ = ["BUGS"]
+__all__ = ["BUGS", "seeded_snapshot_bugs", "seeded_source_bugs"]
 
 
 def live(hit: Hit) -> list[int]:

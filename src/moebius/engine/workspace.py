@@ -15,7 +15,9 @@ from moebius.engine.shared_head import SharedHead
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.encoder_decoder import EncoderDecoder, decoder_of
 from moebius.moe.ranks import ExpertRank
+from moebius.nn.mixers.source_past import PagedSourcePast
 from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
 from moebius.ops.formats import dtype_name
@@ -82,7 +84,7 @@ def bare_decoder(
     config: ModelConfig, ops: Ops, dtype: torch.dtype, ranks: ExpertRank | None, *, cold: bool
 ) -> Decoder:
     """A decoder without memory; cold: of experts that may stay on disk."""
-    decoder = Decoder(config, ops, dtype, device="meta", ranks=ranks)
+    decoder = decoder_of(config, ops, dtype, device="meta", ranks=ranks)
     if cold:
         look_ahead(decoder)
     return decoder
@@ -91,7 +93,14 @@ def bare_decoder(
 @torch.inference_mode()
 def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
     """A step's final hidden states (T, D), its keys and values written to the cache."""
-    past = PagedPast(model.ops, cache.layers, cache.groups, step, cache.block_size, cache.states)
+    ops = model.ops
+    size = cache.block_size
+    past: PagedPast
+    if isinstance(model, EncoderDecoder):
+        first = model.config.encoder_layers
+        past = PagedSourcePast(ops, cache.layers, step, size, first, model.rows)
+    else:
+        past = PagedPast(ops, cache.layers, cache.groups, step, size, cache.states)
     hidden_TD: Tensor = model(step.input_ids, step.positions, past)[0]
     return hidden_TD
 
@@ -127,6 +136,8 @@ def plan_workspace(
     specs = config.caches(dtype, kv_dtype)
     cache = KVCache(specs, ops, num_blocks=1, block_size=block_size, device=meta)
     hidden_TD = torch.empty(rows.tokens, config.hidden_size, dtype=dtype, device=meta)
+    if isinstance(model, EncoderDecoder):
+        model.rows.most = rows.tokens
     step = ops.trace(
         lambda step: forward(model, cache, step), rows.step_source(len(cache.layout.windows))
     )

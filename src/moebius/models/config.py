@@ -65,7 +65,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder-only transformer as data.
+    """A transformer as data: a decoder, or an encoder and a decoder.
 
     hidden_size D, vocab_size V (width of the logits)
     context        longest sequence, in tokens, that positions were made for
@@ -77,6 +77,8 @@ class ModelConfig:
                      `zero-centred`, the same with a weight that checkpoints hold less 1
                      (Qwen3-Next); or `less-mean`, a layer norm with a float32 weight (Cohere)
     logits_softcap   c * tanh(logits / c), where given
+    encoder_layers   the first so many layers are an encoder's, which reads the prompt; then the
+                     others are a decoder's, which begins with the token start_id (T5)
     unpublished      what no published model_type has, so that the model can be trained and
                      measured, but not served
     """
@@ -93,6 +95,8 @@ class ModelConfig:
     multiplier_rounded: bool = False
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
+    encoder_layers: int = 0
+    start_id: int = 0
     unpublished: str = ""
 
     def __post_init__(self) -> None:
@@ -112,6 +116,11 @@ class ModelConfig:
             )
         if not self.layers:
             raise ConfigError("num_layers is 0; it must be at least 1")
+        if not 0 <= self.encoder_layers < len(self.layers):
+            raise ConfigError(
+                f"{self.encoder_layers} of {len(self.layers)} layers are an encoder's; some must "
+                "be a decoder's"
+            )
 
     @property
     def num_layers(self) -> int:

@@ -49,7 +49,8 @@ class Joined:
     roles: tuple[str, ...]
 
 
-Names = Mapping[str, str | Stacked | Joined]
+Stored = str | Stacked | Joined
+Names = Mapping[str, Stored]
 
 
 def experts(
@@ -126,6 +127,8 @@ class Layout:
     centred    zero-centred norms are stored as such; else the 1 has been added to their weights
     embedding, norm, head   whole names. embedding is the head's, where that alone is stored and
                             serves as both
+    encoder_norm            the same of the norm behind an encoder, where there is one
+    copies                  whole names that the embedding may have beside its own
     """
 
     names: Names = field(default_factory=dict)
@@ -134,11 +137,17 @@ class Layout:
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     centred: bool = True
+    encoder_norm: str = ""
+    copies: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:
         """What stands before all names but the head's, unless a model was saved without a head."""
         return self.embedding.partition(".")[0] + "."
+
+    def of_layer(self, config: ModelConfig, number: int) -> "Layout":
+        """The layout of one layer, where kinds of layers are called otherwise."""
+        return self
 
     def source(self, number: int, parameter: Parameter, rows_of: Mapping[str, int]) -> "Source":
         """Where a parameter of layer `number` is, whose roles have so many rows each."""
@@ -243,9 +252,13 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
         if layer not in parameters:
             parameters[layer] = tuple(layer.parameters(width))
         rows_of = {each.role or each.name: each.shape[0] for each in parameters[layer]}
+        named = layout.of_layer(config, number)
         for parameter in parameters[layer]:
-            source = layout.source(number, parameter, rows_of)
+            source = named.source(number, parameter, rows_of)
             yield _of_norm(source, config, layout) if parameter.norm else source
     yield _of_norm(_whole("norm.weight", layout.norm, width), config, layout)
+    if config.encoder_layers:
+        stored = _whole("encoder_norm.weight", layout.encoder_norm, width)
+        yield _of_norm(stored, config, layout)
     if not config.tie_word_embeddings:
         yield _whole("lm_head.weight", layout.head, config.vocab_size, width)

@@ -31,6 +31,7 @@ class Operation(StrEnum):
     GATED_DELTA = "gated_delta"
     GATED_NORM = "gated_norm"
     GATE_HEADS = "gate_heads"
+    WITHIN_CAPACITY = "within_capacity"
     SAMPLING = "sampling"
 
 
@@ -42,6 +43,7 @@ class Feature(StrEnum):
     SOFTCAP = "capped attention scores"
     SINKS = "attention sinks"
     VALUE_SIZE = "values of another size than keys"
+    BIAS = "biases by distance"
     INT8_CACHE = "keys and values in 8 bits"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
 from moebius.ops.config import Activation, RouterConfig
+from moebius.ops.encoder import EncoderOps
 from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
 from moebius.ops.program import Given, Program, Trace
@@ -27,8 +28,8 @@ from moebius.ops.steps import ExpertWeights, Pair, Rotation, RouterTally, Step
 from moebius.ops.weights import Weight
 
 
-class Ops(SamplerOps, RecurrentOps):
-    """What a backend computes: all of a step, with what RecurrentOps and SamplerOps have of it.
+class Ops(SamplerOps, RecurrentOps, EncoderOps):
+    """What a backend computes: all of a step, with what its bases have of it.
 
     name          names the backend in the fingerprint
     own_threads   it computes on threads of its own, beside which torch needs but one
@@ -244,7 +245,8 @@ class Ops(SamplerOps, RecurrentOps):
         gated: bool = False,
         turned_first: bool = False,
     ) -> Tensor:
-        """The step's queries (T, H, N); its keys and values go to the cache.
+        """The step's queries (T, H, N), of which there may be none; its keys and values go to the
+        cache.
 
         qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv).
         gated: behind each query head stand N gates, left alone: (T, (2H + G) * N + G * Nv).
@@ -269,13 +271,17 @@ class Ops(SamplerOps, RecurrentOps):
         scale: float,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each row over its own sequence's cached keys and values: (T, H, Nv).
 
         The step's rows are its sequences' last tokens, in order, already written to the cache. A
         row at position p sees positions max(0, p - window + 1) to p. softcap: scores become c *
         tanh(scores / c) (Gemma 2, arXiv 2408.00118). sinks_H: float32 scores of one more key a
-        head, without a value (gpt-oss, arXiv 2508.10925).
+        head, without a value (gpt-oss, arXiv 2508.10925). bias_HR: float32, what is added to the
+        score of a key at each distance (its position less the row's) from -(R // 2) to R // 2;
+        farther away it is that of the end (T5, arXiv 1910.10683). StepInputs.first_keys and whole
+        say which other positions than these a row sees.
 
         An offset that keys are held less is the same in all of a query's scores, which softmax does
         not see; where scores are capped, or there are sinks, it is added back.

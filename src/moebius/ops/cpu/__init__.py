@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moebius.ops.capability import Capability, Feature, Operation, Use
+from moebius.ops.capability import Capability, Operation, Use
 from moebius.ops.cpu.attention import AttentionOps
 from moebius.ops.cpu.base import DTYPES
 from moebius.ops.cpu.experts import ExpertOps
@@ -37,7 +37,7 @@ class CpuOps(LinearOps, PointwiseOps, AttentionOps, RecurrentOps, ExpertOps, Sam
     def capability(self, use: Use) -> Capability | None:
         if use.dtype not in DTYPES:
             return None
-        if use.operation == Operation.ROTARY or Feature.TWO_MATRICES in use.features:
+        if use.operation == Operation.ROTARY:
             return self._fallback.capability(use)
         recorded = use.operation != Operation.SAMPLING
         return Capability(self.name, batch_invariant=True, recorded=recorded)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebius import _cpu
-from moebius.ops.capability import Feature, Operation, Use
+from moebius.ops.capability import Feature, Operation
 from moebius.ops.config import Activation, ClampedSwiGLU, RouterConfig
 from moebius.ops.cpu.base import (
     FORMATS,
@@ -22,9 +22,9 @@ from moebius.ops.cpu.base import (
     require_dtype,
     require_no_gradient,
 )
+from moebius.ops.cpu.recurrent import CpuStatePlan
 from moebius.ops.formats import dtype_name
-from moebius.ops.prepared import PreparedExperts, own
-from moebius.ops.reference.experts import ReferenceExperts
+from moebius.ops.prepared import PreparedExperts, StatePlan, own
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 from moebius.ops.weights import Weight
 
@@ -43,6 +43,7 @@ class CpuExperts(PreparedExperts):
     hidden: int
     width: int
     held: Held
+    features: frozenset[Feature] = frozenset()
 
     def is_of(self, weights: ExpertWeights) -> bool:
         return self.held.is_of(weights.tensors())
@@ -57,7 +58,7 @@ class CpuExperts(PreparedExperts):
 
 
 class ExpertOps(CpuBase):
-    """Experts of two matrices, which nothing serves, are left to the reference."""
+    """Every operation of the interface, in bfloat16 and float32."""
 
     def route(
         self,
@@ -89,6 +90,30 @@ class ExpertOps(CpuBase):
         self._run(Operation.ROUTE, call, logits_TE, len(logits_TE), settings)
         return weights, ids
 
+    def within_capacity(
+        self,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        num_experts: int,
+        capacity: int,
+        plan: StatePlan,
+    ) -> Tensor:
+        planned = own(plan, CpuStatePlan)
+        rows, top_k = expert_ids_TK.shape
+        check_shape("weights of experts", weights_TK, rows, top_k)
+        out = self._empty(weights_TK, (top_k,), torch.float32)
+        call = _cpu.WithinCapacity(
+            step=planned.step,
+            weights=self._at(weights_TK, torch.float32),
+            ids=self._at(expert_ids_TK, torch.int64),
+            top_k=top_k,
+            experts=num_experts,
+            capacity=capacity,
+            out=self._at(out),
+        )
+        self._run(Operation.WITHIN_CAPACITY, call, weights_TK, rows, planned)
+        return out
+
     def prepare_experts(
         self,
         weights: ExpertWeights,
@@ -97,8 +122,8 @@ class ExpertOps(CpuBase):
         *,
         on_disk: bool = False,
     ) -> PreparedExperts:
-        if not weights.up_FD:
-            return self._fallback.prepare_experts(weights, activation, dtype)
+        if isinstance(activation, ClampedSwiGLU) and not weights.up_FD:
+            raise ValueError("ClampedSwiGLU joins two matrices, and these experts have only a gate")
         tensors = weights.tensors()
         with self._looking_at(tensors):
             return self._prepared(weights, activation, dtype, tensors, on_disk=on_disk)
@@ -135,7 +160,8 @@ class ExpertOps(CpuBase):
             down_bias=[address(bias) for bias in weights.down_bias_D],
             on_disk=on_disk,
         )
-        return CpuExperts(table, dtype, hidden, width, Held(tensors))
+        features = frozenset(() if weights.up_FD else {Feature.TWO_MATRICES})
+        return CpuExperts(table, dtype, hidden, width, Held(tensors), features)
 
     def experts(
         self,
@@ -144,9 +170,6 @@ class ExpertOps(CpuBase):
         expert_ids_TK: Tensor | None,
         experts: PreparedExperts,
     ) -> Tensor:
-        if isinstance(experts, ReferenceExperts):
-            self._lacks(Use(Operation.EXPERTS, x_TD.dtype, frozenset({Feature.TWO_MATRICES})))
-            return self._fallback.experts(x_TD, weights_TK, expert_ids_TK, experts)
         prepared = _own(experts, x_TD)
         top_k = 1
         if weights_TK is not None and expert_ids_TK is not None:
@@ -170,13 +193,11 @@ class ExpertOps(CpuBase):
             outer=self._at(outer),
             out=self._at(out),
         )
-        self._run(Operation.EXPERTS, call, x_TD, len(x_TD), prepared)
+        use = Operation.EXPERTS
+        self._run(use, call, x_TD, len(x_TD), prepared, features=prepared.features)
         return out
 
     def expert_rows(self, x_RD: Tensor, expert_ids_RK: Tensor, experts: PreparedExperts) -> Tensor:
-        if isinstance(experts, ReferenceExperts):
-            self._lacks(Use(Operation.EXPERT_ROWS, x_RD.dtype, frozenset({Feature.TWO_MATRICES})))
-            return self._fallback.expert_rows(x_RD, expert_ids_RK, experts)
         prepared = _own(experts, x_RD)
         top_k = expert_ids_RK.shape[1]
         check_shape("ids of experts", expert_ids_RK, len(x_RD), top_k)
@@ -190,7 +211,8 @@ class ExpertOps(CpuBase):
             inner=self._at(inner),
             out=self._at(out),
         )
-        self._run(Operation.EXPERT_ROWS, call, x_RD, len(x_RD), prepared)
+        use = Operation.EXPERT_ROWS
+        self._run(use, call, x_RD, len(x_RD), prepared, features=prepared.features)
         return out
 
     def combine(self, x_TKD: Tensor, weights_TK: Tensor) -> Tensor:
