@@ -117,7 +117,7 @@ def test_attention_is_that_of_a_loop(
     tensors = drawn(lengths, dtype)
     bias = torch.randn(H, 2 * REACH + 1, generator=torch.Generator().manual_seed(0)) * 2
     exact = naive(lengths, tensors, bias if biased else None, whole=whole)
-    bound = 0.04 if dtype == torch.bfloat16 else 2e-5
+    bound = 0.08 if dtype == torch.bfloat16 else 2e-5
     for block_size in (16, 5):
         found = attend(
             ops, lengths, tensors, bias if biased else None, whole=whole, block_size=block_size

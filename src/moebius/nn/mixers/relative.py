@@ -240,7 +240,7 @@ class RelativeBias(ParameterModule):
             reach = self.spec.buckets.max_distance
             distance_R = torch.arange(-reach, reach + 1, device="cpu")
             bucket_R = self.spec.buckets.of(distance_R, both_sides=self.spec.encoder)
-            bias_HR = self.weight.float()[bucket_R.to(self.weight.device)].t().contiguous()
+            bias_HR = self.weight[bucket_R].t().contiguous()
             self._table = (bias_HR, now)
         return self._table[0]
 
