@@ -47,9 +47,16 @@ START = 0
 
 def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
     """A random float32 model of transformers, its norms random too."""
+    return tiny_of(tiny_config(kind, **changes), seed)
+
+
+def tiny_config(kind: str, **changes: Any) -> Any:
     sizes = {**TINY, **(EXPERTS if kind == "switch_transformers" else {}), **changes}
+    return AutoConfig.for_model(kind, **copy.deepcopy(sizes))
+
+
+def tiny_of(config: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **copy.deepcopy(sizes))
     model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

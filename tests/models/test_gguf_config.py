@@ -236,6 +236,6 @@ def test_pairs_of_rows() -> None:
 
 
 def test_every_published_family_has_a_file() -> None:
-    """But for one that llama.cpp does not have."""
+    """But for those that llama.cpp does not have, or that are read from directories alone."""
     without = [name for name in model_types() if family(name).gguf is None]
-    assert without == ["flex_olmo", "moebius"]
+    assert without == ["flex_olmo", "moebius", "switch_transformers", "t5"]
