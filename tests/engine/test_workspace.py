@@ -150,12 +150,12 @@ def test_the_logits_memory_is_of_the_rows_that_may_be_asked_for() -> None:
 
 
 def test_a_promise_follows_from_the_operations_that_a_model_uses() -> None:
-    """Experts of two matrices are plain PyTorch's: one layer of them is enough for a no."""
     router = RouterConfig(4, 2)
     for gated in (True, False):
         found = planned(model(FeedForwardConfig(16), FeedForwardConfig(16, router, gated=gated)))
-        assert found.batch_invariant(CpuOps(1)) == gated
-        assert not found.batch_invariant(ReferenceOps())
+        assert found.batch_invariant(CpuOps(1)) and not found.batch_invariant(ReferenceOps())
+        two = {use for use in found.uses if Feature.TWO_MATRICES in use.features}
+        assert {use.operation for use in two} == (set() if gated else {Operation.EXPERTS})
     windowed = planned(model(FeedForwardConfig(16), attention=replace(PLAIN, window=8)))
     features = [use.features for use in windowed.uses if use.operation == "paged_attention"]
     assert features == [frozenset({Feature.WINDOW})]

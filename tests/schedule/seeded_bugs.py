@@ -723,13 +723,13 @@ class _(Scheduler):
 
 @bug("the token budget is ignored")
 class _(Scheduler):
-    def _grant(self, remaining, budget):
+    def _grant(self, request, remaining, budget):
         return remaining
 
 
 @bug("prompts are split although chunking is off")
 class _(Scheduler):
-    def _grant(self, remaining, budget):
+    def _grant(self, request, remaining, budget):
         return min(remaining, budget)
 
 
