@@ -42,7 +42,7 @@ public:
             all_scores(t, first, scores);
             for (int i = 0; i < min_of(TILE_LINES, count_ - first); i++) {
                 const State& state = states_[first + i];
-                float shrink = softmax_row<bf16>(a_, rows_[first + i].first, rows_[first + i].last, start, scores + i * KEY_TILE, state.largest, state.total);
+                float shrink = softmax_row<bf16>(a_, rows_[first + i], start, scores + i * KEY_TILE, state.largest, state.total);
                 if (shrink == 1) continue;
                 for (int n = 0; n < s_.padded_dim; n += 16) store(state.out + n, mul(load(state.out + n), all(shrink)));
             }

@@ -27,6 +27,8 @@ template <class T> struct Row {
     int first, last;  // keys that it sees
     float sink;
     bool has_sink;
+    const float* bias;  // of its head, at its own position; or null
+    int position;
 };
 
 template <class T> constexpr int per_group() { return 4 / sizeof(T); }
@@ -154,16 +156,26 @@ INLINE Tile find_tile(const AttentionBlock& a, const CacheShape& s, int seen, in
 // Functions of their own, so that the compiler sees one loop at a time, whose sums fit its registers.
 #define KERNEL static __attribute__((noinline))
 
-// Turns the scores of a row that sees the keys from `first` to `last` into weights rounded to T, in place, and updates its
-// maximum and sum. Returns what the row's output so far is to be multiplied by.
-template <class T>
-KERNEL float softmax_row(const AttentionBlock& a, int first, int last, int start, float* scores, float* largest, float* total) {
+// What a row adds to the scores of sixteen keys from `start` on.
+template <class R> INLINE V bias_of(const AttentionBlock& a, const R& row, int start) {
+    float biases[KEY_LANES];
+    for (int i = 0; i < KEY_LANES; i++) biases[i] = row.bias[max_of(-a.reach, min_of(start + i - row.position, a.reach))];
+    return load(biases);
+}
+
+// Turns a row's scores of the keys from `start` on into weights rounded to T, in place, and updates its maximum and sum.
+// Returns what the row's output so far is to be multiplied by.
+template <class T, class R>
+KERNEL float softmax_row(const AttentionBlock& a, const R& row, int start, float* scores, float* largest, float* total) {
+    const int first = row.first, last = row.last;
     V s[VECTORS], top = all(*largest);
     const V scale = all(a.scale);
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; j++) s[j] = mul(load(scores + j * KEY_LANES), scale);
     if (a.softcap != 0)
         for (int j = 0; j < VECTORS; j++) s[j] = mul(hyperbolic_tangent(div(s[j], all(a.softcap))), all(a.softcap));
+    if (row.bias)
+        for (int j = 0; j < VECTORS; j++) s[j] = add(s[j], bias_of(a, row, start + j * KEY_LANES));
     if (first > start || last < start + KEY_TILE - 1)
         for (int j = 0; j < VECTORS; j++) {
             const int base = start + j * KEY_LANES;
@@ -238,7 +250,8 @@ template <class T> INLINE int find_rows(const AttentionBlock& a, const CacheShap
         int query = i / a.group, head = i % a.group, position = a.first_position + query;
         rows[i] = {static_cast<const T*>(a.q) + query * a.q_stride + size_t(head) * s.key_dim,
                    static_cast<T*>(a.out) + query * a.out_stride + size_t(head) * s.value_dim,
-                   a.window ? max_of(0, position - a.window + 1) : 0, position, a.sinks ? a.sinks[head] : 0.0f, a.sinks != nullptr};
+                   max_of(a.first_key, a.window ? position - a.window + 1 : 0), a.last_key < 0 ? position : a.last_key,
+                   a.sinks ? a.sinks[head] : 0.0f, a.sinks != nullptr, a.bias ? a.bias + head * a.bias_stride : nullptr, position};
         states[i] = state_of(scratch, i, s);
         for (int n = 0; n < s.padded_dim; n += 16) store(states[i].out_before + n, zero());
         *states[i].largest_before = FAR_BELOW, *states[i].total_before = 0;

@@ -85,7 +85,7 @@ template <class T, int M> INLINE void tile_rows(const AttentionBlock& a, const C
     scores_of<T, M>(rows, t, s.key_dim, scores);
     for (int i = 0; i < M; i++) {
         weights[i] = scores + i * KEY_TILE, out[i] = states[i].out;
-        shrink[i] = softmax_row<T>(a, rows[i].first, rows[i].last, start, scores + i * KEY_TILE, states[i].largest, states[i].total);
+        shrink[i] = softmax_row<T>(a, rows[i], start, scores + i * KEY_TILE, states[i].largest, states[i].total);
     }
     int n = 0;
     for (; n + 64 <= s.padded_dim; n += 64) add_values<T, M, 4>(weights, shrink, t, s.padded_dim, n, out);

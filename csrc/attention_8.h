@@ -145,7 +145,7 @@ private:
         for (int i = 0; i < R; i++) {
             const Row<T>& row = rows_[first + i];
             const State& state = states_[first + i];
-            shrink[i] = all_8(softmax_row<float>(a_, row.first, row.last, start, scores + i * KEY_TILE, state.largest, state.total));
+            shrink[i] = all_8(softmax_row<float>(a_, row, start, scores + i * KEY_TILE, state.largest, state.total));
         }
         int n = 0;
         for (; n + 8 * J <= padded; n += 8 * J) add_values<From, R, J>(weights, shrink, t, first, n);

@@ -212,7 +212,7 @@ private:
             const Row<T>& row = rows_[first + i];
             const State& state = states_[first + i];
             float* own = scores + i * KEY_TILE;
-            shrink[i] = softmax_row<float>(a_, row.first, row.last, start, own, state.largest, state.total);
+            shrink[i] = softmax_row<float>(a_, row, start, own, state.largest, state.total);
             unit[i] = weight_codes(t, row.first, row.last, start, own, weights + i * KEY_TILE);
             out[i] = state.out;
         }

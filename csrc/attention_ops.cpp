@@ -147,6 +147,12 @@ AttentionBlock Ops::attention_block(const Attention& a, const Attend& item) cons
     b.window = step.window, b.scale = a.scale, b.softcap = a.softcap, b.sinks = a.sinks ? a.sinks + item.head : nullptr;
     b.cache = a.cache, b.block_table = step.block_table.data() + size_t(item.sequence) * step.table_width;
     b.kv_head = item.kv_head;
+    if (!step.first_keys.empty()) b.first_key = step.first_keys[item.sequence];
+    if (step.whole) b.last_key = step.seq_lens[item.sequence] - 1;
+    if (a.bias) {
+        b.reach = a.reach, b.bias_stride = 2 * size_t(a.reach) + 1;
+        b.bias = a.bias + item.head * b.bias_stride + a.reach;
+    }
     // All scores of a row are less by the same without it, which only a cap and sinks see.
     if (a.key_offset && (a.softcap != 0 || a.sinks)) b.key_offset = a.key_offset + item.kv_head * key_dim;
     return b;
@@ -160,9 +166,10 @@ void Ops::attention(const Attention& a) {
     splits_.clear();
     for (int i = 0; items < few_items() && i < items; i++) {
         const AttentionBlock b = attention_block(a, attends_[i]);
-        const int first = b.window ? std::max(0, b.first_position - b.window + 1) : 0;
+        const int first = std::max(b.first_key, b.window ? b.first_position - b.window + 1 : 0);
+        const int stop = b.last_key < 0 ? b.first_position + b.queries : b.last_key + 1;
         attends_[i].first_split = int(splits_.size());
-        for (int split = first / KEY_SPLIT; split * KEY_SPLIT < b.first_position + b.queries; split++) splits_.push_back({i, split});
+        for (int split = first / KEY_SPLIT; split * KEY_SPLIT < stop; split++) splits_.push_back({i, split});
     }
     const size_t need = attention_need(*a.shape);
     const auto attend = (a.shape->type == INT8_CACHE ? kernels_->attention_int8 : kernels_->attention)[a.dtype];

@@ -83,13 +83,15 @@ Experts make_experts(int dtype, int hidden, int width, const Activation& activat
     return {Dtype(dtype), hidden, width, activation, gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk};
 }
 
-// Throws std::invalid_argument for a sequence whose tokens its table has no blocks for.
-void set_step(StepAttention& step, Address query_start, Address seq_lens, Address block_table, int batch, int width) {
+// Throws std::invalid_argument for a sequence whose tokens its table has no blocks for, or a row that sees no key.
+void set_step(StepAttention& step, Address query_start, Address seq_lens, Address block_table, int batch, int width, Address first_keys,
+              bool whole) {
     const int32_t *starts = array<const int32_t>(query_start), *lens = array<const int32_t>(seq_lens);
+    const int32_t* firsts = array<const int32_t>(first_keys);
     const int32_t* table = array<const int32_t>(block_table);
     for (int b = 0; b < batch; b++) {
-        const int rows = starts[b + 1] - starts[b];
-        if (rows >= 0 && starts[0] == 0 && rows <= lens[b] && lens[b] <= int64_t(width) * step.block_size) continue;
+        const int rows = starts[b + 1] - starts[b], seen = whole ? 1 : rows, first = firsts ? firsts[b] : 0;
+        if (rows >= 0 && starts[0] == 0 && first >= 0 && first <= lens[b] - seen && lens[b] <= int64_t(width) * step.block_size) continue;
         throw std::invalid_argument("a sequence of " + std::to_string(lens[b]) + " tokens, " + std::to_string(rows) + " of them new, in " +
                                     std::to_string(width) + " blocks of " + std::to_string(step.block_size));
     }
@@ -98,6 +100,8 @@ void set_step(StepAttention& step, Address query_start, Address seq_lens, Addres
     step.block_table.assign(table, table + size_t(batch) * width);
     step.table_width = width, step.last_block = -1;
     for (int32_t block : step.block_table) step.last_block = std::max(step.last_block, block);
+    step.first_keys.assign(firsts, firsts ? firsts + batch : firsts);
+    step.whole = whole;
 }
 
 Linear make_linear(int dtype, const Matrices& weights, const Addresses& biases) {
@@ -198,6 +202,14 @@ struct Route {
     void operator()(Ops& ops, int rows) const { ops.route(*settings, logits, rows, bias, expert_scale, weights, ids, tally); }
 };
 
+struct WithinCapacityCall : WithinCapacity {
+    // Throws std::invalid_argument for other rows than the plan's.
+    void operator()(Ops& ops, int rows) const {
+        if (rows != step->rows()) throw std::invalid_argument(std::to_string(rows) + " rows, where sequences of " + std::to_string(step->rows()) + " were planned");
+        ops.within_capacity(*this);
+    }
+};
+
 struct RmsNormCall : RmsNorm {
     void operator()(Ops& ops, int rows) const { ops.rms_norm(*this, rows); }
 };
@@ -285,10 +297,16 @@ void bind_calls(nb::module_& m) {
     }, "dtype"_a, "shape"_a, "blocks"_a, "qkv"_a, "q_heads"_a, "gated"_a, "cos"_a, "sin"_a, "half"_a, "interleaved"_a, "q_norm"_a, "k_norm"_a, "norm_dtype"_a, "eps"_a, "slots"_a, "cache"_a,
        "key_offset"_a, "q_out"_a, "turned_first"_a, "keys_as_values"_a = false, "normed_values"_a = false, "queries_alone"_a = false);
     bind_call<AttentionCall>(m, "Attention", [](AttentionCall* self, int dtype, const CacheShape& shape, int blocks, const StepAttention& step,
-                                                Address cache, Address key_offset, Address q, int q_heads, float scale, float softcap, Address sinks, Address out) {
+                                                Address cache, Address key_offset, Address q, int q_heads, float scale, float softcap, Address sinks, Address out,
+                                                Address bias, int reach) {
         new (self) AttentionCall{{Dtype(dtype), &shape, &step, array<uint32_t>(cache), array<V>(q), q_heads, scale, softcap,
-                                  array<float>(sinks), array<V>(out), array<float>(key_offset)}, blocks};
-    }, "dtype"_a, "shape"_a, "blocks"_a, "step"_a, "cache"_a, "key_offset"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a);
+                                  array<float>(sinks), array<V>(out), array<float>(key_offset), array<float>(bias), reach}, blocks};
+    }, "dtype"_a, "shape"_a, "blocks"_a, "step"_a, "cache"_a, "key_offset"_a, "q"_a, "q_heads"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a,
+       "bias"_a = 0, "reach"_a = 0);
+    bind_call<WithinCapacityCall>(m, "WithinCapacity", [](WithinCapacityCall* self, const StepStates& step, Address weights, Address ids, int top_k,
+                                                          int experts, int capacity, Address out) {
+        new (self) WithinCapacityCall{{&step, array<float>(weights), array<int64_t>(ids), top_k, experts, capacity, array<float>(out)}};
+    }, "step"_a, "weights"_a, "ids"_a, "top_k"_a, "experts"_a, "capacity"_a, "out"_a);
     bind_call<Route>(m, "Route", [](Route* self, const RouterSettings& settings, Address logits, Address bias, Address weights, Address ids,
                                     Address pairs, Address sums, Address expert_scale) {
         new (self) Route{&settings, array<float>(logits), array<float>(bias), array<float>(expert_scale), array<float>(weights),
@@ -330,7 +348,8 @@ NB_MODULE(_cpu, m) {
             new (self) StepAttention();
             self->window = window, self->block_size = block_size;
         }, nb::kw_only(), "window"_a, "block_size"_a)
-        .def("set", &set_step, nb::kw_only(), "query_start"_a, "seq_lens"_a, "block_table"_a, "batch"_a, "width"_a);
+        .def("set", &set_step, nb::kw_only(), "query_start"_a, "seq_lens"_a, "block_table"_a, "batch"_a, "width"_a, "first_keys"_a = 0,
+             "whole"_a = false);
     nb::class_<CacheShape>(m, "CacheShape")
         .def("__init__", [](CacheShape* self, int block_size, int kv_heads, int key_dim, int value_dim, int type, bool shared, size_t stride) {
             if (shared && (type == INT8_CACHE || value_dim > key_dim)) throw std::invalid_argument("a cache of latents holds numbers, of which values are the first");

@@ -88,6 +88,13 @@ struct AttentionBlock {
     int split = -1;          // -1: all keys; else only those of this split, and the rows' states stay in scratch
     const float* key_offset = nullptr;  // (key_dim,): what codes of keys were made less, where it is to be added back
     float* room = nullptr;   // for all of the scratch but the rows' states; else that is behind these
+    int first_key = 0;   // no row sees a key before
+    int last_key = -1;   // of an encoder, and of what it gives: all rows see the keys up to this one, wherever they are themselves
+    // What is added to the score of a key d behind the query (before it: d < 0), of the group's first head bias[d], of the next
+    // bias_stride further; farther than `reach` as there. Or null.
+    const float* bias = nullptr;
+    size_t bias_stride = 0;
+    int reach = 0;
 };
 
 // The scales of n rows of codes, of so many columns each: those of row j begin at rows[j].

@@ -80,6 +80,8 @@ struct StepAttention {  // what all layers with one window share
     std::vector<int32_t> query_start, seq_lens, block_table;
     int table_width = 0, window = 0;
     int block_size = 1, last_block = -1;  // of the table, and the largest number in it
+    std::vector<int32_t> first_keys;      // of each sequence, before which its rows see none; empty for 0
+    bool whole = false;                   // rows see all of their sequence's keys, wherever they are themselves
 };
 
 struct RouterSettings {
@@ -157,6 +159,17 @@ struct Attention {
     const float* sinks;    // (q_heads,) or null
     void* out;             // (rows, q_heads, value_dim)
     const float* key_offset = nullptr;  // as in RotateAndStore
+    const float* bias = nullptr;        // (q_heads, 2 * reach + 1) or null: what is added to scores, by distance from -reach on
+    int reach = 0;
+};
+
+// weights (rows, top_k), but 0 for a choice whose expert has had `capacity` choices of the sequence's tokens before.
+struct WithinCapacity {
+    const StepStates* step;  // which rows are whose
+    const float* weights;
+    const int64_t* ids;
+    int top_k, experts, capacity;
+    float* out;
 };
 
 // x (rows, size) with every value between -limit and limit; NaN stays NaN.
@@ -228,6 +241,7 @@ public:
     // expert_scale (num_experts,), or null, multiplies the weights of each expert.
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, const float* expert_scale,
                float* weights, int64_t* ids, const RouterTally& tally);
+    void within_capacity(const WithinCapacity& w);  // of the rows that its step says
     // Of each of the rows: the lowest id of the largest logit, or -1 where one is not finite.
     std::vector<int64_t> argmax(const Logits& x, const std::vector<int32_t>& rows);
     // Of each of the rows: log of the sum of exp(logit / temperature) (NaN where a logit is not finite), and its `count`

@@ -104,4 +104,13 @@ void Ops::route(const RouterSettings& r, const float* logits, int rows, const fl
     }
 }
 
+void Ops::within_capacity(const WithinCapacity& w) {
+    std::vector<int> taken(w.experts);
+    for (int b = 0; b < w.step->sequences(); b++) {
+        std::fill(taken.begin(), taken.end(), 0);
+        for (int p = w.step->query_start[b] * w.top_k; p < w.step->query_start[b + 1] * w.top_k; p++)
+            w.out[p] = taken.at(w.ids[p])++ < w.capacity ? w.weights[p] : 0.0f;
+    }
+}
+
 }  // namespace moebius

@@ -284,7 +284,15 @@ def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, Engi
         pool.states = PoisonedStates(groups.states, schedule.block_size)
         pool.states.cache = cache
     limits = ServingLimits(config.vocab_size, MAX_MODEL_LEN)
-    info = EngineInfo(limits, frozenset(), schedule.block_size, schedule.num_blocks, "fp")
+    start_ids = (config.start_id,) if config.encoder_layers else ()
+    info = EngineInfo(
+        limits,
+        frozenset(),
+        schedule.block_size,
+        schedule.num_blocks,
+        "fp",
+        start_ids=start_ids,
+    )
     return Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info
 
 
@@ -298,7 +306,8 @@ def request_of(wish: Wish, engine: Engine) -> Request:
             engine.info.limits,
             arrival=engine.clock(),
             seed=wish.seed,
-        )
+        ),
+        engine.info.start_ids,
     )
 
 

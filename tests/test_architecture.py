@@ -277,8 +277,10 @@ def environment_variables() -> set[str]:
 
 
 READS = ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop")
-# torchrun's own, by which processes find each other; nobody sets them by hand.
+# torchrun's own, by which processes of a training find each other, and what training tells NCCL by;
+# nobody sets them by hand.
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+TORCHRUN |= {"TORCH_NCCL_BLOCKING_WAIT"}
 
 
 def test_options_are_counted() -> None:

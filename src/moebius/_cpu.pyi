@@ -142,6 +142,8 @@ class Attention(_Call):
         softcap: float,
         sinks: int,
         out: int,
+        bias: int = 0,
+        reach: int = 0,
     ) -> None: ...
 
 class CausalConv(_Call):
@@ -326,10 +328,31 @@ class Experts:
     ) -> None: ...
     def assign(self, other: Experts) -> None: ...
 
+class WithinCapacity(_Call):
+    def __init__(
+        self,
+        *,
+        step: StepStates,
+        weights: int,
+        ids: int,
+        top_k: int,
+        experts: int,
+        capacity: int,
+        out: int,
+    ) -> None: ...
+
 class StepAttention:
     def __init__(self, *, window: int, block_size: int) -> None: ...
     def set(
-        self, *, query_start: int, seq_lens: int, block_table: int, batch: int, width: int
+        self,
+        *,
+        query_start: int,
+        seq_lens: int,
+        block_table: int,
+        batch: int,
+        width: int,
+        first_keys: int = 0,
+        whole: bool = False,
     ) -> None: ...
 
 class StepStates:

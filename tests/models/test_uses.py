@@ -37,11 +37,15 @@ def model(*layers: FeedForwardConfig, attention: GQA = PLAIN) -> ModelConfig:
     )
 
 
-def test_experts_of_two_matrices_ask_for_them() -> None:
+def test_experts_of_two_matrices_and_with_a_capacity_ask_for_what_they_need() -> None:
     plain = FeedForwardConfig(16, RouterConfig(4, 1))
-    two = replace(plain, gated=False)
+    two = replace(plain, router=RouterConfig(4, 1, capacity=3), gated=False)
     found = uses(model(two), torch.bfloat16) - uses(model(plain), torch.bfloat16)
-    assert found == {Use(Operation.EXPERTS, torch.bfloat16, frozenset({Feature.TWO_MATRICES}))}
+    features = frozenset({Feature.TWO_MATRICES})
+    assert found == {
+        Use(Operation.EXPERTS, torch.bfloat16, features),
+        Use(Operation.WITHIN_CAPACITY, torch.float32),
+    }
     assert CpuOps(1).batch_invariant(found) and not ReferenceOps().batch_invariant(found)
 
 

@@ -467,9 +467,8 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None
 
 
 @pytest.mark.parametrize("routed", [True, False])
-def test_experts_of_two_matrices_are_computed_by_the_reference(ops: CpuOps, routed: bool) -> None:
-    """Nothing serves them, but inspection runs them; the kernels would read a third matrix that is
-    not there."""
+def test_experts_of_two_matrices(ops: CpuOps, routed: bool) -> None:
+    """down(relu(gate x)), as Switch Transformers have them."""
     generator = torch.Generator().manual_seed(0)
     gate, down = (
         tuple(torch.randn(*s, generator=generator) for _ in range(4)) for s in ((24, 16), (16, 24))

@@ -133,7 +133,7 @@ def plan(*tables: list[int], tokens: int = 3) -> AttentionPlan:
         lambda: OPS.experts(X, None, IDS, EXPERTS),
         lambda: OPS.experts(X, WEIGHTS, None, EXPERTS),
         lambda: OPS.rotate_and_store(QKV[:, :11].contiguous(), TURN, CACHE, SLOTS),
-        lambda: OPS.rotate_and_store(QKV[:, :8].contiguous(), TURN, CACHE, SLOTS),
+        lambda: OPS.rotate_and_store(QKV[:, :4].contiguous(), TURN, CACHE, SLOTS),
         lambda: OPS.rotate_and_store(QKV, Rotation(QKV[:, :3].contiguous(), ANGLES), CACHE, SLOTS),
         lambda: OPS.rotate_and_store(QKV, Rotation(ANGLES, ANGLES[:2]), CACHE, SLOTS),
         lambda: OPS.rotate_and_store(QKV, TURN, CACHE, SLOTS[:2]),

@@ -210,6 +210,9 @@ class Checker:
             wanted = request.num_tokens - chunk.start
             if not 1 <= chunk.num_tokens <= wanted or request.num_computed_tokens != chunk.end:
                 self.broken("I10", f"{request.id} computes {chunk.num_tokens} of {wanted} tokens")
+            source = len(request.asked.prompt_ids) if request.start_ids else 0
+            if chunk.start < source and not chunk.start == 0 < source <= chunk.end:
+                self.broken("budget", f"the prompt of {request.id} is not read in one step")
             if (
                 not config.enable_chunked_prefill
                 and chunk.num_tokens < wanted <= config.max_num_batched_tokens
@@ -245,6 +248,8 @@ class Checker:
             self.broken(
                 "I5", f"the hit of {request.id} covers {start} of {request.num_tokens} tokens"
             )
+        if start and request.start_ids:
+            self.broken("I4", f"{request.id} shares what depends on all of another's prompt")
         reads = request.params.prompt_logprobs is None and self.pool.enable_prefix_caching
         if start and not reads:
             self.broken("I10", f"{request.id} read the cache, but may not")

@@ -15,10 +15,10 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
-from schedule.seeded_snapshot_bugs import BUGS
-from schedule.seeding import bug
+from schedule import seeded_snapshot_bugs, seeded_source_bugs
+from schedule.seeding import BUGS, bug
 
-__all__ = ["BUGS"]
+__all__ = ["BUGS", "seeded_snapshot_bugs", "seeded_source_bugs"]
 
 
 def live(hit: Hit) -> list[int]:
@@ -723,13 +723,13 @@ class _(Scheduler):
 
 @bug("the token budget is ignored")
 class _(Scheduler):
-    def _grant(self, remaining, budget):
+    def _grant(self, request, remaining, budget):
         return remaining
 
 
 @bug("prompts are split although chunking is off")
 class _(Scheduler):
-    def _grant(self, remaining, budget):
+    def _grant(self, request, remaining, budget):
         return min(remaining, budget)
 
 

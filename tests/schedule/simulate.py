@@ -3,7 +3,8 @@ checked at each step.
 
 `make simulate STEPS=1000000 SEED=1` runs episodes with seeds 1, 2, 3, ...: each a new random
 configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, the layers of each family of
-models: windows, recurrent states with few slots, both; slots a request) and workload (shared
+models: windows, recurrent states with few slots, both; slots a request; prompts that an encoder
+reads) and workload (shared
 prefixes, turns of chats, tenants, priorities, deadlines, aborts in every state, failed steps,
 numerical failures, several tokens a step), ending when all is drained. A violation names the invariant, the episode's seed and the step,
 and comes again from that seed.
@@ -115,9 +116,12 @@ FAMILIES: dict[str, tuple[tuple[int | None, ...], bool]] = {
     "windows and states": ((17, 1), True),
     "all kinds": ((None, 4), True),
     "recurrent": ((), True),
+    "T5": ((None,), False),
 }
 """What the layers of each family keep: the windows of its block tables, and whether there are
 states beside them. Windows are shorter than those of the models, as prompts are."""
+READING = frozenset({"T5"})
+"""Those whose prompts an encoder reads, each in one step and for its own request alone."""
 
 
 def random_groups(rng: Random, seqs: int, family: str) -> CacheGroups:
@@ -164,6 +168,7 @@ class Episode:
         longest = min(64, size * num_blocks + 4)
         drawn = rng.choice((*FAMILIES, *["full attention"] * 4))
         groups = random_groups(rng, seqs, family or drawn)
+        self.start_ids = (1,) if (family or drawn) in READING else ()
         num_blocks *= len(groups.blocks) * rng.choice((1, 1, 3) if groups.states else (1,))
         self.config = EngineConfig(
             max_num_seqs=seqs,
@@ -174,9 +179,8 @@ class Episode:
             max_queue_tokens=rng.choice((60, 1000)),
         )
         key = rng.randbytes(32)
-        pool = pool_class(
-            num_blocks, size, groups=groups, enable_prefix_caching=rng.random() < 0.9, key=key
-        )
+        caching = rng.random() < 0.9 and not self.start_ids
+        pool = pool_class(num_blocks, size, groups=groups, enable_prefix_caching=caching, key=key)
         self.scheduler = scheduler_class(self.config, pool)
         self.checker = Checker(self.scheduler, key, self.mood.vocab, seed)
         self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4, priorities=True)
@@ -326,7 +330,8 @@ class Episode:
                 deadline=self.now + rng.random() * 2 if rng.random() < mood.deadline else None,
                 salt=salt,
                 generation_start=generation_start,
-            )
+            ),
+            self.start_ids,
         )
         secret = rng.getrandbits(32)
         if rng.random() < 0.05:  # a replay: some of its tokens were drawn by an engine that is gone
@@ -359,7 +364,8 @@ class Episode:
             prompt == config.max_model_len and request.max_tokens > 0
         ):
             return True
-        if not config.enable_chunked_prefill and prompt > config.max_num_batched_tokens:
+        whole = request.source if config.enable_chunked_prefill else prompt
+        if whole > config.max_num_batched_tokens:
             return True
         last_computed = max(prompt, min(prompt + request.max_tokens, config.max_model_len) - 1)
         size = pool.block_size

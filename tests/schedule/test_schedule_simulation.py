@@ -13,7 +13,7 @@ import pytest
 
 import moebius
 from schedule.checker import Violation
-from schedule.simulate import FAMILIES, Episode, Stats, main, simulate
+from schedule.simulate import FAMILIES, READING, Episode, Stats, main, simulate
 
 SEED = 1
 STEPS = 200_000
@@ -48,7 +48,9 @@ def test_each_family_of_models(family):
     """Each has its own mix of windows and states; work of each kind that it has must have been."""
     windows, recurrent = FAMILIES[family]
     total = simulate(6_000, 300, family=family)
-    assert min(total.turns, total.prefix_hits, total.prefix_waits, total.rollbacks) > 5
+    assert min(total.turns, total.rollbacks) > 5
+    shares = family not in READING
+    assert (total.prefix_hits > 5) == shares and (total.prefix_waits > 5) == shares
     assert (total.blocks_passed > 1000) == any(windows)
     assert (total.snapshots > 500) == recurrent and (total.restores > 20) == recurrent
 

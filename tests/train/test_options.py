@@ -79,6 +79,10 @@ ROUTERS: dict[str, list[dict[str, Any]]] = {
         {"logit_softcap": 0.0, REFUSED: "logit_softcap is 0.0; it must be pos"},
     ],
     "learned_noise": [{"learned_noise": True}],
+    "capacity": [
+        {"capacity": 3, REFUSED: "capacity is 3; it is an encoder's"},
+        {"capacity": 0, REFUSED: "capacity is 0"},
+    ],
 }
 PARTS: dict[str, list[dict[str, Any]]] = {
     "width": [{"width": 24}, {"width": 12, REFUSED: "must be multiples of 8"}],
@@ -165,6 +169,8 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "embedding_multiplier": [{"embedding_multiplier": 2.0, REFUSED: "is not supported"}],
     "residual_multiplier": [{"residual_multiplier": 2.0, REFUSED: "is not supported"}],
     "logits_divisor": [{"logits_scaling": 2.0, REFUSED: "is not supported"}],
+    "encoder_layers": [{"encoder_layers": 1, REFUSED: "encoder_layers = 1 is not supported"}],
+    "start_id": [{"start_id": 1, REFUSED: "start_id = 1 is not supported"}],
     "unpublished": [{"unpublished": "this"}],
     "capped": [{"capped": "so", REFUSED: "capped = 'so' is not supported"}],
     "longer": [{"rope_scaling": {"rope_type": "longrope"}, REFUSED: "longrope"}],

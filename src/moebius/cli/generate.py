@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moebius.models.hub import ModelSource
 
 
-@o.options_of("config", EngineConfig, *o.SIZES, "threads", "trace")
+@o.options_of("config", EngineConfig, *o.SIZES, "threads", "switch_capacity", "trace")
 @o.options_of("which", o.ModelOptions)
 def generate(
     config: EngineConfig,
@@ -75,7 +75,7 @@ def generate(
 def _print(
     model: "ModelSource", config: EngineConfig, prompts: list[str] | None, **sampling: Any
 ) -> None:
-    """Completions to stdout as they finish, each behind its prompt where there are several."""
+    """Completions to stdout as they finish, behind the prompts that they continue."""
     if not prompts:
         if sys.stdin.isatty():
             typer.echo("reading the prompt from stdin, Ctrl-D ends it", err=True)
@@ -85,12 +85,13 @@ def _print(
     with LLM.from_config(model, config) as llm:
         params = llm.default_params(**sampling)
         several = len(prompts) * params.n > 1
+        continues = not llm.client.info.start_ids
         for output in llm.stream((prompt, params) for prompt in prompts):
             for choice in output.outputs:
                 if several:
                     title = f"prompt {int(output.request_id) + 1}, completion {choice.index + 1}"
                     typer.echo(f"--- {title} ({choice.finish_reason})")
-                typer.echo(f"{output.prompt}{choice.text}")
+                typer.echo(f"{output.prompt}{choice.text}" if continues else choice.text)
 
 
 def _batch(model: "ModelSource", config: EngineConfig, batch: Path, output: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moebius.engine.prompt_reading import read_by_encoder
 from moebius.engine.prompt_scores import PromptRows
 from moebius.ops.steps import StateInputs, StepInputs
 from moebius.schedule.request import Request
@@ -36,7 +37,8 @@ def build_batch(
     sampled_rows: list[int] = []
     prompts: list[PromptRows] = []
     row = 0
-    for request_id, start, num_tokens, samples, blocks, _, _ in plan.chunks:
+    reading, chunks = read_by_encoder(plan.chunks, requests)
+    for request_id, start, num_tokens, samples, blocks, _, _ in chunks:
         request = requests[request_id]
         stop = start + num_tokens
         token_ids.append(request.tokens(start, stop))
@@ -59,8 +61,10 @@ def build_batch(
         block_size,
         device,
         others=by_group[1:],
-        states=_states(plan.chunks),
+        states=_states(chunks),
     )
+    if reading is not None:
+        reading.join(inputs, block_size)
     return Batch(inputs, sampled, sampled_rows, prompts)
 
 

@@ -76,6 +76,8 @@ class EngineInfo:
     prefix_caching  whether requests share the blocks of a common prefix
     kv_dtype        what keys and values are held in
     kv_bytes        what all blocks take
+    start_ids       what the answers of a decoder beside an encoder begin with; then a prompt is the
+                    encoder's, and no answer continues it
     """
 
     limits: ServingLimits
@@ -86,6 +88,7 @@ class EngineInfo:
     prefix_caching: bool = True
     kv_dtype: str = ""
     kv_bytes: int = 0
+    start_ids: tuple[int, ...] = ()
 
     def hasher(self, key: bytes) -> BlockHasher | None:
         """What hashes prompts for an engine that was given `key`; None where it shares none."""

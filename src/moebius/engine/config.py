@@ -10,6 +10,7 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 KVCacheDtype = Literal["auto", "bfloat16", "float32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["int8", "float"]
+SwitchCapacity = Literal["published", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,11 @@ class EngineConfig(SchedulerConfig):
         bool,
         "Let experts be read from disk as they are needed: for a model larger than the memory.",
     ] = False
+    switch_capacity: Annotated[
+        SwitchCapacity,
+        "Of Switch Transformers, how many of a prompt's tokens an encoder's expert takes: "
+        "published (expert_capacity of config.json; those beyond pass it by) or none (all).",
+    ] = "published"
     trace: Annotated[
         str | None, "File that every scheduling decision is written to, as JSON lines."
     ] = None
@@ -75,6 +81,7 @@ class EngineConfig(SchedulerConfig):
         require_word("activations", self.activations, Activations)
         require_word("kv_cache_dtype", self.kv_cache_dtype, KVCacheDtype)
         require_word("device", self.device, Device)
+        require_word("switch_capacity", self.switch_capacity, SwitchCapacity)
         require_seconds("step_deadline", self.step_deadline)
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks!r}; it must be a number of at least 1")

@@ -72,7 +72,7 @@ class Engine:
     def take(self, asked: EngineRequest) -> list[StepOutput]:
         """Queue what a client asks for; a refusal, or whatever fails, is its only output."""
         try:
-            self.add(Request(asked))
+            self.add(Request(asked, self.info.start_ids))
         except MoebiusError as error:
             return [failed(asked.id, error)]
         except Exception as error:
@@ -154,7 +154,7 @@ class Engine:
         """The plan's tokens through the model, and the batch that they make."""
         batch = build_batch(plan, self.scheduler.requests, self.info.block_size, self.runner.device)
         self.runner.execute(batch.inputs)
-        self._counters.computed(len(batch.inputs.input_ids_host))
+        self._counters.computed(plan.num_tokens)
         return batch
 
     def _sample(self, batch: Batch) -> _Results:

@@ -10,11 +10,12 @@ import torch
 
 from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
-from moebius.engine.client import EngineInfo
 from moebius.engine.config import EngineConfig
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
+from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
 from moebius.engine.garbage import uncollected
+from moebius.engine.info import engine_info
 from moebius.engine.kv_cache import (
     KVCache,
     block_bytes,
@@ -42,6 +43,7 @@ from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.encoder_decoder import decoder_of
 from moebius.models.key_offsets import key_offsets
 from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
@@ -58,7 +60,6 @@ from moebius.parallel.alone import Alone
 from moebius.parallel.exchange import ExchangeSpec
 from moebius.progress import bytes_bar
 from moebius.quantize.cached import Quantized
-from moebius.request.params import ServingLimits
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.scheduler import Scheduler
 
@@ -189,7 +190,7 @@ def prepare(
         share, config = ExpertShare.on_this_host(directory, config)
     checkpoint = _published(directory, config.max_model_len)
     quantized = Quantized.by_name(checkpoint, config.quantization)
-    checkpoint = checkpoint if quantized is None else quantized.checkpoint
+    checkpoint = as_asked(checkpoint if quantized is None else quantized.checkpoint, config)
     device = _device(config.device, share)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
@@ -207,7 +208,7 @@ def prepare(
     loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
     if ahead and quantized is None and weight_bytes.total <= available:
         loader.read_ahead(ranks)
-    decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
+    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = _workspace(decoder, config, kv_dtype)
     plan = plan_memory(
         checkpoint.config,
@@ -341,7 +342,7 @@ def load_engine(
         plan.num_blocks,
         plan.block_size,
         groups=plan.groups,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=shares_prefixes(prepared.checkpoint.config, config),
         key=prefix_key or secrets.token_bytes(32),
         namespace=name.encode(),
     )
@@ -355,7 +356,7 @@ def load_engine(
         if trace:
             trace.abandon()
         raise
-    info = _info(prepared, config, eos_ids, name)
+    info = engine_info(plan, prepared.checkpoint.config, config, eos_ids, name)
     ranks = runner.model.ranks
     if ranks is None:
         return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
@@ -370,27 +371,6 @@ def load_engine(
     )
 
 
-def _info(
-    prepared: Prepared, config: EngineConfig, eos_ids: frozenset[int], fingerprint: str
-) -> EngineInfo:
-    """What a front has to know of the engine."""
-    plan = prepared.plan
-    return EngineInfo(
-        limits=ServingLimits(
-            prepared.checkpoint.config.vocab_size,
-            plan.max_model_len,
-            priorities=config.scheduling_policy == "priority",
-        ),
-        eos_ids=eos_ids,
-        block_size=plan.block_size,
-        num_blocks=plan.num_blocks,
-        fingerprint=fingerprint,
-        prefix_caching=config.enable_prefix_caching,
-        kv_dtype=plan.kv_dtype,
-        kv_bytes=plan.kv_cache,
-    )
-
-
 @uncollected()
 def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     """Map or copy the weights, reserve the cache, and make the first steps."""
@@ -398,7 +378,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
         ranks = prepared.decoder.ranks
-        model = Decoder(model.config, model.ops, model.dtype, device="meta", ranks=ranks)
+        model = decoder_of(model.config, model.ops, model.dtype, device="meta", ranks=ranks)
     prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(

@@ -64,7 +64,7 @@ class Outputs:
         told = self._told[request.id]
         if not told.counted and (token_ids or request.finished):
             told.counted = True
-            prompt = len(request.prompt_ids)
+            prompt = len(request.asked.prompt_ids)
             # What an earlier engine has drawn may have been found, too.
             told.num_cached = min(request.num_cached_tokens or 0, prompt)
             self._counters.prompt(prompt, told.num_cached)

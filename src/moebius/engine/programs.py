@@ -10,6 +10,7 @@ from moebius.engine.kv_cache import KVCache
 from moebius.engine.shared_head import SharedHead
 from moebius.engine.workspace import StepRows, Workspace, forward, head
 from moebius.models.decoder import Decoder
+from moebius.models.encoder_decoder import EncoderDecoder
 from moebius.ops.program import Program
 from moebius.ops.steps import Step, StepInputs
 
@@ -40,6 +41,9 @@ class StepPrograms:
         self._changes = model.changes
         self._recorded_at = model.changes.count
         self._last = torch.empty(0)
+        self._source = model.rows if isinstance(model, EncoderDecoder) else None
+        if self._source is not None:
+            self._source.most = rows.tokens
         ops = model.ops
         source = rows.step_source(len(cache.layout.windows))
         self.step = ops.record(self._hidden, source, device, planned.step if planned else None)
@@ -64,6 +68,8 @@ class StepPrograms:
 
     def hidden(self, inputs: StepInputs) -> Tensor:
         """A step's final hidden states (T, D), read until the next step."""
+        if self._source is not None:
+            self._source.begin(inputs)
         self._last = self.step.run(inputs)
         return self._last
 

@@ -24,7 +24,7 @@ from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 
-VERSION = 4
+VERSION = 5
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline", "generation_start")
@@ -54,7 +54,8 @@ class TraceWriter:
         self._write(
             event="add",
             **{name: getattr(request.asked, name) for name in _REQUEST},
-            prompt=self._rename(request.prompt_ids),
+            prompt=self._rename(request.asked.prompt_ids),
+            start=self._rename(request.start_ids),
             output=self._rename(request.output_ids),
             stop=self._rename(sorted(request.stop_ids)),
             min_tokens=params.min_tokens,
@@ -240,4 +241,4 @@ def _request(record: dict[str, Any]) -> Request:
         salt=b"" if record["salt"] < 0 else str(record["salt"]).encode(),
         output_ids=tuple(record["output"]),
     )
-    return Request(asked)
+    return Request(asked, tuple(record["start"]))

@@ -13,6 +13,8 @@ from moebius.engine.kv_cache import KVCache
 from moebius.engine.shared_head import SharedHead
 from moebius.errors import ConfigError
 from moebius.models.decoder import Decoder
+from moebius.models.encoder_decoder import EncoderDecoder
+from moebius.nn.mixers.source_past import PagedSourcePast
 from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
 from moebius.ops.formats import dtype_name
@@ -78,7 +80,14 @@ class Workspace:
 @torch.inference_mode()
 def forward(model: Decoder, cache: KVCache, step: Step) -> Tensor:
     """A step's final hidden states (T, D), its keys and values written to the cache."""
-    past = PagedPast(model.ops, cache.layers, cache.groups, step, cache.block_size, cache.states)
+    ops = model.ops
+    size = cache.block_size
+    past: PagedPast
+    if isinstance(model, EncoderDecoder):
+        first = model.config.encoder_layers
+        past = PagedSourcePast(ops, cache.layers, step, size, first, model.rows)
+    else:
+        past = PagedPast(ops, cache.layers, cache.groups, step, size, cache.states)
     hidden_TD: Tensor = model(step.input_ids, step.positions, past)[0]
     return hidden_TD
 
@@ -114,6 +123,8 @@ def plan_workspace(
     specs = config.caches(dtype, kv_dtype)
     cache = KVCache(specs, ops, num_blocks=1, block_size=block_size, device=meta)
     hidden_TD = torch.empty(rows.tokens, config.hidden_size, dtype=dtype, device=meta)
+    if isinstance(model, EncoderDecoder):
+        model.rows.most = rows.tokens
     step = ops.trace(
         lambda step: forward(model, cache, step), rows.step_source(len(cache.layout.windows))
     )

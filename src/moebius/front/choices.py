@@ -7,6 +7,7 @@ from hashlib import blake2b
 from itertools import chain
 
 from moebius.engine.client import EngineInfo
+from moebius.errors import RequestError
 from moebius.front.assemble import SequenceAssembler
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
@@ -56,9 +57,15 @@ class ChoiceOpener:
         The prompt is checked and hashed once, and all choices share it. `ids` names the requests. A
         seed that is given serves every prompt alike, so that an answer does not depend on the
         prompt's place in a call; where none is given each prompt draws its own. `continues`: the
-        text continues the prompt's; else it replies to a chat, and is its content alone, unless
-        special tokens are wanted.
+        text continues the prompt's, unless an encoder reads that; else it replies to a chat, and is
+        its content alone, unless special tokens are wanted.
         """
+        if self.info.start_ids and params.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs, and logprobs with echo, are not supported with this model: an "
+                "encoder reads the prompt, and gives its tokens no probabilities",
+                param="prompt_logprobs",
+            )
         seed = secrets.randbits(64) if params.seed is None else params.seed
         first = EngineRequest.create(
             next(ids),
@@ -75,7 +82,8 @@ class ChoiceOpener:
             hasher=self.hasher,
         )
         others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
-        context: Sequence[int] = first.prompt_ids if continues else ()
+        alone = self.info.start_ids or not continues
+        context: Sequence[int] = () if alone else first.prompt_ids
         harmony = self.tokenizer.harmony
         for request in chain((first,), others):
             reply = None

@@ -14,10 +14,10 @@ from torch import Tensor
 from moebius.errors import ConfigError
 from moebius.inspect.corpus import Rows
 from moebius.models.decoder import Decoder
+from moebius.models.encoder_decoder import packed_past
 from moebius.moe import health
 from moebius.moe.losses import chosen_counts
 from moebius.moe.router import Router, Routing
-from moebius.nn.packed import PackedPast
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference.routing import router_probabilities
 from moebius.progress import Progress, silent
@@ -180,7 +180,8 @@ def collect(
 
     def forward(model: Decoder, tokens_T: Tensor, document_T: Tensor) -> list[Routing]:
         positions_T = torch.arange(rows.length, device=device).repeat(len(tokens_T) // rows.length)
-        _, routings = model(tokens_T.long(), positions_T, PackedPast(rows.length, document_T))
+        past = packed_past(model, rows.length, document_T)
+        _, routings = model(tokens_T.long(), positions_T, past)
         return [routing for routing in routings if routing is not None]
 
     with ExitStack() as stack:

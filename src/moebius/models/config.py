@@ -72,7 +72,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder-only transformer as data.
+    """A transformer as data: a decoder, or an encoder and a decoder.
 
     hidden_size D, vocab_size V (width of the logits)
     context        longest sequence, in tokens, that positions were made for
@@ -87,6 +87,8 @@ class ModelConfig:
     capped           why the context is shorter than what positions were made for
     longer           (n, the same layers for sequences of more than n tokens), where their rotary
                      embedding is another (longrope, arXiv 2402.13753)
+    encoder_layers   the first so many layers are an encoder's, which reads the prompt; then the
+                     others are a decoder's, which begins with the token start_id (T5)
     unpublished      what no published model_type has, so that the model can be trained and
                      measured, but not served
     """
@@ -104,6 +106,8 @@ class ModelConfig:
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     capped: str = ""
+    encoder_layers: int = 0
+    start_id: int = 0
     unpublished: str = ""
     longer: tuple[int, tuple[LayerSpec, ...]] | None = None
 
@@ -124,6 +128,11 @@ class ModelConfig:
             )
         if not self.layers:
             raise ConfigError("num_layers is 0; it must be at least 1")
+        if not 0 <= self.encoder_layers < len(self.layers):
+            raise ConfigError(
+                f"{self.encoder_layers} of {len(self.layers)} layers are an encoder's; some must "
+                "be a decoder's"
+            )
 
     @property
     def num_layers(self) -> int:

@@ -82,7 +82,8 @@ class OfHeads:
 KEYS_OF_LATENTS = "self_attn.k_b_proj.weight"
 VALUES_OF_LATENTS = "self_attn.v_b_proj.weight"
 
-Names = Mapping[str, str | Stacked | Joined | OfHeads]
+Stored = str | Stacked | Joined | OfHeads
+Names = Mapping[str, Stored]
 
 
 def experts(
@@ -161,6 +162,8 @@ class Layout:
     centred    zero-centred norms are stored as such; else the 1 has been added to their weights
     embedding, norm, head   whole names. embedding is the head's, where that alone is stored and
                             serves as both
+    encoder_norm            the same of the norm behind an encoder, where there is one
+    copies                  whole names that the embedding may have beside its own
     """
 
     names: Names = field(default_factory=dict)
@@ -169,11 +172,17 @@ class Layout:
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     centred: bool = True
+    encoder_norm: str = ""
+    copies: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:
         """What stands before all names but the head's, unless a model was saved without a head."""
         return self.embedding.partition(".")[0] + "."
+
+    def of_layer(self, config: ModelConfig, number: int) -> "Layout":
+        """The layout of one layer, where kinds of layers are called otherwise."""
+        return self
 
     def source(
         self, number: int, parameter: Parameter, shapes: Mapping[str, tuple[int, ...]]
@@ -289,9 +298,13 @@ def sources(config: ModelConfig, layout: Layout) -> Iterator[Source]:
         if layer not in parameters:
             parameters[layer] = tuple(layer.parameters(width))
         shapes = {each.role or each.name: each.shape for each in parameters[layer]}
+        named = layout.of_layer(config, number)
         for parameter in parameters[layer]:
-            source = layout.source(number, parameter, shapes)
+            source = named.source(number, parameter, shapes)
             yield _of_norm(source, config, layout) if parameter.norm else source
     yield _of_norm(_whole("norm.weight", layout.norm, width), config, layout)
+    if config.encoder_layers:
+        stored = _whole("encoder_norm.weight", layout.encoder_norm, width)
+        yield _of_norm(stored, config, layout)
     if not config.tie_word_embeddings:
         yield _whole("lm_head.weight", layout.head, config.vocab_size, width)

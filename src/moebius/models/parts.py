@@ -31,14 +31,14 @@ _OLD_LAYER_TYPES = {"attention": FULL, "mamba": LINEAR}
 ROPES = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 """Keys that say nothing of layers without positions."""
 _ROPE_KEYS: Mapping[str, Sequence[str]] = read_json(Path(__file__).with_name("rope_keys.json"))
-_ACTIVATIONS: Mapping[str, Activation] = package_table("models/keys.toml")["activations"]
+ACTIVATIONS: Mapping[str, Activation] = package_table("models/keys.toml")["activations"]
 
 
 def activation(reader: ConfigReader, key: str = "hidden_act") -> Activation:
     name = reader.get(key)
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise reader.error(f"{key} is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise reader.error(f"{key} is {name!r}; supported are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def layer_types(

@@ -27,6 +27,8 @@ def uses(
         found.update(mixer.uses(dtype, kv_dtype))
     for part in config.feed_forward:
         found.update(part.uses(dtype))
+        if part.router is not None and part.router.capacity is not None:
+            found.add(Use(Operation.WITHIN_CAPACITY, torch.float32))
     if any(layer.norms == "post" for layer in config.layers):
         found.add(Use(Operation.ADD_GATED, dtype))
     if config.logits_divisor != 1.0:

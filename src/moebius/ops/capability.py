@@ -36,6 +36,7 @@ class Operation(StrEnum):
     GATE_HEADS = "gate_heads"
     HEAD_PRODUCTS = "head_products"
     ROTATE_AND_STORE_LATENT = "rotate_and_store_latent"
+    WITHIN_CAPACITY = "within_capacity"
     SAMPLING = "sampling"
 
 
@@ -47,6 +48,7 @@ class Feature(StrEnum):
     SOFTCAP = "capped attention scores"
     SINKS = "attention sinks"
     VALUE_SIZE = "values of another size than keys"
+    BIAS = "biases by distance"
     INT8_CACHE = "keys and values in 8 bits"
     LATENT = "latents for keys and values"
 

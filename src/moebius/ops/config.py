@@ -211,6 +211,9 @@ class RouterConfig:
     scale            multiplies the final weights
     logit_bias       the router's linear layer has a bias
     logit_softcap    c * tanh(logits / c), where given
+    capacity         of one sequence's tokens, how many an expert takes: the output of those beyond
+                     is nothing (arXiv 2101.03961 section 2.2). For an encoder, which reads a
+                     sequence as a whole
     learned_noise    in training, normal noise as wide as softplus of a second linear layer is added
                      to the logits (noisy top-k, Shazeer et al., arXiv 1701.06538 eq 4)
     """
@@ -230,6 +233,7 @@ class RouterConfig:
     logit_bias: bool = False
     logit_softcap: float | None = None
     learned_noise: bool = False
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         require_word("the router's score", self.score, Score)
@@ -240,6 +244,8 @@ class RouterConfig:
             raise ConfigError(
                 f"the router's logit_softcap is {self.logit_softcap}; it must be positive"
             )
+        if self.capacity is not None and self.capacity < 1:
+            raise ConfigError(f"expert_capacity is {self.capacity}; it must be at least 1")
         if self.num_experts < 1:
             raise ConfigError(f"num_experts is {self.num_experts}; it must be at least 1")
         if not 1 <= self.top_k <= self.num_experts:

@@ -17,6 +17,7 @@ from torch import Tensor
 from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Capability, Use
 from moebius.ops.config import PLAIN_HEADS, Activation, HeadRows, RouterConfig
+from moebius.ops.encoder import EncoderOps
 from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.latent import LatentOps
 from moebius.ops.prepared import AttentionPlan, LayerCache, PreparedExperts, PreparedLinear
@@ -28,7 +29,7 @@ from moebius.ops.steps import ExpertWeights, Pair, Rotation, RouterTally, Step
 from moebius.ops.weights import Weight
 
 
-class Ops(SamplerOps, RecurrentOps, LatentOps):
+class Ops(SamplerOps, RecurrentOps, LatentOps, EncoderOps):
     """What a backend computes: all of a step, with what the classes that it is made of say of it.
 
     name          names the backend in the fingerprint
@@ -247,7 +248,8 @@ class Ops(SamplerOps, RecurrentOps, LatentOps):
         eps: float = 0.0,
         heads: HeadRows = PLAIN_HEADS,
     ) -> Tensor:
-        """The step's queries (T, H, N); its keys and values go to the cache.
+        """The step's queries (T, H, N), of which there may be none; its keys and values go to the
+        cache.
 
         qkv_TI holds a token's query, key and value heads side by side: (T, (H + G) * N + G * Nv),
         unless `heads` says otherwise. Queries and keys are normed per head where weights of one
@@ -270,13 +272,17 @@ class Ops(SamplerOps, RecurrentOps, LatentOps):
         scale: float,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each row over its own sequence's cached keys and values: (T, H, Nv).
 
         The step's rows are its sequences' last tokens, in order, already written to the cache. A
         row at position p sees positions max(0, p - window + 1) to p. softcap: scores become c *
         tanh(scores / c) (Gemma 2, arXiv 2408.00118). sinks_H: float32 scores of one more key a
-        head, without a value (gpt-oss, arXiv 2508.10925).
+        head, without a value (gpt-oss, arXiv 2508.10925). bias_HR: float32, what is added to the
+        score of a key at each distance (its position less the row's) from -(R // 2) to R // 2;
+        farther away it is that of the end (T5, arXiv 1910.10683). StepInputs.first_keys and whole
+        say which other positions than these a row sees.
 
         An offset that keys are held less is the same in all of a query's scores, which softmax does
         not see; where scores are capped, or there are sinks, it is added back.

@@ -108,6 +108,9 @@ class StepInputs:
     are absolute, a slot is block id * block_size + offset.
 
     slot_mapping and block_table are those of group `group`; `of` has the same step for the others.
+
+    first_keys (B,) int32: the positions before which a sequence's rows see none; None for 0.
+    whole: rows see all of the seq_lens tokens, wherever they are themselves.
     """
 
     device: torch.device | str
@@ -124,6 +127,8 @@ class StepInputs:
     group: int = 0
     others: "tuple[StepInputs, ...]" = ()
     states: StateInputs | None = None
+    first_keys_host: "array[int] | None" = None
+    whole: bool = False
 
     @classmethod
     def build(

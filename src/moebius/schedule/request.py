@@ -26,6 +26,8 @@ class RequestStatus(enum.Enum):
 class Request:
     """One sequence on its way through the scheduler: what is `asked`, and how far it has come.
 
+    start_ids           what a decoder beside an encoder begins with, behind the prompt
+    source              how many tokens an encoder reads, all in one step: the prompt's, if any
     id to max_tokens    those of `asked`: each step reads them
     output_ids          token ids drawn so far, by whichever engine
     num_computed_tokens how many leading tokens are in the cache, with those of this step's plan
@@ -44,6 +46,8 @@ class Request:
     """
 
     asked: EngineRequest
+    start_ids: tuple[int, ...] = ()
+    source: int = field(init=False)
     id: str = field(init=False)
     prompt_ids: tuple[int, ...] = field(init=False)
     params: SamplingParams = field(init=False)
@@ -68,7 +72,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.id = self.asked.id
-        self.prompt_ids = self.asked.prompt_ids
+        self.source = len(self.asked.prompt_ids) if self.start_ids else 0
+        self.prompt_ids = self.asked.prompt_ids + self.start_ids
         self.params = self.asked.params
         self.stop_ids = self.asked.stop_ids
         self.max_tokens = self.asked.max_tokens

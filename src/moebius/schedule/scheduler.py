@@ -242,6 +242,12 @@ class Scheduler:
                 f"max_num_batched_tokens = {config.max_num_batched_tokens} can be computed; "
                 "shorten the prompt or enable chunked prefill"
             )
+        if request.source > config.max_num_batched_tokens:
+            raise ContextLengthError(
+                f"the prompt has {request.source} tokens, which an encoder reads in one step, of "
+                f"at most max_num_batched_tokens = {config.max_num_batched_tokens}; shorten the "
+                "prompt, or raise --max-num-batched-tokens"
+            )
         longest = self._longest(request)
         chunk = config.max_num_batched_tokens
         if not self.pool.fits(longest, chunk):
@@ -278,7 +284,7 @@ class Scheduler:
             request = running[position]
             position += 1
             computed = request.num_computed_tokens
-            num_tokens = self._grant(request.num_tokens - computed, draft.budget)
+            num_tokens = self._grant(request, request.num_tokens - computed, draft.budget)
             if self._slotted and num_tokens > 1:
                 num_tokens = self._to_boundary(request, num_tokens)
             if not num_tokens:
@@ -356,7 +362,7 @@ class Scheduler:
             return "no_blocks"
         hit = self.pool.match(request)
         hit_tokens = hit.num_blocks * self.pool.block_size
-        num_tokens = self._grant(request.num_tokens - hit_tokens, draft.budget)
+        num_tokens = self._grant(request, request.num_tokens - hit_tokens, draft.budget)
         if not num_tokens:
             return "no_budget"
         chunk = self.config.max_num_batched_tokens
@@ -381,8 +387,8 @@ class Scheduler:
             self.prefix_hits += hit_tokens
         insort(self._running, request, key=service_order)
 
-    def _grant(self, remaining: int, budget: int) -> int:
-        """Tokens to compute of those remaining.
+    def _grant(self, request: Request, remaining: int, budget: int) -> int:
+        """Tokens to compute of those remaining; what an encoder reads of them is not split.
 
         Without chunked prefill all or none; only what exceeds a whole step's budget, a preempted
         request with a long output, is split.
@@ -390,7 +396,8 @@ class Scheduler:
         whole = not self.config.enable_chunked_prefill
         if whole and budget < remaining <= self.config.max_num_batched_tokens:
             return 0
-        return min(remaining, budget)
+        unread = request.source - request.num_computed_tokens
+        return 0 if budget < unread else min(remaining, budget)
 
     def _to_boundary(self, request: Request, num_tokens: int) -> int:
         """So many tokens, or fewer: a chunk ends where a snapshot of a state is wanted."""

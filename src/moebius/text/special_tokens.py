@@ -23,10 +23,19 @@ from tokenizers import Tokenizer as Backend
 # Characters that are searched in one go: the lock is taken between them.
 _WINDOW = 2**20
 _SEPARATOR = "\0"
+_SENTINEL = re.compile(r"<extra_id_\d+>")
 
 Json = TypeVar("Json")
 Rename = Callable[[Mapping[str, str]], models.Model]
 """Makes a tokenizer's model with other names for some of its tokens."""
+
+
+def sentinels(backend: Backend, specials: Mapping[int, str]) -> frozenset[int]:
+    """Of special tokens, by id, those that stand for a gap in T5's texts (arXiv 1910.10683 section
+    3.1.4): <extra_id_0>, <extra_id_1>, ... Other tokenizers use such names for other things."""
+    if not isinstance(backend.model, models.Unigram):
+        return frozenset()
+    return frozenset(i for i, text in specials.items() if _SENTINEL.fullmatch(text))
 
 
 def strings_in(value: object) -> Iterator[str]:

@@ -18,7 +18,7 @@ from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
 from moebius.text.harmony import Harmony
 from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
-from moebius.text.special_tokens import Rename, SpecialGuard, strings_in
+from moebius.text.special_tokens import Rename, SpecialGuard, sentinels, strings_in
 
 # From so many characters on, a chat is rendered once to see whether it fits, before it is marked.
 _LONG_CHAT = 2**17
@@ -43,7 +43,8 @@ class Tokenizer:
     vocab_size       the largest id + 1 (a model's logits may be wider)
     bos_id, eos_id   None where the tokenizer names none
     end_ids          all that end a text, eos_id among them
-    special_ids      what `decode` skips
+    special_ids      what `decode` skips: special tokens, but not T5's sentinels, which are what a
+                     model of gaps in a text answers with
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Tokenizer:
             self._facts[name] = template.probe(self._special_tokens)
         added = backend.get_added_tokens_decoder()
         self._special_texts = {i: token.content for i, token in added.items() if token.special}
-        self.special_ids = frozenset(self._special_texts)
+        self.special_ids = frozenset(self._special_texts) - sentinels(backend, self._special_texts)
         vocab = backend.get_vocab(with_added_tokens=False)  # once: a large one takes its time
         self.vocab_size = max([*vocab.values(), *added], default=-1) + 1
         self.bos_id = self._id_of("bos_token")

@@ -13,6 +13,7 @@ from typing import Any
 
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
+from moebius.models.encoder_decoder import require_decoder_alone
 from moebius.models.family import read_config
 from moebius.moe.config import FeedForwardConfig
 from moebius.moe.training import TrainingRouting
@@ -148,6 +149,7 @@ def check_trainable(
     finetune: FinetuneRecipe | None,
 ) -> None:
     """ConfigError for a model, new or to be fine-tuned, that this recipe cannot train."""
+    require_decoder_alone(config)
     if training.row_length > config.context:
         raise ConfigError(
             f"training.row_length = {training.row_length} exceeds the model's context of "
@@ -170,6 +172,11 @@ def check_trainable(
 
 
 def _check_router(router: RouterConfig, training: TrainingRecipe, routing: TrainingRouting) -> None:
+    if router.capacity is not None:
+        raise ConfigError(
+            f"a router's capacity is {router.capacity}; it is an encoder's, and training's is "
+            "routing.capacity_factor"
+        )
     if router.top_k == 1 and router.weight in ("renorm", "softmax"):
         raise ConfigError(
             "a renormalised top-1 router's weight is always 1, so that the language model's loss "

@@ -186,6 +186,15 @@ def _tied(
     return False
 
 
+def _check_copy(name: str, stored: StoredTensor, embedding: StoredTensor) -> None:
+    """WeightsError for what should be the embedding again, and differs."""
+    if not _same_values(stored, embedding):
+        raise WeightsError(
+            f"{short_name(stored.file)}: tensor {name!r} is not the model's embedding again; one "
+            "embedding serves an encoder and a decoder"
+        )
+
+
 def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors are the same, bit for bit."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
@@ -237,7 +246,9 @@ def _match(
     used = {name for name, _ in shapes}
     for name, stored in tensors.items():
         spare = any(fnmatchcase(name, pattern) for pattern in described.spare)
-        if not (name in used or spare or _harmless(name, config, head)):
+        if name in layouts[0].copies:
+            _check_copy(name, stored, tensors[layouts[0].embedding])
+        elif not (name in used or spare or _harmless(name, config, head)):
             raise WeightsError(
                 f"{short_name(stored.file)}: tensor {name!r} is left over; {config.model_type} has "
                 "no such tensor"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moebius.errors import WeightsError
 from moebius.models.decoder import Decoder
+from moebius.models.encoder_decoder import decoder_of
 from moebius.models.layout import Source
 from moebius.models.store.checkpoint import Checkpoint, open_checkpoint
 from moebius.models.store.heads import of_heads
@@ -49,7 +50,7 @@ def load_decoder(
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
     ops = ops or select_ops(device, dtype)
-    decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
+    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     Loader(checkpoint, device, mapped=mapped).fill(decoder)
     return decoder
 

@@ -56,12 +56,17 @@ class CpuPlan(AttentionPlan):
         query_start, _ = step.query_start_host.buffer_info()
         seq_lens, batch = step.seq_lens_host.buffer_info()
         block_table, _ = step.block_table_host.buffer_info()
+        firsts = step.first_keys_host
+        if firsts is not None and len(firsts) != batch:
+            raise ValueError(f"first keys of {len(firsts)} sequences, where there are {batch}")
         self.step.set(
             query_start=query_start,
             seq_lens=seq_lens,
             block_table=block_table,
             batch=batch,
             width=step.max_blocks,
+            first_keys=0 if firsts is None else firsts.buffer_info()[0],
+            whole=step.whole,
         )
 
 
@@ -84,6 +89,17 @@ def _check_heads(num_heads: int, num_kv_heads: int) -> None:
     """Raises ValueError where not as many query heads share each key head."""
     if num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key heads")
+
+
+def _reach(bias_HR: Tensor | None, num_heads: int) -> int:
+    """The farthest distance with a bias. Raises ValueError for biases of other heads."""
+    if bias_HR is None:
+        return 0
+    distances = bias_HR.shape[1]
+    check_shape("biases by distance", bias_HR, num_heads, distances)
+    if distances % 2 == 0:
+        raise ValueError(f"biases of {distances} distances are not as many on both sides of 0")
+    return distances // 2
 
 
 def _norm_dtype(dtype: torch.dtype, key_size: int, *norms: Tensor | None) -> int:
@@ -133,7 +149,8 @@ class AttentionOps(CpuBase):
                 f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
                 f"values of {num_kv_heads} key heads of {key_size} values"
             )
-        _check_heads(num_heads, num_kv_heads)
+        if num_heads:
+            _check_heads(num_heads, num_kv_heads)
         check_shape("cosines", cos_TR, rows, half)
         check_shape("sines", sin_TR, rows, half)
         check_shape("slots", slot_mapping_T, rows)
@@ -213,6 +230,7 @@ class AttentionOps(CpuBase):
         scale: float,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
     ) -> Tensor:
         held = own(cache, CpuCache)
         planned = own(plan, CpuPlan)
@@ -222,6 +240,7 @@ class AttentionOps(CpuBase):
         _check_heads(num_heads, num_kv_heads)
         check_shape("queries", q_THN, rows, num_heads, key_size)
         check_shape("sinks", sinks_H, num_heads)
+        reach = _reach(bias_HR, num_heads)
         out = self._empty(q_THN, (num_heads, value_size), q_THN.dtype)
         call = _cpu.Attention(
             dtype=_dtype_of(held, q_THN),
@@ -236,11 +255,14 @@ class AttentionOps(CpuBase):
             softcap=softcap or 0.0,
             sinks=self._at(sinks_H, torch.float32),
             out=self._at(out),
+            bias=self._at(bias_HR, torch.float32),
+            reach=reach,
         )
         asked = {
             Feature.WINDOW: planned.window is not None,
             Feature.SOFTCAP: softcap is not None,
             Feature.SINKS: sinks_H is not None,
+            Feature.BIAS: bias_HR is not None,
             Feature.VALUE_SIZE: value_size != key_size,
         }
         features = held.features | {feature for feature, is_asked in asked.items() if is_asked}

@@ -22,8 +22,9 @@ from moebius.ops.cpu.base import (
     require_dtype,
     require_no_gradient,
 )
+from moebius.ops.cpu.recurrent import CpuStatePlan
 from moebius.ops.formats import dtype_name
-from moebius.ops.prepared import PreparedExperts, own
+from moebius.ops.prepared import PreparedExperts, StatePlan, own
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 from moebius.ops.weights import Weight
 
@@ -91,6 +92,30 @@ class ExpertOps(CpuBase):
         )
         self._run(Operation.ROUTE, call, logits_TE, len(logits_TE), settings)
         return weights, ids
+
+    def within_capacity(
+        self,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        num_experts: int,
+        capacity: int,
+        plan: StatePlan,
+    ) -> Tensor:
+        planned = own(plan, CpuStatePlan)
+        rows, top_k = expert_ids_TK.shape
+        check_shape("weights of experts", weights_TK, rows, top_k)
+        out = self._empty(weights_TK, (top_k,), torch.float32)
+        call = _cpu.WithinCapacity(
+            step=planned.step,
+            weights=self._at(weights_TK, torch.float32),
+            ids=self._at(expert_ids_TK, torch.int64),
+            top_k=top_k,
+            experts=num_experts,
+            capacity=capacity,
+            out=self._at(out),
+        )
+        self._run(Operation.WITHIN_CAPACITY, call, weights_TK, rows, planned)
+        return out
 
     def prepare_experts(
         self,

@@ -134,12 +134,14 @@ class AttentionGroup:
     slots      (B, S) cache slots of the tokens that may be seen
     mask       which of them each row sees, (Q, S) or (B, 1, 1, S); None is causal
     one_row    each of the B sequences brings one row; otherwise B is 1
+    distance   of each of them from each row, (Q, S) or (B, 1, S)
     """
 
     rows: slice | Tensor
     slots: Tensor
     mask: Tensor | None
     one_row: bool
+    distance: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,10 +239,10 @@ class AttentionOps(Ops):
         groups: list[AttentionGroup] = []
         for b, seq_len in enumerate(lengths):
             rows = starts[b + 1] - starts[b]
-            first = 0 if window is None else max(0, seq_len - rows - window + 1)
-            if rows == 1:
+            first = _first_key(given, b, window)
+            if rows == 1 and not given.whole:
                 decodes.setdefault(-(-(seq_len - first) // TILE), []).append(b)
-            elif rows > 1:
+            elif rows:
                 groups.append(_plan_chunk(given, b, first, block_size, window))
         groups += [
             _plan_decodes(given, members, n * TILE, block_size, window)
@@ -256,11 +258,13 @@ class AttentionOps(Ops):
         scale: float,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
     ) -> Tensor:
         held = own(cache, ReferenceCache)
+        added = (softcap, sinks_H, bias_HR)
         out_THN = q_THN.new_empty((*q_THN.shape[:2], held.v.shape[3]))
         for group in own(plan, ReferencePlan).groups:
-            out_THN[group.rows] = _attend(q_THN[group.rows], held, group, scale, softcap, sinks_H)
+            out_THN[group.rows] = _attend(q_THN[group.rows], held, group, scale, *added)
         return out_THN
 
 
@@ -272,6 +276,21 @@ def visible(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
+def _first_key(step: StepInputs, b: int, window: int | None) -> int:
+    """The first position that a row of sequence b sees."""
+    first = 0 if step.first_keys_host is None else step.first_keys_host[b]
+    if window is None:
+        return first
+    rows = step.query_start_host[b + 1] - step.query_start_host[b]
+    return max(first, step.seq_lens_host[b] - rows - window + 1)
+
+
+def by_distance(bias_HR: Tensor, distance: Tensor) -> Tensor:
+    """What each head adds to scores of keys so far away (...): (H, ...)."""
+    reach = bias_HR.shape[1] // 2
+    return bias_HR[:, distance.clamp(-reach, reach) + reach]
+
+
 def _plan_chunk(
     step: StepInputs, b: int, first: int, block_size: int, window: int | None
 ) -> AttentionGroup:
@@ -281,9 +300,15 @@ def _plan_chunk(
     seq_len = step.seq_lens_host[b]
     at_S = torch.arange(first, seq_len, device=step.block_table.device)
     slots_S = _slots(step.block_table[b], at_S, block_size)
-    whole = stop - start == seq_len and window is None
-    mask = None if whole else visible(at_S[start - stop :], at_S, window)
-    return AttentionGroup(slice(start, stop), slots_S.unsqueeze(0), mask, one_row=False)
+    at_Q = torch.arange(seq_len - (stop - start), seq_len, device=at_S.device)
+    distance = at_S - at_Q.unsqueeze(1)
+    mask: Tensor | None = None
+    if step.whole:
+        mask = torch.ones_like(distance, dtype=torch.bool)
+    elif len(at_Q) != len(at_S) or window is not None:
+        mask = visible(at_Q, at_S, window)
+    slots_1S = slots_S.unsqueeze(0)
+    return AttentionGroup(slice(start, stop), slots_1S, mask, one_row=False, distance=distance)
 
 
 def _plan_decodes(
@@ -295,11 +320,12 @@ def _plan_decodes(
     batch = torch.tensor(members, device=device)
     rows = torch.tensor([step.query_start_host[b] for b in members], device=device)
     last_B = torch.tensor([step.seq_lens_host[b] - 1 for b in members], device=device)
-    first_B = torch.zeros_like(last_B) if window is None else (last_B - window + 1).clamp(min=0)
+    first_B = torch.tensor([_first_key(step, b, window) for b in members], device=device)
     at_BS = first_B.unsqueeze(1) + torch.arange(padded, device=device)
     slots_BS = _slots(step.block_table[batch], at_BS.minimum(last_B.unsqueeze(1)), block_size)
     mask_B1S = visible(last_B.unsqueeze(1), at_BS, window)
-    return AttentionGroup(rows, slots_BS, mask_B1S.unsqueeze(1), one_row=True)
+    distance = (at_BS - last_B.unsqueeze(1)).unsqueeze(1)
+    return AttentionGroup(rows, slots_BS, mask_B1S.unsqueeze(1), one_row=True, distance=distance)
 
 
 def _slots(block_table: Tensor, at: Tensor, block_size: int) -> Tensor:
@@ -335,10 +361,11 @@ def _attend(
     scale: float,
     softcap: float | None,
     sinks_H: Tensor | None,
+    bias_HR: Tensor | None,
 ) -> Tensor:
-    """Attention of a group's rows over the keys and values in its slots; by hand with capped scores
-    or sinks, which torch's fused attention has not."""
-    plain = softcap is None and sinks_H is None
+    """Attention of a group's rows over the keys and values in its slots; by hand with capped
+    scores, sinks or biases, which torch's fused attention has not."""
+    plain = softcap is None and sinks_H is None and bias_HR is None
     q, k, v = _gather(q_QHN, cache, group, shifts=plain)
     share = q.shape[1] // k.shape[1]
     if plain:
@@ -351,6 +378,9 @@ def _attend(
         scores = (q @ k.repeat_interleave(share, 1).transpose(-1, -2)).float() * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if bias_HR is not None:
+            bias = by_distance(bias_HR, group.distance)
+            scores = scores + (bias.movedim(0, 1).reshape_as(scores) if group.one_row else bias)
         at = torch.arange(scores.shape[-1], device=q.device)
         scores = scores.masked_fill(
             ~(visible(at, at, None) if group.mask is None else group.mask), -torch.inf

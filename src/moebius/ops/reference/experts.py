@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moebius.ops.config import Activation, ActivationWord, ClampedSwiGLU, RouterConfig
 from moebius.ops.interface import Ops
-from moebius.ops.prepared import PreparedExperts, own, same
+from moebius.ops.prepared import PreparedExperts, StatePlan, own, same
 from moebius.ops.reference.linear import widened_for
+from moebius.ops.reference.recurrent import ReferenceStatePlan
 from moebius.ops.reference.routing import count, route
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
 from moebius.ops.weights import Matrix, Weight
@@ -64,6 +65,23 @@ class ExpertOps(Ops):
         if tally is not None:
             count(tally, logits_TE, ids_TK, config)
         return weights_TK, ids_TK
+
+    def within_capacity(
+        self,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        num_experts: int,
+        capacity: int,
+        plan: StatePlan,
+    ) -> Tensor:
+        sequence_T = own(plan, ReferenceStatePlan).sequence
+        queue_P = (sequence_T.unsqueeze(1) * num_experts + expert_ids_TK).flatten()
+        order_P = torch.argsort(queue_P, stable=True)
+        sorted_P = queue_P[order_P]
+        place_P = torch.empty_like(order_P)
+        at_P = torch.arange(len(order_P), device=order_P.device)
+        place_P[order_P] = at_P - torch.searchsorted(sorted_P, sorted_P)
+        return weights_TK.where(place_P.view_as(expert_ids_TK) < capacity, 0.0)
 
     def prepare_experts(
         self,
