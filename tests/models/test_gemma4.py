@@ -91,7 +91,7 @@ def test_what_a_token_takes_of_the_published_sizes() -> None:
     block = block_bytes(specs, CpuOps(1), 16)
     assert len(full) == 1 and block == 16 * 20 * 1024, "nothing is unused where a context is long"
     whole = block * (131_072 // 16 + (len(layout.windows) - 1) * (1024 // 16 + 1))
-    assert whole == pytest.approx(2.8e9, rel=0.05)
+    assert whole == pytest.approx(2.8e9, rel=0.06)
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])

@@ -155,7 +155,7 @@ class KVCache:
         self.num_states = num_states
         self.block_size = block_size
         self.last_used = 0.0
-        self.ops = ops
+        self._ops = ops
         per_block = block_bytes(specs, ops, block_size)
         self.nbytes = num_blocks * per_block
         states = _aligned(self.nbytes)
@@ -169,7 +169,7 @@ class KVCache:
         offsets = tuple(key_offsets) or (None,) * len(places)
         self._offset_names = tuple(map(_offset_name, offsets))
         made = _unequal_caches if self.layout.unequal else _equal_caches
-        self.layers = made(self, buffer[: self.nbytes], per_block, offsets)
+        self.layers = made(self, ops, buffer[: self.nbytes], per_block, offsets)
         self.groups = tuple(0 if at is None else at[0] for at in places)
         self.states = _state_planes(buffer[states:], specs, num_states)
 
@@ -221,14 +221,14 @@ class KVCache:
         if not 0 <= block < self.num_blocks:  # as NO_BLOCK is not
             raise IndexError(f"block {block} is none of {self.num_blocks}")
         layers = [self.layers[i] for i in self._members(group)]
-        return [part for layer in layers for part in self.ops.block_memory(layer, block)]
+        return [part for layer in layers for part in self._ops.block_memory(layer, block)]
 
     def _block_header(self, group: int) -> dict[str, Any]:
         layers = self._members(group)
         spec = self.specs[layers[0]]
         return {
             "kind": "block",
-            "layout": self.ops.cache_layout,
+            "layout": self._ops.cache_layout,
             "block_size": self.block_size,
             "window": spec.window,
             "layers": layers,
@@ -249,7 +249,7 @@ def block_bytes(specs: Sequence[CacheSpec], ops: Ops, block_size: int) -> int:
 
 
 def _equal_caches(
-    cache: KVCache, buffer: Tensor, block: int, offsets: Sequence[Tensor | None]
+    cache: KVCache, ops: Ops, buffer: Tensor, block: int, offsets: Sequence[Tensor | None]
 ) -> list[LayerCache]:
     """Each layer's cache, in the array of its row."""
     per_row = cache.num_blocks * block // max(cache.layout.rows, 1)
@@ -259,12 +259,12 @@ def _equal_caches(
             layers.append(LayerCache())
             continue
         row = buffer[at[1] * per_row : (at[1] + 1) * per_row]
-        layers.append(cache.ops.make_cache(row, spec, cache.block_size, offset))
+        layers.append(ops.make_cache(row, spec, cache.block_size, offset))
     return layers
 
 
 def _unequal_caches(
-    cache: KVCache, buffer: Tensor, block: int, offsets: Sequence[Tensor | None]
+    cache: KVCache, ops: Ops, buffer: Tensor, block: int, offsets: Sequence[Tensor | None]
 ) -> list[LayerCache]:
     """Each layer's cache, in its part of each block."""
     layers = []
@@ -272,10 +272,10 @@ def _unequal_caches(
         if at is None:
             layers.append(LayerCache())
             continue
-        own = cache.ops.cache_bytes_per_block(spec, cache.block_size)
+        own = ops.cache_bytes_per_block(spec, cache.block_size)
         start = at[1] * own
         part = buffer[start : start + (cache.num_blocks - 1) * block + own]
-        layers.append(cache.ops.make_cache(part, spec, cache.block_size, offset, stride=block))
+        layers.append(ops.make_cache(part, spec, cache.block_size, offset, stride=block))
     return layers
 
 
