@@ -109,7 +109,7 @@ def test_heads_are_read_whether_files_have_them_apart_or_not(
     assert {(each.mapped, each.split) for each in of_heads} == {(not split, split)}
     weights = count_weights(checkpoint.sources, planned, "", EngineConfig(), None)
     assert weights.split == (sum(each.count for each in of_heads) * 4 if split else 0)
-    assert ("are kv_b_proj, widened and split by heads" in weights.parts) == split
+    assert ("are kv_b_proj in plain numbers, split by heads" in weights.parts) == split
 
 
 def test_codes_of_a_checkpoint_are_widened_and_taken_apart(tmp_path: Path) -> None:
