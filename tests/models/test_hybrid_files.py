@@ -1,5 +1,5 @@
-"""LFM2, Granite 4, Nemotron-H, Kimi Linear and Ling 3 quantised, and as GGUF files that Moebius
-writes."""
+"""LFM2, Granite 4, Nemotron-H, Kimi Linear and Ling 3 with long prompts, quantised, and as GGUF files
+that Moebius writes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,17 @@ def served(decoder: Any) -> torch.Tensor:
     server.step([(0, IDS[:13])])
     server.step([(0, IDS[13:])])
     return server.all_logits(0)
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+def test_prompts_equal_transformers_chunks(tmp_path: Path, model_type: str) -> None:
+    """It computes a prompt in chunks of 64 or 256 tokens: other sums of the same numbers."""
+    model = save_tiny(tmp_path, model_type, max_position_embeddings=512)
+    ids = [(7 * i * i + i) % 67 for i in range(300)]
+    server = Server(load_decoder(tmp_path, torch.float32), block_size=16, num_blocks=20)
+    server.step([(0, ids)])
+    with torch.inference_mode():
+        assert_same(server.all_logits(0), model(torch.tensor([ids]), use_cache=False).logits[0])
 
 
 @pytest.mark.parametrize("model_type", SIZES)
