@@ -68,6 +68,7 @@ double activated(double x, ActivationKind kind) {
         case CLAMPED_SWIGLU: break;
         case SILU: return x / (1 + std::exp(-x));
         case RELU: return std::max(x, 0.0);
+        case RELU_SQUARED: return x > 0 ? x * x : 0.0;
         case GELU: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
         case GELU_TANH: return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
     }
@@ -154,7 +155,7 @@ template <class T, class W> void test_experts(Ops& ops) {
     for (int turn = 0; turn < 24; turn++) {
         ExpertArrays<T, W> e(one_of({1, 3, 6}), one_of({1, 31, 70}), one_of({1, 17, 48}), turn % 3 == 0);
         const int rows = one_of({0, 1, 2, 5, 20, 66}), k = uniform(1, std::min(3, e.count));
-        const Activation activation = {ActivationKind(turn % 5), 1.7f, 0.8f};
+        const Activation activation = {ActivationKind(turn % 6), 1.7f, 0.8f};
         const bool dense = e.count == 1 && turn % 2, all_to_one = turn % 5 == 0;
         std::vector<T> x = draw<T>(size_t(rows) * e.hidden), out(size_t(rows) * e.hidden);
         std::vector<float> weights(size_t(rows) * k, 1.0f);

@@ -249,8 +249,8 @@ def state_bytes(config: ModelConfig) -> int:
 
 
 def test_states_of_published_sizes() -> None:
-    """LFM2-8B-A1B's, Granite 4.0 H Tiny's and Nemotron 3 Nano's: their convolutions' inputs of 16
-    bits, and their heads' states."""
+    """LFM2-8B-A1B's, Granite 4.0 H Tiny's, Nemotron 3 Nano's and Kimi Linear's: their convolutions'
+    inputs of 16 bits, and their heads' states."""
     kinds = ["conv", "conv", FULL, "conv"] * 6
     lfm = {"model_type": "lfm2_moe", "num_hidden_layers": 24, "layer_types": kinds}
     assert state_bytes(model_config(lfm)) == 18 * 2 * 2048 * 2
@@ -264,6 +264,12 @@ def test_states_of_published_sizes() -> None:
     config = model_config(nemotron)
     assert [config.num_layers, len(config.experts)] == [52, 23]
     assert state_bytes(config) == 23 * (64 * 64 * 128 * 4 + 3 * (4096 + 2 * 8 * 128) * 2)
+    full = [4, 8, 12, 16, 20, 24, 27]
+    lists = {"full_attn_layers": full, "kda_layers": [i for i in range(1, 28) if i not in full]}
+    kimi = model_config({"model_type": "kimi_linear", "linear_attn_config": lists})
+    assert state_bytes(kimi) == 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2)
+    tokens = [spec.bytes_per_token for spec in kimi.caches(torch.bfloat16)]
+    assert sum(tokens) == 7 * (512 + 64) * 2 and tokens[3] and not tokens[0]
 
 
 def test_time_steps_are_not_bounded(tmp_path: Path) -> None:
@@ -328,6 +334,12 @@ def test_a_configuration_of_transformers_4_says_the_same() -> None:
         ("nemotron_h", {"num_hidden_layers": 3}, "num_hidden_layers is 3, but 4 layers are named"),
         ("nemotron_h", {"mlp_bias": True}, "mlp_bias is true; it is not supported beside experts"),
         ("nemotron_h", {"mlp_hidden_act": "softsign"}, "mlp_hidden_act is 'softsign'"),
+        ("kimi_linear", {"layer_types": None, "linear_attn_config": {"full_attn_layers": [1], "kda_layers": [0, 2]}},
+         "full_attn_layers and kda_layers must name each of 2 layers, from 1, once"),
+        ("kimi_linear", {"linear_attn_config": "none"}, "linear_attn_config is 'none'; it must be an object"),
+        ("kimi_linear", {"linear_conv_kernel_dim": 1}, "convolves 1 inputs; a convolution"),
+        ("bailing_hybrid", {"kda_lower_bound": 0.5}, "0.5"),
+        ("bailing_hybrid", {"layer_group_size": 0}, "layer_group_size is 0"),
     ],
 )  # fmt: skip
 def test_bad_configurations_are_a_line(

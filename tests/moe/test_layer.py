@@ -127,13 +127,14 @@ def test_expert_biases() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
 def test_activations(activation: str) -> None:
     part = layer(FeedForwardConfig(8, activation=activation))  # type: ignore[arg-type]
     functions = {
         "silu": F.silu,
         "gelu": F.gelu,
         "relu": F.relu,
+        "relu_squared": lambda x: F.relu(x) ** 2,
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     }
     x_TD, w = torch.randn(3, D), part.experts

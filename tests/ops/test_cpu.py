@@ -235,7 +235,7 @@ def expert_terms(x_D: Tensor, w: ExpertWeights, e: int, activation: Any) -> Tens
     )
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
 @pytest.mark.parametrize(
     ("count", "k", "width", "hidden"),
     [(1, 1, 31, 17), (4, 1, 100, 33), (6, 2, 48, 64), (9, 9, 7, 1)],

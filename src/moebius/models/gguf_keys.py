@@ -76,6 +76,8 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
 
 def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeConfig, int, int]:
     """The rotary embedding, how many values turn, and of heads of which size."""
+    if not any(isinstance(mixer, GQA | MLA) for mixer in config.mixers):
+        raise ConfigError(f"no layer has attention, and GGUF files hold no such models; {_ADVICE}")
     if architecture.latent:
         found = {(each.rope, each.rope_dim) for each in config.mixers if isinstance(each, MLA)}
         ((rope, size),) = found

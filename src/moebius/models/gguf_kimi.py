@@ -50,14 +50,19 @@ _KEYS = (
 )
 
 
+def _integer(keys: FileKeys, key: str) -> int:
+    value = keys.get(key, 0)
+    return value if type(value) is int else 0
+
+
 def _read(keys: FileKeys, config: Mapping[str, Any]) -> dict[str, Any]:
     """Which layers have latent attention, and the sizes of its heads."""
     turning = config["qk_rope_head_dim"]
     heads = config["num_attention_heads"]
-    sizes = [keys.get(f"attention.{x}_length_mla", 0) for x in ("key", "value")]
-    size, value_size = (each if type(each) is int else 0 for each in sizes)
+    size = _integer(keys, "attention.key_length_mla")
+    value_size = _integer(keys, "attention.value_length_mla")
     if size <= turning or value_size < 1:
-        raise keys.wrong("attention.key_length_mla", f"is {sizes[0]!r}, of which {turning} turn")
+        raise keys.wrong("attention.key_length_mla", f"is {size}, of which {turning} turn")
     latent = keys.get("attention.key_length", 0)
     if latent not in (0, config["kv_lora_rank"] + turning):
         raise keys.wrong("attention.key_length", f"is {latent!r}, and no latent with its key")

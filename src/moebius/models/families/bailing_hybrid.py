@@ -53,10 +53,12 @@ def read(reader: ConfigReader) -> ModelConfig:
 AT = "attention."
 KV = f"{AT}kv_b_proj.weight"
 ROLES = (
-    *(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "f_proj", "g_proj", "b_proj")),
+    *(f"{x}_proj.weight" for x in "qkvfgb"),
     *(f"{x}_conv1d.weight" for x in "qkv"),
-    *("A_log", "dt_bias", "o_norm.weight", "kv_a_layernorm.weight"),
-    *("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"),
+    *(f"{name}.weight" for name in ("o_norm", "kv_a_layernorm", "kv_a_proj_with_mqa")),
+    "kv_a_proj_with_mqa.bias",
+    "A_log",
+    "dt_bias",
 )
 NAMES: Names = {
     **{f"self_attn.{role}": f"{AT}{role}" for role in ROLES},
