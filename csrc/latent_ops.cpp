@@ -19,7 +19,7 @@ void Ops::rotate_and_store_latent(const StoreLatent& s, int rows) {
         for (int t = item * together; t < std::min(rows, (item + 1) * together); t++) {
             const float *cos = s.cos + size_t(t) * s.half, *sin = s.sin + size_t(t) * s.half;
             const char* latent = at(s.latent, t * row_bytes);
-            norm(latent, nullptr, 1.0f, s.norm.values, shape.value_dim, s.eps, false, nullptr, key);
+            norm(latent, nullptr, 1.0f, nullptr, s.norm.values, shape.value_dim, s.eps, false, nullptr, key);
             rotate(latent + latent_bytes, nullptr, 0, cos, sin, s.half, s.interleaved, turning, at(key, latent_bytes));
             write_key(s.dtype, shape, s.cache, key, s.slots[t], 0);
             char* queries = at(s.q, t * s.q_heads * row_bytes);
