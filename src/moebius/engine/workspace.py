@@ -12,6 +12,7 @@ from torch import Tensor
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.shared_head import SharedHead
 from moebius.errors import ConfigError
+from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.encoder_decoder import EncoderDecoder
 from moebius.nn.mixers.source_past import PagedSourcePast
