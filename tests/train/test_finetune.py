@@ -161,7 +161,7 @@ def test_an_encoder_and_a_decoder_are_not_trained(
     tuned = dataclasses.replace(
         recipe, model=None, finetune=FinetuneRecipe(checkpoint=str(tmp_path))
     )
-    with pytest.raises(ConfigError, match="are an encoder and a decoder, .* not trained"):
+    with pytest.raises(ConfigError, match=r"are an encoder and a decoder, .* not trained"):
         Trainer(tuned, data)
 
 
