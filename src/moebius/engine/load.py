@@ -39,10 +39,11 @@ from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
 from moebius.engine.trace import TraceWriter
 from moebius.engine.weight_bytes import common_bytes, count_weights
-from moebius.engine.workspace import StepRows, Workspace, bare_decoder, plan_workspace
+from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
+from moebius.models.encoder_decoder import decoder_of
 from moebius.models.key_offsets import key_offsets
 from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
@@ -207,7 +208,7 @@ def prepare(
     loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
     if ahead and quantized is None and weight_bytes.total <= available:
         loader.read_ahead(ranks)
-    decoder = bare_decoder(checkpoint.config, ops, dtype, ranks, cold=config.mmap_cold)
+    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = _workspace(decoder, config, kv_dtype)
     plan = plan_memory(
         checkpoint.config,
@@ -377,7 +378,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
         ranks = prepared.decoder.ranks
-        model = bare_decoder(model.config, model.ops, model.dtype, ranks, cold=config.mmap_cold)
+        model = decoder_of(model.config, model.ops, model.dtype, device="meta", ranks=ranks)
     prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(
