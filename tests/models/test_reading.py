@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import tiny_t5
 from models.config_keys import TABLES
 from moebius.errors import ConfigError
 from moebius.models.family import model_config, read_config
@@ -209,7 +210,8 @@ def test_llama_1_has_the_context_of_its_class() -> None:
 @pytest.mark.parametrize("model_type", TABLES)
 def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     """Every optional key, left out, means what transformers' class takes it to be."""
-    needed = {**TINY, **FAMILY[model_type], "model_type": model_type}
+    sizes = {**TINY, **FAMILY[model_type]} if model_type in FAMILY else tiny_t5.TINY
+    needed = {**sizes, "model_type": model_type}
     filled_in = AutoConfig.for_model(**needed).to_dict()
     assert model_config(needed) == model_config(filled_in)
 
@@ -229,6 +231,10 @@ def test_all_keys_absent_is_the_class_as_it_is(model_type: str) -> None:
     config = AutoConfig.for_model(**needed)
     ours = model_config(needed)
     assert ours == model_config(config.to_dict())
+    if ours.encoder_layers:
+        assert ours.encoder_layers == config.num_layers and ours.hidden_size == config.d_model
+        assert ours.num_layers == config.num_layers + 2 * config.num_decoder_layers
+        return
     assert ours.num_layers == config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or [None] * ours.num_layers
     found: list[RopeConfig | None] = []

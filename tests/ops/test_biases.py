@@ -6,7 +6,9 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +107,17 @@ def naive(
     return found
 
 
+@cache
+def cased(whole: bool, biased: bool, dtype: torch.dtype) -> tuple[Any, Tensor | None, list[Tensor]]:
+    """Queries, keys and values, biases, and what a loop makes of them."""
+    lengths = WHOLE if whole else CAUSAL
+    tensors = drawn(lengths, dtype)
+    bias = None
+    if biased:
+        bias = torch.randn(H, 2 * REACH + 1, generator=torch.Generator().manual_seed(0)) * 2
+    return tensors, bias, naive(lengths, tensors, bias, whole=whole)
+
+
 @pytest.mark.parametrize("isa", ["reference", *LEVELS])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
@@ -114,14 +127,10 @@ def test_attention_is_that_of_a_loop(
 ) -> None:
     ops = ReferenceOps() if isa == "reference" else level(isa, 2)
     lengths = WHOLE if whole else CAUSAL
-    tensors = drawn(lengths, dtype)
-    bias = torch.randn(H, 2 * REACH + 1, generator=torch.Generator().manual_seed(0)) * 2
-    exact = naive(lengths, tensors, bias if biased else None, whole=whole)
+    tensors, bias, exact = cased(whole, biased, dtype)
     bound = 0.08 if dtype == torch.bfloat16 else 2e-5
     for block_size in (16, 5):
-        found = attend(
-            ops, lengths, tensors, bias if biased else None, whole=whole, block_size=block_size
-        )
+        found = attend(ops, lengths, tensors, bias, whole=whole, block_size=block_size)
         for one, other in zip(found, exact, strict=True):
             assert (one.double() - other).abs().max() < bound
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny_t5
 from moebius.errors import ConfigError, WeightsError
 from moebius.models.store.load import load_decoder
 from moebius.train.data import PreparedData, prepare
@@ -151,6 +152,17 @@ def test_what_does_not_fit_is_refused(recipe: Recipe, data: PreparedData, tmp_pa
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="the tokenizer has 321 entries, the checkpoint 320"):
         Trainer(tuned, big)
+
+
+def test_an_encoder_and_a_decoder_are_not_trained(
+    recipe: Recipe, data: PreparedData, tmp_path: Path
+) -> None:
+    tiny_t5.tiny("switch_transformers", vocab_size=320).save_pretrained(tmp_path)
+    tuned = dataclasses.replace(
+        recipe, model=None, finetune=FinetuneRecipe(checkpoint=str(tmp_path))
+    )
+    with pytest.raises(ConfigError, match=r"are an encoder and a decoder, .* not trained"):
+        Trainer(tuned, data)
 
 
 @pytest.mark.case("A1")

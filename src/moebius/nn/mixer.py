@@ -3,7 +3,8 @@
 A new kind of mixer is a file in mixers/. It holds the record; the module; and, where it keeps
 something that no mixer kept before, a protocol such as `Attends`, by which the module reaches it.
 That protocol then joins `Past`, and the two pasts there are (paged.py, packed.py) learn to answer.
-The decoder, the layouts and the engine do not change.
+The decoder, the layouts and the engine do not change. What an encoder's layers ask for, the pasts
+of such models alone answer (mixers/source_past.py).
 """
 
 from collections.abc import Iterator

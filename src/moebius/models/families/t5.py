@@ -31,7 +31,9 @@ def read(reader: ConfigReader) -> ModelConfig:
 
     # 1.1 says that head and embedding are two, and means that nothing is divided; which tensors
     # there are is for the files to say.
-    said = reader.flag("tie_word_embeddings", True)
+    key = "tie_word_embeddings"
+    reader.computed.add(key)
+    said = reader.raw.get(key) is None or reader.flag(key)
     return encoder_decoder(reader, everywhere, scaled=reader.flag("scale_decoder_outputs", said))
 
 
