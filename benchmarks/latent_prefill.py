@@ -86,6 +86,8 @@ class Chunk:
         self.cache = self._cache(spec, len(blocks))
         apart = key_value_spec(heads, query, DTYPE, sizes.value)
         self.apart = self._cache(apart, len(blocks))
+        self.plain = self.latents[:, : sizes.latent].contiguous()
+        self.rows = torch.randn(context, heads * (2 * query + sizes.value)).to(DTYPE)
         # The context before the chunk.
         self.ops.rotate_and_store_latent(
             self.ops.head_products(torch.randn(context, heads, query).to(DTYPE), self.keys),
@@ -121,20 +123,14 @@ class Chunk:
         return ops.head_products(found, self.values)
 
     def expanded(self) -> Tensor:
-        """What stands behind queries that turn is the same work as what stands before them."""
+        """What kv_b_proj makes is not laid side by side here, as a kernel of its own would do."""
         ops = self.ops
-        sizes = self.sizes
         context = len(self.latents)
-        made = ops.linear(self.latents[:, : sizes.latent].contiguous(), self.made)
-        made = made.view(context, sizes.heads, sizes.plain + sizes.value)
-        shared = self.latents[:, None, sizes.latent :].expand(-1, sizes.heads, -1)
-        keys = torch.cat((made[..., : sizes.plain], shared), dim=-1).flatten(1)
-        values = made[..., sizes.plain :].flatten(1)
-        # One query head for each key head, of which the last rows' alone are asked for.
-        unasked = torch.zeros(context, sizes.heads * self.q.shape[2], dtype=DTYPE)
-        rows = torch.cat((unasked, keys, values), dim=1)
+        ops.linear(self.plain, self.made)
         nothing = torch.empty(context, 0)
-        ops.rotate_and_store(rows, Rotation(nothing, nothing), self.apart, self.whole.slot_mapping)
+        ops.rotate_and_store(
+            self.rows, Rotation(nothing, nothing), self.apart, self.whole.slot_mapping
+        )
         return ops.paged_attention(self.q, self.apart, self.plan, self.scale)
 
 
@@ -163,7 +159,8 @@ def measured(ops: CpuOps, sizes: Sizes, context: int, rounds: int) -> dict[str, 
 
 def layer_seconds(ops: CpuOps, rounds: int) -> float:
     """A chunk through the matrices of a layer of GLM-4.7-Flash, but for those of heads."""
-    hidden, width = 2048, 1536
+    hidden = 2048
+    width = 1536
     shapes = [(768, hidden), (5120, 768), (576, hidden), (hidden, 5120)]
     shapes += [(width, hidden), (width, hidden), (hidden, width)] * 5
     layers = [ops.prepare_linear((weights(*shape), None)) for shape in shapes]

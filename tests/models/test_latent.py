@@ -109,7 +109,7 @@ def test_heads_are_read_whether_files_have_them_apart_or_not(
     assert {(each.mapped, each.split) for each in of_heads} == {(not split, split)}
     weights = count_weights(checkpoint.sources, planned, "", EngineConfig(), None)
     assert weights.split == (sum(each.count for each in of_heads) * 4 if split else 0)
-    assert ("are kv_b_proj, widened and split by heads" in weights.parts) == split
+    assert ("are kv_b_proj in plain numbers, split by heads" in weights.parts) == split
 
 
 def test_codes_of_a_checkpoint_are_widened_and_taken_apart(tmp_path: Path) -> None:
@@ -196,6 +196,27 @@ def test_kimi_k2_is_a_deepseek_v3(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
     assert torch.equal(served(load_decoder(tmp_path, torch.float32)), plain)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_of_mistral_small_4_is_read_out_of_its_files(tmp_path: Path, prefix: str) -> None:
+    save_tiny(tmp_path, "mistral4")
+    plain = served(load_decoder(tmp_path, torch.float32))
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = "language_model." if prefix.startswith("language") else ""
+    named = {
+        name.replace("model.", prefix, 1) if name.startswith("model.") else head + name: tensor
+        for name, tensor in tensors.items()
+    }
+    named["vision_tower.patch_conv.weight"] = torch.zeros(2)
+    save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    nested = {"model_type": "mistral3", "text_config": config, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert torch.equal(served(load_decoder(tmp_path, torch.float32)), plain)
+    small_3 = {"model_type": "mistral3", "text_config": {"model_type": "mistral"}}
+    with pytest.raises(ConfigError, match=r"text_config\.model_type is 'mistral'; it must be"):
+        read_config(small_3)
 
 
 def test_published_ax_k1_has_its_norm_in_layers_and_no_selection_bias(tmp_path: Path) -> None:

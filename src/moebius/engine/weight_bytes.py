@@ -58,9 +58,8 @@ class WeightBytes:
         if self.repacked:
             said += f", {human_bytes(self.repacked)} repacked"
         if self.split:
-            said += (
-                f", of which {human_bytes(self.split)} are kv_b_proj, widened and split by heads"
-            )
+            of = human_bytes(self.split)
+            said += f", of which {of} are kv_b_proj in plain numbers, split by heads"
         if self.near:
             said += f", {human_bytes(self.near)} copied to {node_names(self.nodes)}"
         return said

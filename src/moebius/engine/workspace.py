@@ -102,6 +102,17 @@ def head(model: Decoder, hidden_TD: Tensor, rows_L: Tensor) -> Tensor:
     return model.logits(model.ops.embed(rows_L, hidden_TD))
 
 
+def _most_inputs(config: ModelConfig) -> int:
+    """Of any matrix of the model."""
+    matrices = (
+        parameter.shape[1]
+        for layer in set(config.layers)
+        for parameter in layer.parameters(config.hidden_size)
+        if len(parameter.shape) == 2
+    )
+    return max(config.hidden_size, *matrices)
+
+
 def plan_workspace(
     model: Decoder,
     block_size: int,
@@ -137,13 +148,12 @@ def plan_workspace(
         few = together
         shared = ops.trace(lambda rows_G: few.logits(hidden_TD, rows_G), few.source)
     sampling = Use(Operation.SAMPLING, torch.float32)
-    widest = max(
-        config.hidden_size,
-        *(mixer.activations for mixer in config.mixers),
-        *(max(part.width, part.shared_width) for part in config.feed_forward),
-    )
     scratch = max(
-        (ops.scratch_bytes(widest, spec, block_size, context) for spec in specs if spec.token),
+        (
+            ops.scratch_bytes(_most_inputs(config), spec, block_size, context)
+            for spec in specs
+            if spec.token
+        ),
         default=0,
     )
     return Workspace(step, logits, shared, step.uses | logits.uses | {sampling}, scratch)

@@ -8,6 +8,7 @@ from moebius.models.config import ModelConfig
 from moebius.models.family import Family
 from moebius.models.gguf_latent import MISTRAL4
 from moebius.models.latent_parts import LAYOUTS, growing_attention, latent_decoder
+from moebius.models.layout import Layout
 from moebius.models.parts import experts, first_dense
 from moebius.models.reading import ConfigReader
 from moebius.moe.config import FeedForwardConfig
@@ -46,4 +47,22 @@ def read(reader: ConfigReader) -> ModelConfig:
     return latent_decoder(reader, growing_attention(reader, USUAL_ROPE), parts)
 
 
-FAMILY = Family(read, LAYOUTS[::-1], gguf=MISTRAL4)
+# Of text alone, and of files with images, as transformers 5 saves them and as they were published.
+PREFIXES = {
+    "model.": "lm_head.weight",
+    "model.language_model.": "lm_head.weight",
+    "language_model.model.": "language_model.lm_head.weight",
+}
+UNUSED = ("*vision_tower.*", "*multi_modal_projector.*")
+FAMILY = Family(
+    read,
+    tuple(
+        Layout(
+            each.names, f"{at}layers.{{i}}.", f"{at}embed_tokens.weight", f"{at}norm.weight", head
+        )
+        for at, head in PREFIXES.items()
+        for each in reversed(LAYOUTS)
+    ),
+    UNUSED,
+    gguf=MISTRAL4,
+)
