@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks" / "peers")]
 
-from sizes import SIZES, Sizes  # noqa: E402
+from sizes import MADE, Sizes  # noqa: E402
 
 SMALL = Sizes(
     layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, experts=4, top_k=2, width=32, vocab=4096
@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def sizes(self) -> Sizes:
-        return SMALL if self.small else SIZES["m2"]
+        return SMALL if self.small else MADE["m2"]
 
     @property
     def checkpoint(self) -> Path:
@@ -212,7 +212,8 @@ def decode(stage: Stage) -> None:
     stage.keep(prompt=prompt, output=output, bytes_per_token_alone=2 * used)
     with load(stage) as llm:
         for requests in (1, 4 if stage.small else 32):
-            rates: list[float] = []
+            firsts: list[float] = []
+            wholes: list[float] = []
             for turn in range(repetitions + 1):
                 shape = {
                     "requests": requests,
@@ -222,11 +223,15 @@ def decode(stage: Stage) -> None:
                 first = generate(stage, llm, output=1, **shape)
                 whole = generate(stage, llm, output=output, **shape)
                 if turn:
-                    rates.append(requests * (output - 1) / (whole - first))
+                    firsts.append(first)
+                    wholes.append(whole)
+                    spans = zip(firsts, wholes, strict=True)
+                    rates = [requests * (output - 1) / (whole - first) for first, whole in spans]
                     of = {
+                        "one_token_s": firsts,
+                        "all_tokens_s": wholes,
                         "tokens_per_second": rates,
                         "median": statistics.median(rates),
-                        "last_first_token_s": first,
                     }
                     stage.keep(**{f"requests_{requests}": of})
 

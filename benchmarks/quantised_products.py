@@ -32,12 +32,12 @@ from records import save
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 import ceilings
-from sizes import SIZES
+from sizes import MADE
 
 # More than any processor's last cache that this runs on.
 COLD_BYTES = 160 * 2**20
 DTYPE = torch.bfloat16
-M2 = SIZES["m2"]
+M2 = MADE["m2"]
 # Beside those of GGUF.
 OTHERS = (
     "bfloat16",
@@ -193,7 +193,9 @@ def measured(case: Case, read: Callable[[], dict[str, float]], passes: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", default="", help="an instruction set, or all; default: the best")
+    parser.add_argument(
+        "--isa", nargs="*", default=[""], help="instruction sets, or all; default: the best"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--passes", type=int, default=9)
     parser.add_argument("--formats", nargs="*", default=NAMES)
@@ -204,7 +206,7 @@ def main() -> None:
     memory = Memory(3 * COLD_BYTES)
     rows: list[dict[str, object]] = []
     with ceilings.reader(args.threads) as read:
-        for isa in _cpu.available() if args.isa == "all" else [args.isa]:
+        for isa in _cpu.available() if args.isa == ["all"] else args.isa:
             ops = CpuOps(args.threads, isa)
             for format in map(format_named, args.formats):
                 cases = (*layer_cases(ops, format, memory), *expert_cases(ops, format, memory))

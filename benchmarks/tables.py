@@ -106,6 +106,12 @@ SCHEDULES = (
         f"{PYTHON} benchmarks/one_answer.py --quantised --seed 16 --seconds 2300",
     ),
     Source(
+        "one_answer_ranks.json",
+        ZEN4,
+        "2026-11-29",
+        f"{PYTHON} benchmarks/one_answer.py --ranks 1 2 3 4 --seed 77 --seconds 1500",
+    ),
+    Source(
         "one_answer_avx2.json", ZEN3, "2026-11-25", f"{PYTHON} benchmarks/one_answer.py --seed 41"
     ),
 )
@@ -136,7 +142,7 @@ EXPERT_PARALLEL = (
     Source(
         "expert_parallel.json",
         ZEN4,
-        "2026-11-28",
+        "2026-11-29",
         f"{PYTHON} benchmarks/expert_parallel.py --models m1 --rounds 2",
     ),
     Source(
@@ -441,7 +447,7 @@ def schedules() -> str:
         found = "none" if record["different"] is None else str(record["different"])
         row = [
             record["kernels"],
-            record.get("weights", "plain"),
+            record.get("weights", "plain") + (", on 1 to 4 ranks" if "ranks" in record else ""),
             *(f"{record[name]:,}" for name in fields),
             found,
             f"{record['seconds']:,}",

@@ -39,7 +39,7 @@ class Peer:
         return models / self.files[weights].format(model)
 
 
-GGUF = {weights: f"{{}}-{weights}.gguf" for weights in ("q8_0", "q4_k_m")}
+GGUF = {weights: f"{{}}-{weights}.gguf" for weights in ("q8_0", "q4_k_m", "mxfp4")}
 PEERS: dict[str, Peer] = {
     OURS: Peer("drive_moebius.py", None, {BF16: "{}", **GGUF}),
     "vllm": Peer("drive_vllm.py", "venv-vllm", {BF16: "{}"}),

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from common import peers_folder
 from safetensors.torch import save_file
-from sizes import SIZES, Sizes
+from sizes import MADE, Sizes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -176,11 +176,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, choices=SIZES)
+    parser.add_argument("--model", required=True, choices=MADE)
     parser.add_argument("--out", type=Path, help="folder of the models (default: PEERS/models)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    sizes = SIZES[given.model]
+    sizes = MADE[given.model]
     out = (given.out or peers_folder() / "models") / given.model
     out.mkdir(parents=True, exist_ok=True)
     parameters = write_weights(sizes, out, given.seed)

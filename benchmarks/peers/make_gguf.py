@@ -1,9 +1,10 @@
-"""Write a GGUF file of a model's sizes whose codes are random: for models too large to be quantised
-here.
+"""Write a GGUF file of a published model's sizes whose numbers are random: for models too large to
+be quantised here.
 
-    .venv/bin/python benchmarks/peers/make_gguf.py --model qwen3-30b      # 18.6 GB
+    .venv/bin/python benchmarks/peers/make_gguf.py --model qwen3-30b                 # 18.6 GB
+    .venv/bin/python benchmarks/peers/make_gguf.py --model gpt-oss-20b --type mxfp4
 
-Types are those of llama.cpp's Q4_K_M, tensor by tensor. Numbers have a mean of about 0 and a
+Types are those that `moebius quantize` gives the tensors. Numbers have a mean of about 0 and a
 deviation of about 0.02, as a trained model's. The benchmark hands over token ids, so that most of
 the vocabulary are fillers.
 """
@@ -15,105 +16,103 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
-import numpy as np
+import torch
 from common import peers_folder
-from gguf import GGMLQuantizationType as Type
-from sizes import SIZES, Sizes
+from published import PUBLISHED, Published
 
-# Blocks repeat after so many: nobody compresses them, and new ones would take minutes.
-POOL = 2**16
-BLOCK = 256
+from moebius.files import anyone
+from moebius.gguf import Value
+from moebius.gguf.writer import TensorToWrite, write_gguf
+from moebius.models.gguf_keys import gguf_keys
+from moebius.models.store.gguf import block_type
+from moebius.ops.formats import FORMATS, BlockFormat
+from moebius.quantize.encode import encoded
+from moebius.quantize.recipe import RECIPES, Recipe, format_of
+
+DEVIATION = 0.02
+# Numbers repeat after so many: nobody compresses them, and new ones would take minutes.
+POOL = 2**22
+PIECE = 2**24
+# Answers stand in the next prompt without their thinking, which the prompt begins.
+TEMPLATE = """\
+{%- for message in messages -%}
+<|{{ message.role }}|>
+{{ message.content.split('</think>')[-1] }}
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|assistant|>
+<think>
+{% endif -%}"""
 
 
-def q4_k(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Blocks of d * scale * q - dmin * minimum whose minimum is 7.5 times the scale: (count, 144).
+class Pools:
+    """Random numbers in each format, drawn and encoded once."""
 
-    The last four of eight scales have their lower four bits in bytes of their own (K-quants'
-    layout).
-    """
-    scales = rng.integers(24, 64, (count, 8), dtype=np.uint8)
-    blocks = rng.integers(0, 256, (count, 144), dtype=np.uint8)
-    d = 0.02 / (44 * 4.6)
-    halves = np.array([d, 7.5 * d], np.float16).view(np.uint8)
-    blocks[:, :4] = halves
-    low = scales[:, 4:] & 15
-    high = (scales[:, 4:] >> 4) << 6
-    packed = scales[:, :4] | high
-    blocks[:, 4:8] = packed
-    blocks[:, 8:12] = packed
-    blocks[:, 12:16] = low | (low << 4)
-    return blocks
+    def __init__(self, seed: int) -> None:
+        self._drawn = torch.Generator().manual_seed(seed)
+        self._blocks: dict[str, bytes] = {}
+
+    def blocks(self, format: BlockFormat, nbytes: int) -> Iterator[memoryview]:
+        """So many bytes of whole blocks, from a random one on."""
+        pool = self._blocks.get(format.name)
+        if pool is None:
+            numbers_NE = DEVIATION * self.normal(POOL // format.elements, format.elements)
+            pool = encoded(numbers_NE, format.name).numpy().tobytes()
+            pool *= 1 + PIECE // len(pool)
+            self._blocks[format.name] = pool
+        first = int(torch.randint(POOL // format.elements, (1,), generator=self._drawn))
+        start = first * format.nbytes
+        while nbytes:
+            piece = memoryview(pool)[start : start + nbytes]
+            yield piece
+            nbytes -= len(piece)
+            start = 0
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._drawn)
 
 
-def q6_k(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Blocks of d * scale * (q - 32): (count, 210)."""
-    blocks = rng.integers(0, 256, (count, 210), dtype=np.uint8)
-    blocks[:, 192:208] = rng.integers(48, 81, (count, 16), dtype=np.uint8)
-    blocks[:, 208:] = np.array([0.02 / (64 * 18.5)], np.float16).view(np.uint8)
-    return blocks
+def vector(name: str, shape: tuple[int, ...], pools: Pools) -> torch.Tensor:
+    """What is not quantised, as its name says: weights of norms are 1, decays below 0."""
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith("ssm_a"):
+        return -pools.normal(*shape).exp()
+    return (0.3 if "conv1d" in name else DEVIATION) * pools.normal(*shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor: its shape, slowest first, and what it is stored as."""
+    """A tensor of the file; `format` None: float32."""
 
     name: str
     shape: tuple[int, ...]
-    type: Type
+    format: BlockFormat | None
 
-    @property
-    def nbytes(self) -> int:
-        return gguf.quant_shape_to_byte_shape(self.shape, self.type)[-1] * int(
-            np.prod(self.shape[:-1])
-        )
+    def to_write(self, pools: Pools) -> TensorToWrite:
+        def pieces() -> Iterator[bytes | memoryview]:
+            if self.format is None:
+                yield vector(self.name, self.shape, pools).numpy().tobytes()
+            else:
+                yield from pools.blocks(self.format, tensor.nbytes)
 
-
-def planned(sizes: Sizes) -> Iterator[Planned]:
-    """All tensors of the qwen3moe architecture."""
-    queries = sizes.heads * sizes.head_dim
-    keys = sizes.kv_heads * sizes.head_dim
-    hidden = sizes.hidden
-    yield Planned("token_embd.weight", (sizes.vocab, hidden), Type.Q4_K)
-    yield Planned("output_norm.weight", (hidden,), Type.F32)
-    yield Planned("output.weight", (sizes.vocab, hidden), Type.Q6_K)
-    for layer in range(sizes.layers):
-        eighth = sizes.layers // 8
-        more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
-        fine = Type.Q6_K if more else Type.Q4_K
-        for name, shape, type in (
-            ("attn_norm", (hidden,), Type.F32),
-            ("ffn_norm", (hidden,), Type.F32),
-            ("attn_q_norm", (sizes.head_dim,), Type.F32),
-            ("attn_k_norm", (sizes.head_dim,), Type.F32),
-            ("attn_q", (queries, hidden), Type.Q4_K),
-            ("attn_k", (keys, hidden), Type.Q4_K),
-            ("attn_v", (keys, hidden), fine),
-            ("attn_output", (hidden, queries), Type.Q4_K),
-            ("ffn_gate_inp", (sizes.experts, hidden), Type.F32),
-            ("ffn_gate_exps", (sizes.experts, sizes.width, hidden), Type.Q4_K),
-            ("ffn_up_exps", (sizes.experts, sizes.width, hidden), Type.Q4_K),
-            ("ffn_down_exps", (sizes.experts, hidden, sizes.width), fine),
-        ):
-            yield Planned(f"blk.{layer}.{name}.weight", shape, type)
+        kind = block_type("float32" if self.format is None else self.format.name)
+        tensor = TensorToWrite(self.name, kind, self.shape, pieces)
+        return tensor
 
 
-class Values:
-    """Random numbers in each type, from pools that are drawn once."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._pools = {Type.Q4_K: q4_k(POOL, self._rng), Type.Q6_K: q6_k(POOL, self._rng)}
-
-    def of(self, tensor: Planned) -> np.ndarray:
-        if tensor.type == Type.F32:
-            if len(tensor.shape) == 1:
-                return np.ones(tensor.shape, np.float32)
-            return self._rng.normal(0, 0.02, tensor.shape).astype(np.float32)
-        pool = self._pools[tensor.type]
-        count = int(np.prod(tensor.shape)) // BLOCK
-        rolled = np.roll(pool, int(self._rng.integers(POOL)), axis=0)
-        return np.resize(rolled, (count, pool.shape[1]))
+def planned(model: Published, recipe: Recipe) -> list[Planned]:
+    """All tensors, in the file's order."""
+    found: dict[str, Planned] = {}
+    for source in model.tensors:
+        if source.name in found:
+            continue
+        last = len(source.stored_shape) - 1
+        shape = [n for i, n in enumerate(source.stored_shape) if n != 1 or i in (0, last)]
+        format = FORMATS.get(str(format_of(recipe, source, model.model)))
+        blocks = format if isinstance(format, BlockFormat) else None
+        found[source.name] = Planned(source.name, tuple(shape), blocks)
+    return list(found.values())
 
 
 def byte_letters() -> list[str]:
@@ -124,60 +123,46 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in printed else next(others)) for byte in range(256)]
 
 
-def describe(writer: gguf.GGUFWriter, sizes: Sizes) -> None:
-    """The model's sizes and a vocabulary of the 256 bytes, one pair of them, and fillers."""
-    writer.add_block_count(sizes.layers)
-    writer.add_context_length(32_768)
-    writer.add_embedding_length(sizes.hidden)
-    writer.add_feed_forward_length(3 * sizes.hidden)
-    writer.add_head_count(sizes.heads)
-    writer.add_head_count_kv(sizes.kv_heads)
-    writer.add_key_length(sizes.head_dim)
-    writer.add_value_length(sizes.head_dim)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e6)
-    writer.add_expert_count(sizes.experts)
-    writer.add_expert_used_count(sizes.top_k)
-    writer.add_expert_feed_forward_length(sizes.width)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+def vocabulary(size: int) -> dict[str, Value]:
+    """The 256 bytes, one pair of them, and fillers."""
     letters = byte_letters()
     tokens = [*letters, letters[32] + "a"]
-    tokens += [f"<filler {number}>" for number in range(len(tokens), sizes.vocab)]
-    normal = gguf.TokenType.NORMAL
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([normal] * 257 + [gguf.TokenType.UNUSED] * (sizes.vocab - 257))
-    writer.add_token_merges([f"{letters[32]} a"])
-    writer.add_eos_token_id(sizes.vocab - 1)
+    tokens += [f"<filler {number}>" for number in range(len(tokens), size)]
+    normal = 1
+    unused = 5
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [normal] * 257 + [unused] * (size - 257),
+        "tokenizer.ggml.merges": [f"{letters[32]} a"],
+        "tokenizer.ggml.eos_token_id": size - 1,
+        "tokenizer.chat_template": TEMPLATE,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, choices=SIZES)
-    parser.add_argument("--out", type=Path, help="default: PEERS/models/MODEL-q4_k_m.gguf")
+    parser.add_argument("--model", required=True, choices=PUBLISHED)
+    parser.add_argument("--type", default="q4_k_m", choices=RECIPES)
+    parser.add_argument("--out", type=Path, help="default: PEERS/models/MODEL-TYPE.gguf")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    sizes = SIZES[given.model]
-    out = given.out or peers_folder() / "models" / f"{given.model}-q4_k_m.gguf"
-    writer = gguf.GGUFWriter(out, "qwen3moe")
-    describe(writer, sizes)
-    tensors = list(planned(sizes))
-    for tensor in tensors:
-        plain = tensor.type == Type.F32
-        shape = tensor.shape if plain else gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
-        dtype = np.dtype(np.float32 if plain else np.uint8)
-        writer.add_tensor_info(tensor.name, shape, dtype, tensor.nbytes, tensor.type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    values = Values(given.seed)
-    for tensor in tensors:
-        writer.write_tensor_data(values.of(tensor))
-    writer.close()
-    print(f"{out}: {out.stat().st_size / 1e9:.1f} GB")
+    model = PUBLISHED[given.model]
+    recipe = RECIPES[given.type]
+    out = given.out or peers_folder() / "models" / f"{given.model}-{given.type}.gguf"
+    metadata = {
+        **gguf_keys(model.config_json).keys,
+        **vocabulary(model.vocab),
+        "general.file_type": recipe.file_type,
+        "general.quantization_version": 2,
+    }
+    pools = Pools(given.seed)
+    tensors = [each.to_write(pools) for each in planned(model, recipe)]
+    layout = write_gguf(out, metadata, tensors, ours=anyone)
+    print(f"{out}: {layout.size / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

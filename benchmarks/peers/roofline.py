@@ -6,7 +6,7 @@ over the matrix peak.
 Steps are those of an ideal continuous batching: every running request advances by one token, whole
 prompts join while the step holds at most MAX_STEP_TOKENS tokens. A step reads the weights of
 attention and router, the experts that its tokens are expected to hit, and the output head, all as
-their file holds them, and the KV cache of its requests, in 16 bits.
+their file holds them, the KV cache of its requests, in 16 bits, and their recurrent states.
 
 Random weights make greedy decoding repeat itself, so sequences may share experts and the expected
 number is an upper bound: in W3 an engine can come out above 100 %.
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from common import MAX_STEP_TOKENS
+from published import Published
 from sizes import SIZES, Sizes, Stored
 from workloads import NAMES, Workload, workload
 
@@ -47,7 +48,7 @@ class Floor:
 
 
 def floor(
-    sizes: Sizes,
+    sizes: Sizes | Published,
     work: Workload,
     *,
     bandwidth: float,
@@ -95,22 +96,21 @@ def _steps(work: Workload, cached: int) -> Iterator[list[Chunk]]:
         yield step
 
 
-def _bytes(sizes: Sizes, stored: Stored, step: list[Chunk]) -> float:
+def _bytes(sizes: Sizes | Published, stored: Stored, step: list[Chunk]) -> float:
     tokens = sum(chunk.new for chunk in step)
     hit = sizes.experts * (1 - (1 - sizes.top_k / sizes.experts) ** tokens)
     layer = stored.attention + stored.router + hit * stored.expert
-    kv_token = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
-    context = sum(chunk.context for chunk in step)
-    return sizes.layers * layer + stored.head + _KV_BYTES * kv_token * context
+    read = sum(_KV_BYTES * sizes.cached(chunk.context) for chunk in step)
+    # States are read and written.
+    return sizes.layers * layer + stored.head + read + 2 * len(step) * sizes.state
 
 
-def _operations(sizes: Sizes, step: list[Chunk]) -> float:
+def _operations(sizes: Sizes | Published, step: list[Chunk]) -> float:
     tokens = sum(chunk.new for chunk in step)
     layer = sizes.attention + sizes.router + sizes.top_k * sizes.expert
     # A token attends to those before it: a chunk's tokens to context - new / 2 on average; scores
     # and values.
-    attended = sum(chunk.new * (chunk.context - chunk.new / 2) for chunk in step)
-    scores = 4 * attended * sizes.heads * sizes.head_dim * sizes.layers
+    scores = sum(chunk.new * sizes.scores(chunk.context - chunk.new / 2) for chunk in step)
     return 2 * tokens * sizes.layers * layer + 2 * len(step) * sizes.head + scores
 
 

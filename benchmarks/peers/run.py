@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from common import peers_folder
-from drivers import HERE, PEERS, Driver, DriverError, Setting
+from drivers import HERE, OURS, PEERS, Driver, DriverError, Setting
 from pause import Disturbance, wait_until_calm, watch
 from report import summarize, table
-from sizes import BF16, OPENVINO, SIZES, stored, weights_of
+from sizes import BF16, SIZES, stored, weights_of
 from workloads import NAMES, workload
 
 from moebius.errors import MoebiusError
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument(
         "--weights",
         default=BF16,
-        choices=OPENVINO,
+        choices=PEERS[OURS].files,
         help="bf16, or the type of PEERS/models/MODEL-TYPE.gguf (moebius, llama.cpp), beside which "
         "openvino has an export of as many bits",
     )

@@ -1,10 +1,14 @@
-"""The sizes of the benchmark models. All are Qwen3-MoE by architecture, so that every peer runs
-them."""
+"""The sizes of the benchmark models. Those made here are Qwen3-MoE by architecture, so that every
+peer runs them; of published ones see published.py."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from published import PUBLISHED, Published
 
 BF16 = "bf16"
 # OpenVINO's exports, by the weights that are compared: its own codes stand beside GGUF's.
@@ -14,7 +18,10 @@ OPENVINO = {BF16: "{}-ov", "q8_0": "{}-ov-int8", "q4_k_m": "{}-ov-int4"}
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Numbers of a decoder; `width` is one expert's hidden size, `head_dim` one attention
-    head's."""
+    head's.
+
+    Parameters of a layer's parts are means over the layers.
+    """
 
     layers: int
     hidden: int
@@ -26,9 +33,12 @@ class Sizes:
     width: int
     vocab: int
 
+    state: ClassVar[int] = 0
+    """Bytes of the states of recurrent layers that a sequence has."""
+
     @property
     def attention(self) -> int:
-        """Parameters of one layer's q, k, v and output projections."""
+        """Parameters of a layer, routers and routed experts left out."""
         return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
 
     @property
@@ -53,15 +63,22 @@ class Sizes:
             + 2 * self.head
         )
 
+    def cached(self, context: float) -> float:
+        """Numbers of keys and values that a row reads behind so many tokens."""
+        return 2 * context * self.layers * self.kv_heads * self.head_dim
 
-SIZES = {
+    def scores(self, context: float) -> float:
+        """Operations of its scores and values."""
+        return 4 * context * self.layers * self.heads * self.head_dim
+
+
+MADE = {
     "m1": Sizes(8, 1024, 16, 4, 64, 32, 4, 512, 32_000),
     "m2": Sizes(24, 1024, 16, 8, 64, 32, 8, 512, 49_152),
     # OLMoE-1B-7B's numbers (arXiv 2409.02060).
     "olmoe": Sizes(16, 2048, 16, 16, 128, 64, 8, 1024, 50_304),
-    # Qwen3-30B-A3B's numbers (arXiv 2505.09388).
-    "qwen3-30b": Sizes(48, 2048, 32, 4, 128, 128, 8, 768, 151_936),
 }
+SIZES: Mapping[str, Sizes | Published] = {**MADE, **PUBLISHED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +92,24 @@ class Stored:
     head: float
 
     @classmethod
-    def plain(cls, sizes: Sizes) -> Stored:
+    def plain(cls, sizes: Sizes | Published) -> Stored:
         """In bfloat16."""
         return cls(2 * sizes.attention, 2 * sizes.router, 2 * sizes.expert, 2 * sizes.head)
 
     @classmethod
-    def of_file(cls, sizes: Sizes, file: Path) -> Stored:
+    def of_file(cls, sizes: Sizes | Published, file: Path) -> Stored:
         """In a GGUF file, tensor by tensor."""
         from moebius.gguf import read_gguf
 
         found = {name: each.stop - each.start for name, each in read_gguf(file).tensors.items()}
-
-        def layers(*kinds: str) -> float:
-            wanted = [f".{kind}.weight" for kind in kinds]
-            total = sum(n for name, n in found.items() if any(map(name.endswith, wanted)))
-            return total / sizes.layers
-
+        inside = {name: nbytes for name, nbytes in found.items() if name.startswith("blk.")}
+        router = sum(nbytes for name, nbytes in inside.items() if ".ffn_gate_inp." in name)
+        routed = sum(nbytes for name, nbytes in inside.items() if "_exps." in name)
+        others = sum(inside.values()) - router - routed
         return cls(
-            layers("attn_q", "attn_k", "attn_v", "attn_output"),
-            layers("ffn_gate_inp"),
-            layers("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps") / sizes.experts,
+            others / sizes.layers,
+            router / sizes.layers,
+            routed / sizes.layers / sizes.experts,
             found.get("output.weight", found["token_embd.weight"]),
         )
 

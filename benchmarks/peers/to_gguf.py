@@ -12,14 +12,14 @@ import argparse
 import sys
 
 from common import peers_folder
-from sizes import SIZES
+from sizes import MADE
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, choices=SIZES)
+    parser.add_argument("--model", required=True, choices=MADE)
     model = parser.parse_args().model
     models = peers_folder() / "models"
     llama = peers_folder() / "llama-src" / "vendor" / "llama.cpp"

@@ -14,7 +14,6 @@ from functools import cache
 Span = tuple[int, int]
 
 HUGE = 2 * 2**20
-_AT_ONCE = 256 * 2**10
 # Linux 5.14; older kernels refuse them, and pages come at first use.
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
@@ -51,18 +50,6 @@ def give_back(address: int, nbytes: int) -> None:
     last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if sys.platform == "linux" and first < last:
         _advise(first, last - first, mmap.MADV_DONTNEED)
-
-
-def will_need(address: int, nbytes: int) -> None:
-    """Ask the system to read these bytes from their file, without waiting for them.
-
-    In pieces, as Linux reads no more ahead at one call than a disk takes at once. Only Linux can.
-    """
-    if sys.platform != "linux":
-        return
-    first = address // mmap.PAGESIZE * mmap.PAGESIZE
-    for start in range(first, address + nbytes, _AT_ONCE):
-        _advise(start, min(_AT_ONCE, address + nbytes - start), mmap.MADV_WILLNEED)
 
 
 def populate(

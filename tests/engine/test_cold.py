@@ -6,19 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from engine.test_engine import make, prompts, run, tokens
 from moebius import machine
-from moebius.engine import cold_experts
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
 from moebius.engine.weight_bytes import WeightBytes
 from moebius.errors import ConfigError, MemoryPlanError
-from moebius.models.store.load import load_decoder
-from moebius.nn.packed import PackedPast
-from moebius.ops.reference import ReferenceOps
 from tiny import write_model
 
 MIB = 2**20
@@ -79,46 +73,6 @@ def test_answers_are_the_same_from_disk(large: Path) -> None:
         answers.append({id: tokens(steps) for id, steps in run(engine, asked).items()})
         engine.close()
     assert answers[0] == answers[1] and len(answers[0]) == 3
-
-
-def test_what_the_next_router_would_choose_is_asked_for_ahead(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[set[int]] = []
-    monkeypatch.setattr(cold_experts._Reader, "ask", lambda _, spans: asked.append(set(spans)))
-    prompt = [5, 9, 2, 40]
-    config = EngineConfig(**SMALL, mmap_cold=True)
-    engine = load_engine(large, config)
-    assert prepare(large, config).batch_invariant
-    asked.clear()  # what the start made
-    run(engine, [make(engine, "r", prompt, max_tokens=1)])
-
-    # The same worked out: layer 1's router on what layer 0's router saw.
-    seen: list[Tensor] = []
-    model = load_decoder(large, torch.float32, ops=ReferenceOps())
-    first, second = (layer.mlp for layer in model.layers)
-    first.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.inference_mode():
-        model(torch.tensor(prompt), torch.arange(len(prompt)), PackedPast(len(prompt)))
-    logits_TE = seen[0] @ second.router.weight.T
-    chosen = logits_TE.topk(second.router.config.top_k).indices.unique().tolist()
-    experts = engine.runner.model.layers[1].mlp.experts
-    matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
-    weights = [kind.held()[each] for kind in matrices for each in chosen]
-    assert asked == [{(x.data_ptr(), x.data_ptr() + x.nbytes) for x in weights}]
-    assert 0 < len(chosen) < 16
-    engine.close()
-
-
-def test_many_rows_ask_for_nothing_ahead(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(cold_experts._Reader, "ask", lambda _, spans: asked.append(spans))
-    more = {**SMALL, "max_num_batched_tokens": 32}
-    engine = load_engine(large, EngineConfig(**more, mmap_cold=True))
-    asked.clear()
-    run(engine, [make(engine, "r", list(range(3, 23)), max_tokens=1)])
-    assert asked == []
-    engine.close()
 
 
 def test_there_must_be_experts_that_are_read_in_place(tmp_path: Path) -> None:

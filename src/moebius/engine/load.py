@@ -38,7 +38,7 @@ from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
 from moebius.engine.trace import TraceWriter
 from moebius.engine.weight_bytes import common_bytes, count_weights
-from moebius.engine.workspace import StepRows, Workspace, bare_decoder, plan_workspace
+from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
@@ -207,7 +207,7 @@ def prepare(
     loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
     if ahead and quantized is None and weight_bytes.total <= available:
         loader.read_ahead(ranks)
-    decoder = bare_decoder(checkpoint.config, ops, dtype, ranks, cold=config.mmap_cold)
+    decoder = Decoder(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
     workspace = _workspace(decoder, config, kv_dtype)
     plan = plan_memory(
         checkpoint.config,
@@ -398,7 +398,7 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
         ranks = prepared.decoder.ranks
-        model = bare_decoder(model.config, model.ops, model.dtype, ranks, cold=config.mmap_cold)
+        model = Decoder(model.config, model.ops, model.dtype, device="meta", ranks=ranks)
     prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(

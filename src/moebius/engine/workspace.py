@@ -9,13 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.engine.cold_experts import look_ahead
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.shared_head import SharedHead
 from moebius.errors import ConfigError
-from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
-from moebius.moe.ranks import ExpertRank
 from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
 from moebius.ops.formats import dtype_name
@@ -76,16 +73,6 @@ class Workspace:
         """Whether every operation is, and there are no others: what torch computes between them
         is nobody's to promise."""
         return self.recorded and ops.batch_invariant(self.uses)
-
-
-def bare_decoder(
-    config: ModelConfig, ops: Ops, dtype: torch.dtype, ranks: ExpertRank | None, *, cold: bool
-) -> Decoder:
-    """A decoder without memory; cold: of experts that may stay on disk."""
-    decoder = Decoder(config, ops, dtype, device="meta", ranks=ranks)
-    if cold:
-        look_ahead(decoder)
-    return decoder
 
 
 @torch.inference_mode()

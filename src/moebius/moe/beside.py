@@ -92,8 +92,6 @@ class FeedForwardBeside(FeedForward):
         """The layer's output (T, D), and where its tokens went. x is what the dense part reads."""
         assert self.shared is not None and stream_TD is not None
         routing = self.router(stream_TD)
-        if self.ahead is not None:
-            self.ahead(stream_TD)
         sparse_TD = self.dispatch(self.experts_norm(stream_TD), routing, self.experts)
         dense_TD = self.shared_output_norm(self.shared(x_TD))
         return self.ops.add_gated(dense_TD, self.experts_output_norm(sparse_TD)), routing

@@ -1,7 +1,5 @@
 """The feed-forward part of a layer: router, dispatch, experts, and the expert that is always on."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from moebius.moe.config import FeedForwardConfig
@@ -21,8 +19,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ops = place.ops
         self.dispatch = dispatch
-        self.ahead: Callable[[Tensor], None] | None = None
-        """Hears of a step's rows before experts compute on them."""
         size = place.hidden_size
         router = config.router
         self.router = None if router is None else Router(place.ops, router, size, place.dtype)
@@ -40,8 +36,6 @@ class FeedForward(nn.Module):
         if self.router is None:
             return self.experts(x_TD), None
         routing = self.router(x_TD)
-        if self.ahead is not None:
-            self.ahead(x_TD)
         out_TD = self.dispatch(x_TD, routing, self.experts)
         if self.shared is not None:
             gate = self.shared_gate
