@@ -52,6 +52,11 @@ WINDOWED: dict[str, tuple[str, dict[str, object]]] = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
     "gpt-oss": ("gpt_oss", {"sliding_window": 16, "num_hidden_layers": 3}),
+    # Which keep less than those that see all, so that a block has room for more of them.
+    "gemma4": (
+        "gemma4_text",
+        {"sliding_window": 16, "num_hidden_layers": 5, "layer_types": None, "head_dim": 6},
+    ),
 }
 # Three kinds of layers, in unequal numbers: the whole past, a short window, a longer one.
 _FULL = GQA(4, 2, 16, value_dim=8, rope=RopeConfig(), sinks=True, softcap=5.0)
