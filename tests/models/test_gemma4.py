@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from engine.windows import assert_windows_are_given_back
-from models.gguf_hybrids import converter
+from models.gguf_recurrent import converter
 from moebius.engine.kv_cache import KVCache, block_bytes, lay_out
 from moebius.models.family import model_config, read_config
 from moebius.models.store import open_checkpoint
