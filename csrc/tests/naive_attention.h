@@ -99,7 +99,7 @@ void check_scratch(const Kernels& kernels, const Paged<T>& p, const Scoring& s, 
 template <class T> void test_attention(Ops& ops) {
     for (int turn = 0; turn < 30; turn++) {
         const int block_size = one_of({1, 3, 7, 8, 16, 24, 64}), kv_heads = uniform(1, 2), group = one_of({1, 2, 4, 7, 71});
-        const int key_dim = one_of({6, 8, 16, 33, 64, 80}), value_dim = turn % 2 ? key_dim : one_of({6, 16, 33, 80, 96});
+        const int key_dim = one_of({6, 8, 16, 33, 64, 80, 256}), value_dim = turn % 2 ? key_dim : one_of({6, 16, 33, 80, 96});
         std::vector<int> lengths, fresh;
         for (int b = 0; b < 3; b++) {
             const bool is_long = turn % 10 == 0;
