@@ -103,7 +103,7 @@ template <class T> void test_attention(Ops& ops) {
     for (int turn = 0; turn < 30; turn++) {
         const bool shared = turn % 3 == 1;  // values are the first numbers of keys
         const int block_size = one_of({1, 3, 7, 8, 16, 24, 64}), kv_heads = shared ? 1 : uniform(1, 2), group = one_of({1, 2, 4, 7, 71});
-        const int key_dim = one_of({6, 8, 16, 33, 64, 80}), apart = turn % 2 ? key_dim : one_of({6, 16, 33, 80, 96});
+        const int key_dim = one_of({6, 8, 16, 33, 64, 80, 256}), apart = turn % 2 ? key_dim : one_of({6, 16, 33, 80, 96});
         const int value_dim = shared ? uniform(1, key_dim) : apart;
         std::vector<int> lengths, fresh;
         for (int b = 0; b < 3; b++) {

@@ -264,6 +264,7 @@ void test_attentions(const Kernels& kernels) {
             for (int context : {1, 15, 16, 65, 200})
                 test_attention(kernels, {head_dim, group == 4 ? 16 : 24, group, context, context == 200 ? 70 : 0, group == 5 ? 30.0f : 0.0f, group == 16});
     test_attention(kernels, {64, 16, 2, 2100, 0, 0, false});
+    for (int head_dim : {256, 512}) test_attention(kernels, {head_dim, 16, 8, 130, head_dim == 256 ? 70 : 0, 0, false});
     test_attention(kernels, {96, 64, 1, 1100, 0, 0, true});
 }
 

@@ -50,8 +50,6 @@ def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     reader = config_reader(config_json)
     _check_windows(architecture, config)
     _check_fixed(architecture, reader)
-    if not architecture.latent:
-        _check_sizes(architecture, config)
     rope, turning, size = _turning(config, architecture)
     keys: dict[str, Value] = {
         key.gguf: _value(key, reader, config, rope)
@@ -86,6 +84,7 @@ def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeC
         if rope is None:
             raise ConfigError(f"GGUF files hold no latent attention without positions; {_ADVICE}")
         return rope, size, size
+    _check_sizes(architecture, config)
     rope = _rope(config, architecture)
     size = _attention(config).head_dim
     return rope, rope.size(size), size
