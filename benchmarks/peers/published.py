@@ -84,6 +84,35 @@ GPT_OSS_20B = {
 }
 
 
+GLM_4_7_FLASH = {
+    "model_type": "glm4_moe_lite",
+    "hidden_size": 2048,
+    "intermediate_size": 10_240,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1536,
+    "mlp_layer_types": ["dense", *["sparse"] * 46],
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "vocab_size": 154_880,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+}
+
+
 class Published:
     """A configuration, and what `roofline.py` counts of it (see `sizes.Sizes`)."""
 
@@ -145,9 +174,15 @@ class Published:
         return sum(spec.bytes_per_state for spec in self._caches)
 
     def scores(self, context: float) -> float:
-        size = self.model.attention.head_dim
-        pairs = zip(self.model.mixers, self._caches, strict=True)
-        return sum(4 * _seen(spec, context) * mixer.scores * size for mixer, spec in pairs)
+        from moebius.ops.cache_spec import key_value_planes
+
+        total = 0.0
+        for mixer, spec in zip(self.model.mixers, self._caches, strict=True):
+            if spec.token:
+                keys, values = key_value_planes(spec)
+                each = 2 * (keys.shape[1] + values.shape[1])
+                total += _seen(spec, context) * mixer.scores * each
+        return total
 
     @cached_property
     def _caches(self) -> list[CacheSpec]:
@@ -163,8 +198,6 @@ class Published:
 
 def _seen(spec: CacheSpec, context: float) -> float:
     """How many of so many tokens a row of a layer sees."""
-    if not spec.token:
-        return 0
     return context if spec.window is None else min(context, spec.window)
 
 
@@ -173,5 +206,6 @@ PUBLISHED: Mapping[str, Published] = {
     "qwen3.5-35b": Published(QWEN3_5_35B),
     # As many of its layers as fit into 24 GB of memory.
     "qwen3.5-35b-28": Published({**QWEN3_5_35B, "num_hidden_layers": 28}),
+    "glm-4.7-flash": Published(GLM_4_7_FLASH),
     "gpt-oss-20b": Published(GPT_OSS_20B),  # arXiv 2508.10925
 }
