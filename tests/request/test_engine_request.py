@@ -104,6 +104,7 @@ def test_a_prompt_is_checked_once_for_all_its_choices_and_held_once(monkeypatch,
     class Info:
         limits = LIMITS
         eos_ids = frozenset({2})
+        start_ids = ()
 
     checks = []
     honest = asked_module.check_tokens
