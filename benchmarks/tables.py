@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ class Source(NamedTuple):
 
 
 PYTHON = ".venv/bin/python"
+CONVERSED = "2026-11-29"
 COLD_STARTS = (
     Source("cold_start.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/cold_start.py --runs 7"),
     Source(
@@ -240,6 +242,41 @@ def quantised() -> str:
     head = ["", "Moebius", "llama-server", "OpenVINO", "to the best server", "llama-bench", "to it"]
     said = f"{ZEN4}, {bare['started']}. Commands: {'; '.join(commands)}; `{bare['command']}`."
     return f"{table(head, rows)}\n\n{said}"
+
+
+def conversations() -> str:
+    """Ten turns about a document, here and in llama.cpp's server."""
+    kinds = {"keeps": "as they were", "drops": "without their thinking"}
+    rows = []
+    commands = []
+    for path in sorted((HERE / "peers" / "conversation").glob("*.json")):
+        record = json.loads(path.read_text())
+        commands.append(
+            f"`{PYTHON} benchmarks/peers/conversation.py --model {record['model']} --weights "
+            f"{record['weights']}`"
+        )
+        for kind, engines in record["turns"].items():
+            later = {
+                name: statistics.median(turn["first_s"] for turn in turns[1:])
+                for name, turns in engines.items()
+            }
+            for name, turns in engines.items():
+                computed = [turn["computed"] for turn in turns[1:]]
+                times = later[name] / later["moebius"]
+                rows.append(
+                    [
+                        beside.MODELS[record["model"]],
+                        kinds[kind],
+                        beside.ENGINES[name],
+                        number(turns[0]["first_s"]),
+                        number(later[name]),
+                        f"{min(computed):,} to {max(computed):,}",
+                        "" if name == "moebius" else f"{times:.1f} ×",
+                    ]
+                )
+    head = ["", "answers stand in the next prompt", "", "first turn, s", "turns 2 to 10, s"]
+    made = table([*head, "tokens of a prompt computed", "of Moebius's time"], rows, (0, 1, 2))
+    return f"{made}\n\n{ZEN4}, {CONVERSED}. Commands: {'; '.join(commands)}."
 
 
 def qualities() -> str:
@@ -740,6 +777,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "worst-bodies": bodies,
     "ablation": ablation,
     "quantised": quantised,
+    "conversations": conversations,
     "qualities": qualities,
     "file-quality": file_quality,
     "expert-parallel": expert_parallel,

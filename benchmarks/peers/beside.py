@@ -32,6 +32,9 @@ MODELS = {
     "m2": "M2",
     "olmoe": "OLMoE",
     "qwen3-30b": "Qwen3-30B-A3B's sizes",
+    "qwen3.5-35b-28": "Qwen3.5-35B-A3B's sizes, 28 of 40 layers",
+    "gpt-oss-20b": "gpt-oss-20b's sizes",
+    "glm-4.7-flash": "GLM-4.7-Flash's sizes",
 }
 # What a record does not say of its machine: which generation of processor it was.
 MACHINES = {"avx512": "AMD EPYC (Zen 4), AVX-512 with bfloat16", "avx2": "AMD EPYC (Zen 3), AVX2"}
