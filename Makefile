@@ -11,7 +11,7 @@ SEED ?= 0
 BIN := .venv/bin
 
 # Tests of what computes, which take about as long as what test-schedule leaves of the time.
-CORE := engine inspect models moe nn ops text
+CORE := engine models ops
 
 .PHONY: serve test test-schedule test-core test-others reading simulate wheel setup format constraints clean
 

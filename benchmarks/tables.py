@@ -270,7 +270,7 @@ def conversations() -> str:
                         beside.ENGINES[name],
                         number(turns[0]["first_s"]),
                         number(later[name]),
-                        f"{min(computed):,} to {max(computed):,}",
+                        " to ".join(f"{n:,}" for n in sorted({min(computed), max(computed)})),
                         "" if name == "moebius" else f"{times:.1f} ×",
                     ]
                 )

@@ -23,7 +23,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,8 +49,8 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """first_s: from the request to the first token. computed: of the prompt's tokens, those that
-    were not found."""
+    """first_s: until there was a first token. computed: of the prompt's tokens, those that were not
+    found."""
 
     first_s: float
     prompt: int
@@ -67,41 +67,24 @@ class Server(Protocol):
         """As many, behind the template's text."""
 
 
-def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """What a stream of server-sent events says."""
-    for line in response:
-        if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-            yield json.loads(line[6:])
-
-
-def timed(
-    opened: Callable[[], http.client.HTTPResponse], told: Callable[[dict[str, Any]], bool]
-) -> float:
-    """Seconds to the first event that holds a token; hears all of them."""
-    start = time.perf_counter()
+def timed(response: http.client.HTTPResponse, facts: dict[str, Any]) -> tuple[float, list[int]]:
+    """When the first event with a token came, by the clock, and all tokens; keeps the usage."""
     first = 0.0
-    for event in events(opened()):
-        if told(event) and not first:
-            first = time.perf_counter() - start
-    return first
-
-
-def chatted(opened: Callable[[], http.client.HTTPResponse], facts: dict[str, Any]) -> float:
-    """The same of a chat's stream; keeps the facts at its end."""
-
-    def told(event: dict[str, Any]) -> bool:
-        facts.update({key: event[key] for key in ("usage", "timings") if event.get(key)})
-        deltas = [choice["delta"] for choice in event["choices"]]
-        return any(delta.get("content") or delta.get("reasoning_content") for delta in deltas)
-
-    return timed(opened, told)
-
-
-CHAT = {"max_tokens": ANSWER, "temperature": 0, "stream": True, "ignore_eos": True}
+    ids: list[int] = []
+    for line in response:
+        if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+            continue
+        event = json.loads(line[6:])
+        facts.update(event.get("usage") or {})
+        ids += [i for choice in event["choices"] for i in choice.get("token_ids") or []]
+        if ids and not first:
+            first = time.perf_counter()
+    return first, ids
 
 
 class Llama:
-    """llama-server, whose timings tell what it computed."""
+    """llama-server, whose timings tell what it computed, and for how long: no time is counted that
+    requests take on their way."""
 
     def __init__(self, server: LlamaServer) -> None:
         self._server = server
@@ -113,73 +96,61 @@ class Llama:
             "ignore_eos": True,
             "temperature": 0,
             "cache_prompt": True,
-            "stream": True,
             "return_tokens": True,
         }
-        answer: list[int] = []
-        facts: dict[str, Any] = {}
-
-        def told(event: dict[str, Any]) -> bool:
-            answer.extend(event.get("tokens", []))
-            facts.update(event.get("timings", {}))
-            return bool(event.get("tokens"))
-
-        first = timed(lambda: self._server.open("/completion", body), told)
-        return Turn(first, len(prompt), facts["prompt_n"]), answer
+        found = self._server.ask("/completion", body)
+        return self._turn(found["timings"]), found["tokens"]
 
     def chat(self, messages: list[Message]) -> Turn:
-        body = {**CHAT, "messages": messages, "cache_prompt": True}
-        facts: dict[str, Any] = {}
-        first = chatted(lambda: self._server.open("/v1/chat/completions", body), facts)
-        timings = facts["timings"]
-        return Turn(first, timings["prompt_n"] + timings["cache_n"], timings["prompt_n"])
+        body = {
+            "messages": messages,
+            "max_tokens": ANSWER,
+            "ignore_eos": True,
+            "temperature": 0,
+            "cache_prompt": True,
+        }
+        return self._turn(self._server.ask("/v1/chat/completions", body)["timings"])
+
+    @staticmethod
+    def _turn(timings: Mapping[str, Any]) -> Turn:
+        computed = timings["prompt_n"]
+        return Turn(timings["prompt_ms"] / 1000, computed + timings["cache_n"], computed)
 
 
 class Moebius:
-    """`moebius serve`, whose usage tells what it found."""
+    """`moebius serve`, whose usage tells what it found; times are the client's."""
 
     def __init__(self, port: int) -> None:
         self._port = port
 
-    def _open(self, path: str, body: Mapping[str, Any]) -> http.client.HTTPResponse:
+    def complete(self, prompt: list[int]) -> tuple[Turn, list[int]]:
+        return self._ask("/v1/completions", {"prompt": prompt})
+
+    def chat(self, messages: list[Message]) -> Turn:
+        return self._ask("/v1/chat/completions", {"messages": messages})[0]
+
+    def _ask(self, path: str, asked: Mapping[str, Any]) -> tuple[Turn, list[int]]:
+        body = {
+            **asked,
+            "model": "m",
+            "max_tokens": ANSWER,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=START_SECONDS)
+        start = time.perf_counter()
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != 200:
             raise RuntimeError(f"moebius: {response.status} {response.read()[:500]!r}")
-        return response
-
-    def complete(self, prompt: list[int]) -> tuple[Turn, list[int]]:
-        body = {
-            **CHAT,
-            "model": "m",
-            "prompt": prompt,
-            "return_token_ids": True,
-            "stream_options": {"include_usage": True},
-        }
-        answer: list[int] = []
-        facts: dict[str, Any] = {}
-
-        def told(event: dict[str, Any]) -> bool:
-            facts.update(event.get("usage") or {})
-            ids = [i for choice in event["choices"] for i in choice.get("token_ids", [])]
-            answer.extend(ids)
-            return bool(ids)
-
-        first = timed(lambda: self._open("/v1/completions", body), told)
-        return _turn(first, facts), answer
-
-    def chat(self, messages: list[Message]) -> Turn:
-        body = {**CHAT, "model": "m", "messages": messages}
-        body["stream_options"] = {"include_usage": True}
-        facts: dict[str, Any] = {}
-        first = chatted(lambda: self._open("/v1/chat/completions", body), facts)
-        return _turn(first, facts["usage"])
-
-
-def _turn(first: float, usage: Mapping[str, Any]) -> Turn:
-    found = usage["prompt_tokens_details"]["cached_tokens"]
-    return Turn(first, usage["prompt_tokens"], usage["prompt_tokens"] - found)
+        usage: dict[str, Any] = {}
+        first, ids = timed(response, usage)
+        prompt = usage["prompt_tokens"]
+        found = usage["prompt_tokens_details"]["cached_tokens"]
+        return Turn(first - start, prompt, prompt - found), ids
 
 
 @contextmanager
@@ -194,7 +165,6 @@ def llama(model: Path, threads: int, log: Path) -> Iterator[Server]:
         "--flash-attn": "on",
         "--cache-ram": 2048,
         "--log-file": log,
-        "--log-verbosity": 4,
     }
     program = peers_folder() / "llama-build" / "bin" / "llama-server"
     with closing(LlamaServer(program, model, settings, ["--jinja"])) as server:

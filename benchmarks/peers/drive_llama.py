@@ -89,9 +89,15 @@ def _complete(
         answer: dict[str, Any] = json.loads(response.read())
         stamps.saw(index, answer["tokens_predicted"])
         return
+    shown = 0
     for line in response:
-        if line.startswith(b"data: "):
-            stamps.saw(index, len(json.loads(line[6:]).get("tokens", [])))
+        if not line.startswith(b"data: "):
+            continue
+        event = json.loads(line[6:])
+        # Tokens whose bytes are no whole character yet are in no event: the last one counts all.
+        total = event["tokens_predicted"] if event["stop"] else shown + len(event["tokens"])
+        stamps.saw(index, total - shown)
+        shown = total
 
 
 if __name__ == "__main__":
