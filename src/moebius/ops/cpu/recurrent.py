@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,24 +122,15 @@ class RecurrentOps(CpuBase):
         _check_columns(gates_TI, start, 2 * heads)
         check_shape("decays", decay_H, heads)
         check_shape("what is added to time steps", dt_bias_H, heads)
-        slots = _slots(state, (heads, sizes.key_dim, sizes.value_dim), torch.float32)
         out = self._empty(qkv_TC, (sizes.out_size,), qkv_TC.dtype)
         call = _cpu.GatedDelta(
             dtype=require_dtype(qkv_TC.dtype, gates_TI),
-            step=planned.step,
-            key_heads=sizes.key_heads,
-            value_heads=heads,
-            key_dim=sizes.key_dim,
-            value_dim=sizes.value_dim,
-            tiled=sizes.tiled,
-            qkv=self._at(qkv_TC),
             gates=self._at(gates_TI) + start * gates_TI.element_size(),
             gates_stride=gates_TI.shape[1],
             decay=self._at(decay_H, torch.float32),
             dt_bias=self._at(dt_bias_H, torch.float32),
-            state=self._at(state),
-            slots=slots,
             out=self._at(out),
+            **self._delta(qkv_TC, state, planned, sizes),
         )
         self._run(Operation.GATED_DELTA, call, qkv_TC, rows, planned)
         return out
@@ -168,31 +160,40 @@ class RecurrentOps(CpuBase):
         _check_columns(channels_TI, channels_start, heads * sizes.key_dim)
         check_shape("decays", decay_H, heads)
         check_shape("what is added to decays", dt_bias_HK, heads, sizes.key_dim)
-        slots = _slots(state, (heads, sizes.key_dim, sizes.value_dim), torch.float32)
         out = self._empty(qkv_TC, (sizes.out_size,), qkv_TC.dtype)
         call = _cpu.GatedDelta(
             dtype=require_dtype(qkv_TC.dtype, beta_TI, channels_TI),
-            step=planned.step,
-            key_heads=sizes.key_heads,
-            value_heads=heads,
-            key_dim=sizes.key_dim,
-            value_dim=sizes.value_dim,
-            tiled=sizes.tiled,
-            qkv=self._at(qkv_TC),
             gates=self._at(beta_TI) + beta_start * beta_TI.element_size(),
             gates_stride=beta_TI.shape[1],
             decay=self._at(decay_H, torch.float32),
             dt_bias=self._at(dt_bias_HK, torch.float32),
-            state=self._at(state),
-            slots=slots,
             out=self._at(out),
             channels=self._at(channels_TI) + channels_start * channels_TI.element_size(),
             channels_stride=channels_TI.shape[1],
             lower=decay.lower or 0.0,
             rounded=decay.rounded,
+            **self._delta(qkv_TC, state, planned, sizes),
         )
         self._run(Operation.KIMI_DELTA, call, qkv_TC, rows, planned)
         return out
+
+    def _delta(
+        self, qkv_TC: Tensor, state: Tensor | None, planned: CpuStatePlan, sizes: DeltaSizes
+    ) -> dict[str, Any]:
+        """What a kernel of the delta rule is told, however its states decay."""
+        shape = (sizes.value_heads, sizes.key_dim, sizes.value_dim)
+        slots = _slots(state, shape, torch.float32)
+        return {
+            "step": planned.step,
+            "key_heads": sizes.key_heads,
+            "value_heads": sizes.value_heads,
+            "key_dim": sizes.key_dim,
+            "value_dim": sizes.value_dim,
+            "tiled": sizes.tiled,
+            "qkv": self._at(qkv_TC),
+            "state": self._at(state),
+            "slots": slots,
+        }
 
     def selective_scan(
         self,
