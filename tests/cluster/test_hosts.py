@@ -10,7 +10,7 @@ import torch
 from msgspec import structs
 
 from moebius.cluster.cluster import local_ranks
-from moebius.cluster.hosts import ConnectedPlace, ManyHosts, OneHost, even_nodes
+from moebius.cluster.hosts import ConnectedPlace, ManyHosts, OneHost, node_sizes
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
 from moebius.engine.config import EngineConfig
@@ -88,12 +88,13 @@ def test_a_rank_is_launched_as_its_host_wants() -> None:
     assert hosts.launch(MESSAGE, 3, loaded=[]).directory == "/moved/a"
 
 
-def test_nodes_count_where_they_have_equally_many_ranks(
+def test_nodes_are_told_by_how_many_ranks_each_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert [even_nodes(of) for of in ("aabb", "aab", "abab", "abc", "aa", "")] == [2, 1, 1, 3, 1, 1]
+    found = {of: node_sizes(of) for of in ("aabb", "aab", "abab", "abc", "aa", "")}
+    assert found == {"aabb": (2, 2), "aab": (2, 1), "abab": (), "abc": (1, 1, 1), "aa": (), "": ()}
     known: Any = Known()
-    for ranks, nodes in ((4, 2), (5, 1)):
+    for ranks, nodes in ((4, (2, 2)), (5, (3, 2))):
         front = structs.replace(FRONT, config=replace(CONFIG, ranks=ranks))
         assert ManyHosts(known, [front, OTHER], exact_isa=False).nodes == nodes
 
@@ -101,7 +102,7 @@ def test_nodes_count_where_they_have_equally_many_ranks(
         return Place(1, 4, Binding(1, (rank,), (rank // 2,)))
 
     monkeypatch.setattr("moebius.cluster.hosts.place", of_two_sockets)
-    assert [OneHost(ranks, 1).nodes for ranks in (4, 3, 2)] == [2, 1, 1]
+    assert [OneHost(ranks, 1).nodes for ranks in (4, 3, 2)] == [(2, 2), (2, 1), ()]
 
 
 def test_ranks_of_one_host_are_launched_as_asked() -> None:

@@ -2,7 +2,7 @@
 brute force."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import permutations
 
 import msgspec
@@ -37,15 +37,16 @@ def test_the_published_example() -> None:
         ],
     }  # fmt: skip
     for loads, slots in printed.items():
-        held = place(loads, ranks=8, slots=16, groups=4, nodes=2)
+        held = place(loads, ranks=8, slots=16, groups=4, nodes=(4, 4))
         assert [e for rank in held for e in rank] == slots
 
 
 def test_groups_that_nodes_do_not_divide_are_placed_as_one() -> None:
     flat = place(LOADS, 8, 16)
-    assert place(LOADS, 8, 16, groups=3, nodes=2) == flat
-    assert place(LOADS, 7, 14, groups=4, nodes=2) == place(LOADS, 7, 14)
-    assert place(LOADS, 8, 16, groups=4, nodes=2) != flat
+    assert place(LOADS, 8, 16, groups=3, nodes=(4, 4)) == flat
+    assert place(LOADS, 8, 16, groups=4, nodes=(5, 3)) == flat
+    assert place(LOADS, 7, 14, groups=4, nodes=(4, 3)) == place(LOADS, 7, 14)
+    assert place(LOADS, 8, 16, groups=4, nodes=(4, 4)) != flat
 
 
 def test_replicas_go_where_a_copy_carries_most() -> None:
@@ -242,17 +243,18 @@ def test_shares_go_where_most_of_them_is() -> None:
     assert before.near(before) == before
 
 
-def crossing(placed: LayerPlacement, chosen: list[list[int]]) -> tuple[int, int]:
-    """Of tokens at every rank that choose these experts: how many leave their home's node, one of
-    two, and in how many rows, one for each rank that gets any."""
-    size = len(placed.held) // 2
+def crossing(
+    placed: LayerPlacement, chosen: list[list[int]], node_of: Sequence[int]
+) -> tuple[int, int]:
+    """Of tokens at every rank that choose these experts: how many leave their home's node, and in
+    how many rows, one for each rank that gets any."""
     tokens = 0
     rows = 0
     for home in range(len(placed.held)):
         owners = placed.owners(home).tolist()
         for row, experts in enumerate(chosen):
             ranks = {owners[row % len(owners)][e] for e in experts}
-            away = [rank for rank in ranks if rank // size != home // size]
+            away = [rank for rank in ranks if node_of[rank] != node_of[home]]
             tokens += bool(away)
             rows += len(away)
     return tokens, rows
@@ -265,12 +267,57 @@ def test_groups_stay_on_a_node_and_less_crosses() -> None:
     groups = [[*range(g * 4, g * 4 + 4)] for g in range(4)]
     chosen = [sorted(draw.sample(draw.choice(groups), 2)) for _ in range(400)]
     pairs: list[float] = [sum(e in each for each in chosen) * (1 + e % 3) for e in range(16)]
-    by_group = Placement.balanced({5: pairs}, 4, nodes=Nodes(2, {5: 4})).layers[5]
+    by_group = Placement.balanced({5: pairs}, 4, nodes=Nodes((2, 2), {5: 4})).layers[5]
     at = {e: rank // 2 for rank, experts in enumerate(by_group.held) for e in experts}
     assert all(len({at[e] for e in group}) == 1 for group in groups)
-    tokens, rows = crossing(by_group, chosen)
-    flat_tokens, flat_rows = crossing(Placement.balanced({5: pairs}, 4).layers[5], chosen)
+    flat = Placement.balanced({5: pairs}, 4).layers[5]
+    tokens, rows = crossing(by_group, chosen, [0, 0, 1, 1])
+    flat_tokens, flat_rows = crossing(flat, chosen, [0, 0, 1, 1])
     assert tokens == 2 * 400 < flat_tokens and rows < flat_rows
+
+
+def test_hosts_with_unequal_ranks_get_groups_in_proportion() -> None:
+    """The published loads on a node of three ranks and one of one. By hand: 330 and 325 weigh less
+    on three ranks, 110 and 218 each, than on one; 262 would make these 306 each, so it goes to the
+    one, and 116 where there is room. On the three 183, 165 and 104 begin. 86 joins 104, 73 joins
+    165, 61 joins 183, 56 the 190 and 39 the 238, which are full then, and 4 the 244."""
+    held = place(LOADS, 4, groups=4, nodes=(3, 1))
+    assert [*map(set, held)] == [{10, 3, 7}, {5, 8, 6}, {4, 11, 9}, {0, 1, 2}]
+    assert rank_loads(torch.tensor(LOADS), held).tolist() == [248, 277, 246, 262]
+    one_first = place(LOADS, 4, groups=4, nodes=(1, 3))
+    assert one_first == [held[3], *held[:3]]
+    busy = rank_loads(torch.tensor(LOADS), held)
+    assert busy.max() <= 1.2 * busy.mean()
+
+
+def test_unequal_hosts_keep_groups_and_less_crosses() -> None:
+    """8 groups on hosts of two ranks, one and one, with room for replicas and without; which moves
+    to other loads keeps so."""
+    draw = random.Random(7)
+    near = Nodes((2, 1, 1), {0: 8})
+    node_of = [0, 0, 1, 2]
+    groups = [[*range(g * 2, g * 2 + 2)] for g in range(8)]
+    chosen = [list(draw.choice(groups)) for _ in range(400)]
+    now = Placement.linear({0: 16}, 4, 0, near)
+    for _ in range(8):
+        loads = {0: [draw.random() ** 2 for _ in range(16)]}
+        now = now.rebalanced(loads, nodes=near)
+        held = now.layers[0].held
+        at = {e: node_of[rank] for rank, experts in enumerate(held) for e in experts}
+        assert all(len({at[e] for e in group}) == 1 for group in groups)
+        assert [len(experts) for experts in held] == [4] * 4
+        flat = Placement.balanced(loads, 4).layers[0]
+        assert crossing(now.layers[0], chosen, node_of) < crossing(flat, chosen, node_of)
+    assert now.rebalanced(loads, nodes=near) == now
+    replicas = Placement.balanced({0: [9.0] + [1.0] * 23}, 5, spare=1, nodes=Nodes((3, 2)))
+    assert all(len({*each}) == len(each) for each in replicas.layers[0].held)
+
+
+def test_only_hosts_of_as_many_ranks_change_places() -> None:
+    """By hand: what node 1 held goes to a node of one rank again, the other one."""
+    before = LayerPlacement(8, ((0, 1), (2, 3), (4, 5), (6, 7)))
+    after = LayerPlacement(8, ((4, 0), (5, 1), (6, 7), (2, 3)))
+    assert after.near(before, (2, 1, 1)).held == ((4, 0), (5, 1), (2, 3), (6, 7))
 
 
 def test_what_moves_keeps_groups_on_nodes_and_most_experts_where_they_are() -> None:
@@ -278,30 +325,32 @@ def test_what_moves_keeps_groups_on_nodes_and_most_experts_where_they_are() -> N
     node by node, rank by rank, what has most in common stays."""
     before = LayerPlacement(8, ((0, 1), (2, 3), (4, 5), (6, 7)))
     after = LayerPlacement(8, ((7, 4), (5, 6), (3, 0), (1, 2)))
-    assert after.near(before, nodes=2).held == ((3, 0), (1, 2), (7, 4), (5, 6))
+    assert after.near(before, nodes=(2, 2)).held == ((3, 0), (1, 2), (7, 4), (5, 6))
     draw = random.Random(5)
     now = Placement.linear({0: 16}, 4)
     for spare in (0, 2, 0, 2):
         loads = {0: [draw.random() ** 3 for _ in range(16)]}
-        now = now.rebalanced(loads, spare=spare, nodes=Nodes(2, {0: 4}))
+        now = now.rebalanced(loads, spare=spare, nodes=Nodes((2, 2), {0: 4}))
         held = now.layers[0].held
         for group in range(4):
             experts = range(4 * group, 4 * group + 4)
             assert len({r // 2 for r, each in enumerate(held) for e in each if e in experts}) == 1
-    assert now.rebalanced(loads, spare=2, nodes=Nodes(2, {0: 4})) == now
+    assert now.rebalanced(loads, spare=2, nodes=Nodes((2, 2), {0: 4})) == now
 
 
 def test_replicas_that_do_not_fit_on_a_node_go_anywhere() -> None:
     """One rank a node: a replica that stayed on its expert's node would be at the same rank."""
     for spare in (1, 4):
-        alone = Placement.balanced({0: [9.0] + [1.0] * 7}, 2, spare=spare, nodes=Nodes(2, {0: 4}))
+        alone = Placement.balanced(
+            {0: [9.0] + [1.0] * 7}, 2, spare=spare, nodes=Nodes((1, 1), {0: 4})
+        )
         assert all(len({*each}) == len(each) for each in alone.layers[0].held)
 
 
 def test_two_of_each_survive_the_loss_of_any_node() -> None:
     draw = random.Random(6)
     for nodes, ranks, count, more in ((2, 4, 8, 0), (2, 6, 7, 1), (3, 6, 12, 2), (4, 4, 4, 1)):
-        near = Nodes(nodes, {0: 2})
+        near = Nodes((ranks // nodes,) * nodes, {0: 2})
         spare = -(-count // ranks) + more
         now = Placement.linear({0: count}, ranks, spare, near)
         for _ in range(10):
@@ -316,7 +365,7 @@ def test_two_of_each_survive_the_loss_of_any_node() -> None:
 
 
 def test_spares_in_order_are_the_next_nodes() -> None:
-    near = Nodes(2)
+    near = Nodes((2, 2))
     assert Placement.linear({0: 8}, 4, 2, near).held[0] == (
         (0, 1, 4, 5),
         (2, 3, 6, 7),

@@ -101,10 +101,10 @@ class Hosts(ABC):
     """Where each rank of a group is."""
 
     @property
-    def nodes(self) -> int:
-        """How many hosts, or nodes of memory, have equally many ranks each, numbered node by node;
-        1 where they have not, and where there is no more than one."""
-        return 1
+    def nodes(self) -> tuple[int, ...]:
+        """How many ranks each host has, or each node of memory, where ranks are numbered node by
+        node; empty where they are not, and where there is no more than one."""
+        return ()
 
     @abstractmethod
     def name(self, rank: int) -> str:
@@ -138,10 +138,10 @@ class OneHost(Hosts):
         places = [place(rank, size, threads) for rank in range(size)]
         self._at_once = places[0].at_once
         memory = [None if each.binding is None else each.binding.memory_nodes for each in places]
-        self._nodes = even_nodes(memory)
+        self._nodes = node_sizes(memory)
 
     @property
-    def nodes(self) -> int:
+    def nodes(self) -> tuple[int, ...]:
         return self._nodes
 
     def name(self, rank: int) -> str:
@@ -195,8 +195,8 @@ class ManyHosts(Hosts):
         self.isa = common_isa(with_ranks, exact=exact_isa)
 
     @property
-    def nodes(self) -> int:
-        return even_nodes(self._node_of)
+    def nodes(self) -> tuple[int, ...]:
+        return node_sizes(self._node_of)
 
     @property
     def text(self) -> str:
@@ -246,8 +246,8 @@ class ManyHosts(Hosts):
         return self._cluster.hello(self._node_of[rank])
 
 
-def even_nodes(node_of: Sequence[Hashable]) -> int:
-    """Of the node of each rank: how many nodes there are, where each has equally many ranks, one
-    behind the other; else 1."""
-    counts = [len(list(ranks)) for _, ranks in groupby(node_of)]
-    return len(counts) if len(set(counts)) == 1 and len(counts) == len(set(node_of)) else 1
+def node_sizes(node_of: Sequence[Hashable]) -> tuple[int, ...]:
+    """Of the node of each rank: how many ranks each of several nodes has, where they are one behind
+    the other; else nothing."""
+    counts = tuple(len(list(ranks)) for _, ranks in groupby(node_of))
+    return counts if 1 < len(counts) == len(set(node_of)) else ()

@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 _PAIRS = ("counts", "pairs")
 
 
-def near_nodes(directory: Path, count: int) -> Nodes:
-    """`count` nodes, and the groups of experts of the model in `directory`."""
-    return Nodes(count, describe(directory).config.expert_groups)
+def near_nodes(directory: Path, sizes: tuple[int, ...]) -> Nodes:
+    """Nodes of so many ranks each, and the groups of experts of the model in `directory`."""
+    return Nodes(sizes, describe(directory).config.expert_groups)
 
 
 def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE) -> Placement:

@@ -11,6 +11,8 @@ Shapes: E experts, C rows of an owners table.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, chain
 from typing import Self
 
 import torch
@@ -27,14 +29,19 @@ MOST_OWNERS = 256
 class Nodes:
     """What lies nearer to each other than to the rest: ranks of one host, experts of one group.
 
-    count    hosts, or nodes of memory, that have equally many ranks each, which are numbered node
-             by node; 1 where all ranks are as near to each other
+    sizes    how many ranks each host has, or each node of memory; ranks are numbered node by node.
+             Empty where all ranks are as near to each other
     groups   in how many groups a layer's router has its experts, by the layer's number; 1 for those
              that are left out
     """
 
-    count: int = 1
+    sizes: tuple[int, ...] = ()
     groups: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def even(self) -> int:
+        """How many there are, where they have equally many ranks; else 1."""
+        return len(self.sizes) if len(set(self.sizes)) == 1 else 1
 
 
 ALIKE = Nodes()
@@ -80,25 +87,27 @@ class LayerPlacement:
         where they don't hold every expert."""
         return type(self)(self.num_experts, tuple(self.held[rank] for rank in members))
 
-    def near(self, other: Self, nodes: int = 1) -> Self:
+    def near(self, other: Self, nodes: Sequence[int] = ()) -> Self:
         """The same shares, each at the rank that needs the fewest new experts for it.
 
-        Greedily, by how much of `other` stays where it is; ties to the lowest rank. The shares of
-        a node stay together: first each node gets those of one, then its ranks share them out.
+        nodes: how many ranks each has. Greedily, by how much of `other` stays where it is; ties to
+        the lowest rank. The shares of a node stay together: first each node gets those of one with
+        as many ranks, then its ranks share them out.
         """
-        before = other._of_nodes(nodes)
-        after = self._of_nodes(nodes)
+        sizes = nodes or (len(self.held),)
+        before = other._of_nodes(sizes)
+        after = self._of_nodes(sizes)
         held: list[tuple[int, ...]] = []
-        whole = [[e for rank in node for e in rank] for node in (*before, *after)]
-        for node, found in enumerate(_matched(whole[:nodes], whole[nodes:])):
-            shares = after[found]
-            held += [shares[share] for share in _matched(before[node], shares)]
+        for node, found in enumerate(_matched(before, after, sizes)):
+            here = [[rank] for rank in before[node]]
+            shares = [[rank] for rank in after[found]]
+            held += [shares[share][0] for share in _matched(here, shares, [1] * len(shares))]
         return type(self)(self.num_experts, tuple(held))
 
-    def _of_nodes(self, nodes: int) -> list[tuple[tuple[int, ...], ...]]:
+    def _of_nodes(self, sizes: Sequence[int]) -> list[tuple[tuple[int, ...], ...]]:
         """What each node's ranks hold."""
-        size = len(self.held) // nodes
-        return [self.held[node * size : (node + 1) * size] for node in range(nodes)]
+        ends = list(accumulate(sizes))
+        return [self.held[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     def holders(self) -> list[list[int]]:
         """The ranks of each expert, a rank as often as it holds it."""
@@ -174,7 +183,7 @@ class Placement:
         the ranks behind it, which begin on the next node. Raises ConfigError for more ranks than
         experts.
         """
-        ahead = 1 if nodes.count == 1 else max(1, ranks // nodes.count)
+        ahead = 1 if nodes.even == 1 else max(1, ranks // nodes.even)
         return cls({layer: _linear(count, ranks, spare, ahead) for layer, count in experts.items()})
 
     @classmethod
@@ -189,8 +198,8 @@ class Placement:
         """So that ranks have equal loads, with room for `spare` replicas a rank.
 
         Where there is room for two of each expert, each has two, at different ranks, and on
-        different nodes where there are several: the others have every expert when a rank is lost,
-        or a node. What is left goes to the busiest.
+        different nodes where there are several of equally many ranks: the others have every expert
+        when a rank is lost, or a node. What is left goes to the busiest.
 
         loads: what each expert of each layer gets of the tokens, in any unit. nodes: see `place`.
         Raises ConfigError as `linear`.
@@ -199,12 +208,12 @@ class Placement:
         for layer, shares in loads.items():
             _check_ranks(ranks, len(shares))
             slots = _slots(len(shares), ranks, spare)
-            if _twice_by_nodes(len(shares), ranks, slots, nodes.count):
-                held = place_twice(shares, ranks, slots, nodes.count)
+            if _twice_by_nodes(len(shares), slots, nodes):
+                held = place_twice(shares, ranks, slots, nodes.even)
             else:
                 groups = nodes.groups.get(layer, 1)
                 least = 1 + (ranks > 1 and slots >= 2 * len(shares))
-                held = place(shares, ranks, slots, groups=groups, nodes=nodes.count, least=least)
+                held = place(shares, ranks, slots, groups=groups, nodes=nodes.sizes, least=least)
             layers[layer] = LayerPlacement(len(shares), tuple(map(tuple, held)))
         return cls(layers)
 
@@ -217,12 +226,10 @@ class Placement:
         layers = {}
         for layer, placed in best.layers.items():
             slots = _slots(placed.num_experts, self.ranks, spare)
-            sizes = (placed.num_experts, self.ranks, slots)
-            groups = nodes.groups.get(layer, 1)
-            by_nodes = _twice_by_nodes(*sizes, nodes.count) or _by_nodes(
-                *sizes, groups, nodes.count
+            by_nodes = _twice_by_nodes(placed.num_experts, slots, nodes) or _by_nodes(
+                placed.num_experts, slots, nodes.groups.get(layer, 1), nodes.sizes
             )
-            layers[layer] = placed.near(self.layers[layer], nodes.count if by_nodes else 1)
+            layers[layer] = placed.near(self.layers[layer], nodes.sizes if by_nodes else ())
         return type(self)(layers)
 
     def imbalance(self, loads: Mapping[int, Sequence[float]]) -> dict[int, float]:
@@ -235,13 +242,18 @@ class Placement:
         return found
 
 
-def _matched(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> list[int]:
-    """For each place, which of `after` it gets: greedily, what has most in common with `before`;
-    ties to the lowest place."""
+def _matched(
+    before: Sequence[Sequence[Sequence[int]]],
+    after: Sequence[Sequence[Sequence[int]]],
+    sizes: Sequence[int],
+) -> list[int]:
+    """For each place, which of `after` it gets, of those that are as large: greedily, what has most
+    in common with `before`; ties to the lowest place."""
     kept = {
-        (place, share): len({*before[place]} & {*after[share]})
+        (place, share): len({*chain(*before[place])} & {*chain(*after[share])})
         for place in range(len(before))
         for share in range(len(after))
+        if sizes[place] == sizes[share]
     }
     found: dict[int, int] = {}
     for place, share in sorted(kept, key=lambda pair: (-kept[pair], pair)):
@@ -263,16 +275,18 @@ def _slots(num_experts: int, ranks: int, spare: int) -> int:
     return min(num_experts + spare * ranks, num_experts * ranks)
 
 
-def _by_nodes(num_experts: int, ranks: int, slots: int, groups: int, nodes: int) -> bool:
-    """Whether groups of experts can be packed onto nodes: they, ranks and slots divide evenly, and
-    a node's ranks are enough for as many replicas as it gets of its experts."""
-    even = num_experts % groups == 0 and not any(n % nodes for n in (groups, ranks, slots))
-    return even and slots * nodes <= num_experts * ranks
+def _by_nodes(num_experts: int, slots: int, groups: int, sizes: Sequence[int]) -> bool:
+    """Whether groups of experts can be packed onto nodes: a node's ranks have their even part of
+    them and of the slots, and are enough for as many replicas as it gets of its experts."""
+    ranks = sum(sizes)
+    parts = all(n * size % ranks == 0 for n in (groups, slots) for size in sizes)
+    even = len(sizes) > 1 and num_experts % groups == 0 and parts
+    return even and slots <= num_experts * min(sizes)
 
 
-def _twice_by_nodes(num_experts: int, ranks: int, slots: int, nodes: int) -> bool:
+def _twice_by_nodes(num_experts: int, slots: int, nodes: Nodes) -> bool:
     """Whether there is room for two of each expert, on two of several nodes."""
-    return slots >= 2 * num_experts and nodes > 1 and ranks % nodes == 0
+    return slots >= 2 * num_experts and nodes.even > 1
 
 
 def _linear(num_experts: int, ranks: int, spare: int, ahead: int) -> LayerPlacement:
@@ -314,26 +328,29 @@ def replicate(
     return experts
 
 
-def pack(loads: Sequence[float], ranks: int, kinds: Sequence[int] | None = None) -> list[list[int]]:
-    """Items on `ranks` ranks, whose numbers of items differ by one at most.
+def pack(
+    loads: Sequence[float], sizes: Sequence[int], kinds: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Items on ranks, or on nodes, each of which takes its part of them by its size: as many as one
+    of that size, or one more.
 
-    The heaviest first, each to the lightest rank with room. Items of one kind, where there are no
-    more of them than ranks, go to different ones.
+    The heaviest first, each to where there is room and, with it, the least for its size. Items of
+    one kind, where sizes are equal and there are no more of them than these, go to different ones.
     """
     kinds = range(len(loads)) if kinds is None else kinds
-    least = len(loads) // ranks
-    larger = len(loads) % ranks
-    held: list[list[int]] = [[] for _ in range(ranks)]
+    least = [len(loads) * size // sum(sizes) for size in sizes]
+    larger = len(loads) - sum(least)
+    held: list[list[int]] = [[] for _ in sizes]
 
-    def weight(rank: int) -> float:
-        return sum(loads[item] for item in held[rank])
+    def weight(rank: int, more: float = 0.0) -> float:
+        return (sum(loads[item] for item in held[rank]) + more) / sizes[rank]
 
     for item in sorted(range(len(loads)), key=lambda i: -loads[i]):
-        full = least + (sum(len(each) > least for each in held) < larger)
-        open_ranks = [rank for rank in range(ranks) if len(held[rank]) < full]
-        without = [r for r in range(ranks) if all(kinds[i] != kinds[item] for i in held[r])]
+        one = sum(len(each) > few for each, few in zip(held, least, strict=True)) < larger
+        open_ranks = [rank for rank, few in enumerate(least) if len(held[rank]) < few + one]
+        without = [r for r in range(len(sizes)) if all(kinds[i] != kinds[item] for i in held[r])]
         new_to = [rank for rank in open_ranks if rank in without]
-        lightest = min(new_to or open_ranks, key=weight)
+        lightest = min(new_to or open_ranks, key=partial(weight, more=loads[item]))
         held[lightest].append(item)
         if without and not new_to:
             _swap(held[lightest], held[min(without, key=weight)], kinds)
@@ -358,28 +375,30 @@ def place(
     slots: int | None = None,
     *,
     groups: int = 1,
-    nodes: int = 1,
+    nodes: Sequence[int] = (),
     least: int = 1,
 ) -> list[list[int]]:
     """The experts that each rank holds, balanced for `loads`.
 
-    With more `slots` than experts some are held by several ranks, each by `least` of them. Where a
-    router's groups of experts divide evenly among the nodes, and so do ranks and slots, each group
-    stays on one node (its tokens' rows cross between nodes once), and replicas stay on theirs:
-    groups are packed onto nodes, and then each node's experts are replicated and packed by
-    themselves. Ranks are numbered node by node.
+    With more `slots` than experts some are held by several ranks, each by `least` of them. Where
+    every node, of `nodes[n]` ranks, can have its part of a router's groups of experts and of the
+    slots, each group stays on one node (its tokens' rows cross between nodes once), and replicas
+    stay on theirs: groups are packed onto nodes, and then each node's experts are replicated and
+    packed by themselves. Ranks are numbered node by node. Nodes of unequal numbers of ranks get
+    groups in proportion, which goes beyond what EPLB does.
     """
     slots = slots or len(loads)
-    if not _by_nodes(len(loads), ranks, slots, groups, nodes):
-        groups = nodes = 1
+    if not _by_nodes(len(loads), slots, groups, nodes):
+        groups = 1
+        nodes = (ranks,)
     size = len(loads) // groups
     group_loads = [sum(loads[g * size : (g + 1) * size]) for g in range(groups)]
     placed = []
-    for packed in pack(group_loads, nodes):
+    for here, packed in zip(nodes, pack(group_loads, nodes), strict=True):
         members = [e for g in packed for e in range(g * size, (g + 1) * size)]
-        experts = replicate([loads[e] for e in members], slots // nodes, ranks // nodes, least)
+        experts = replicate([loads[e] for e in members], slots * here // ranks, here, least)
         shares = [loads[members[e]] / experts.count(e) for e in experts]
-        for rank in pack(shares, ranks // nodes, experts):
+        for rank in pack(shares, [1] * here, experts):
             placed.append([members[experts[slot]] for slot in rank])
     return placed
 
@@ -393,8 +412,8 @@ def place_twice(loads: Sequence[float], ranks: int, slots: int, nodes: int) -> l
     experts = replicate(loads, min(slots, nodes * len(loads)), nodes, least=2)
     shares = [loads[e] / experts.count(e) for e in experts]
     placed = []
-    for node in pack(shares, nodes, experts):
-        for rank in pack([shares[slot] for slot in node], ranks // nodes):
+    for node in pack(shares, [1] * nodes, experts):
+        for rank in pack([shares[slot] for slot in node], [1] * (ranks // nodes)):
             placed.append([experts[node[item]] for item in rank])
     return placed
 
