@@ -157,6 +157,12 @@ EXPERT_PARALLEL = (
 EXCHANGES = Source(
     "exchange.json", ZEN4, "2026-11-28", f"chrt -r 10 {PYTHON} benchmarks/exchange.py"
 )
+PLACEMENTS = Source(
+    "placement.json",
+    ZEN4,
+    "2026-11-28",
+    f"{PYTHON} benchmarks/placement.py --out benchmarks/placement.json",
+)
 RECOVERIES = (
     Source("recovery.json", ZEN4, "2026-11-28", f"{PYTHON} benchmarks/recovery.py --kills 50"),
     Source(
@@ -588,6 +594,21 @@ def exchanges() -> str:
     return f"{table(head, rows, (0, 2))}\n\n{provenance(EXCHANGES)}"
 
 
+def placements() -> str:
+    """The worst layer's imbalance, before and after."""
+    head = ["ranks", "spare experts a rank", "in order", "balanced"]
+    rows = [
+        [
+            str(one["ranks"]),
+            str(one["spare_experts"]),
+            f"{one['worst_before']:.2f}",
+            f"{one['worst_after']:.2f}",
+        ]
+        for one in PLACEMENTS.read()["placements"]
+    ]
+    return f"{table(head, rows, ())}\n\n{provenance(PLACEMENTS)}"
+
+
 def recoveries() -> str:
     """What losses cost; how busy the machine was is said."""
     parts = []
@@ -782,6 +803,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "file-quality": file_quality,
     "expert-parallel": expert_parallel,
     "exchanges": exchanges,
+    "placements": placements,
     "recoveries": recoveries,
     "claims": claims,
     "claim-runs": claim_runs,
