@@ -84,7 +84,9 @@ def test_it_is_heard_of_all_the_time(tiny_model: Path) -> None:
             stats = front.hears()
             assert isinstance(stats, wire.Stats)
             assert replace(stats.stats, now=0.0, last_step=0.0) == EngineStats(
-                total_blocks=front.engine.info.num_blocks, ready=True
+                total_blocks=front.engine.info.num_blocks,
+                most_running=front.engine.scheduler.config.max_num_seqs,
+                ready=True,
             )
         front.say(wire.Stop(5.0))
         with pytest.raises(ChannelError):

@@ -153,6 +153,7 @@ class FakeEngine:
             generation_tokens=generated,
             step_tokens=(0, self.steps, *[0] * 12),
             step_tokens_sum=8 * self.steps,
+            now=time.monotonic(),
             ready=self.ready,
         )
 

@@ -109,9 +109,11 @@ class EngineStats:
     step_tokens[i] counts the steps that computed at most STEP_TOKENS_BOUNDS[i] tokens, prompts' and
     drawn ones alike, and more than the bound before; the last entry counts those beyond all bounds.
     step_tokens_sum is of all steps. deferred of those that waited at the last step did so for a
-    prefix that another was computing, not for room. last_step and now are on the engine's monotonic
-    clock, in seconds. restarts counts engines that took the place of lost ones, and replayed the
-    requests that were asked for again. traffic is what was exchanged with other ranks.
+    prefix that another was computing, not for room. most_running is how many may run at once. Of
+    blocks, and of slots of recurrent states, cached ones have no user, and hold what a later
+    sequence may start from. last_step and now are on the engine's monotonic clock, in seconds.
+    restarts counts engines that took the place of lost ones, and replayed the requests that were
+    asked for again. traffic is what was exchanged with other ranks.
     """
 
     running: int = 0
@@ -119,6 +121,11 @@ class EngineStats:
     deferred: int = 0
     used_blocks: int = 0
     total_blocks: int = 0
+    most_running: int = 0
+    cached_blocks: int = 0
+    used_states: int = 0
+    cached_states: int = 0
+    total_states: int = 0
     steps: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0

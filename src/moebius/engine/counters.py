@@ -39,12 +39,18 @@ class Counters:
     def stats(self, scheduler: Scheduler, now: float) -> EngineStats:
         """These and the scheduler's own."""
         pool = scheduler.pool
+        states = pool.states
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             deferred=scheduler.num_deferred,
             used_blocks=pool.num_used,
             total_blocks=pool.num_blocks,
+            most_running=scheduler.config.max_num_seqs,
+            cached_blocks=pool.num_cached,
+            used_states=0 if states is None else states.num_used,
+            cached_states=0 if states is None else states.num_cached,
+            total_states=0 if states is None else states.num_places,
             steps=self._steps,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,

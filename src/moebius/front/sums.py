@@ -7,7 +7,18 @@ from typing import Any
 
 from moebius.engine.client import EngineStats, ExpertLoads, LayerLoad
 
-_GAUGES = ("running", "waiting", "deferred", "used_blocks", "total_blocks")
+_GAUGES = (
+    "running",
+    "most_running",
+    "waiting",
+    "deferred",
+    "used_blocks",
+    "cached_blocks",
+    "total_blocks",
+    "used_states",
+    "cached_states",
+    "total_states",
+)
 _TIMES = ("last_step", "now")
 # Below this part of an even share an expert counts as dead (moe/health.py).
 _DEAD_BELOW = 0.1

@@ -43,6 +43,11 @@ class Places:
     def num_used(self) -> int:
         return self.num_places - self.num_free
 
+    @property
+    def num_cached(self) -> int:
+        """Places without a user whose content can be found."""
+        return len(self._evictable)
+
     def _take(self) -> int:
         if self._free:
             place = self._free.pop()

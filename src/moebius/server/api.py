@@ -25,8 +25,10 @@ from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.gate import METRICS, body_of
+from moebius.server.gate import LIVE, METRICS, body_of
+from moebius.server.live import LiveFeed, LiveStream
 from moebius.server.metrics import Spread
+from moebius.server.page import page_routes
 from moebius.server.protocol import (
     TIMEOUT_HEADER,
     Body,
@@ -62,6 +64,7 @@ class Api:
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self.room = BodyRoom()
+        self.feed = LiveFeed(self.door, self.spread)
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -80,6 +83,8 @@ class Api:
             Route("/health/ready", self.ready),
             Route(METRICS, self.metrics),
             Route("/v1/moe/stats", self.moe_stats),
+            Route(LIVE, self.live_stream),
+            *page_routes(),
             Route("/version", self.version),
             Route("/v1/embeddings", self.embeddings, methods=["GET", "POST"]),
         ]
@@ -122,6 +127,12 @@ class Api:
             "group": await asyncio.to_thread(self.spread),
         }
         return _json(found)
+
+    async def live_stream(self, request: Request) -> Response:
+        """The live page's figures, as they come."""
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
+        return LiveStream(self.feed)
 
     async def embeddings(self, request: Request) -> Response:
         raise Fault(404, "this server generates text; it makes no embeddings", "not_found")

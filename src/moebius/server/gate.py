@@ -15,13 +15,18 @@ from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors
 from moebius.server.faults import Fault, fault_of
 from moebius.server.limits import HTTP_LIMITS
+from moebius.server.page import PAGE_PATHS
 
 # What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing
 # else.
 _OPEN_PATHS = (b"/health/live", b"/health/ready")
+# Files that say nothing of the server; the figures that they show need a key.
+_PAGE_PATHS = frozenset(path.encode() for path in PAGE_PATHS)
 _FRAMING = (b"transfer-encoding", b"content-length")
 METRICS = "/metrics"
-"""The route that may have a key of its own."""
+LIVE = "/v1/live"
+_OF_OPERATORS = (METRICS, LIVE)
+"""Routes that show what all clients together do, and may have a key of their own."""
 
 
 class Gate:
@@ -69,7 +74,7 @@ class Gate:
             # By the route, which may be spelled in many ways: what a key protects is what the
             # router would serve.
             scope["moebius.tenant"] = _tenant(
-                scope, self._of_metrics if visit.route == METRICS else self._digests
+                scope, self._of_metrics if visit.route in _OF_OPERATORS else self._digests
             )
             await self._app(scope, receive, watched)
         except Exception as error:
@@ -84,7 +89,7 @@ class Gate:
 def _tenant(scope: Scope, digests: list[bytes]) -> bytes:
     """The digest of the key that was shown, which is one of these; b"" where none is needed. Raises
     Fault."""
-    if not digests or scope["raw_path"] in _OPEN_PATHS:
+    if not digests or scope["raw_path"] in _OPEN_PATHS or scope["raw_path"] in _PAGE_PATHS:
         return b""
     shown = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, key = (shown[0] if len(shown) == 1 else b"").partition(b" ")

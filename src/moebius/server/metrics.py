@@ -35,6 +35,7 @@ from moebius.engine.client import (
     StepOutput,
 )
 from moebius.files import package_table
+from moebius.server.recent import Recent
 
 _OWN = "moebius_"
 _OWN_NAME = re.compile(rb"^(# HELP |# TYPE )?moebius_", re.MULTILINE)
@@ -99,6 +100,8 @@ class ServerMetrics:
         vllm_names: bool = True,
         spread: Spread = lambda: None,
     ) -> None:
+        self.recent: Recent | None = None
+        """Hears what happens, too, while a live page is open."""
         self._client = client
         self._labels = (model_name, "0")
         self._vllm_names = vllm_names
@@ -137,11 +140,14 @@ class ServerMetrics:
         if times.last is None:
             times.first = now
             self._observe["time_to_first_token_seconds"](now - times.arrival)
+            if self.recent is not None:
+                self.recent.first_token.add(now - times.arrival)
             count -= 1
         for _ in range(count):
-            self._observe["inter_token_latency_seconds"](
-                0.0 if times.last is None else (now - times.last) / count
-            )
+            seconds = 0.0 if times.last is None else (now - times.last) / count
+            self._observe["inter_token_latency_seconds"](seconds)
+            if self.recent is not None:
+                self.recent.between_tokens.add(seconds)
         times.last = now
 
     def sequence_finished(
@@ -149,6 +155,8 @@ class ServerMetrics:
     ) -> None:
         """A sequence ended; `reason` is one of FINISHED_REASONS."""
         self._finished.labels(*self._labels, reason).inc()
+        if self.recent is not None:
+            self.recent.finished[reason] += 1
         self._observe["e2e_request_latency_seconds"](now - times.arrival)
         self._observe["request_prompt_tokens"](prompt_tokens)
         self._observe["request_generation_tokens"](output_tokens)
@@ -184,6 +192,8 @@ class ServerMetrics:
         """A call got an error; `reason` is one of REJECTIONS."""
         assert reason in REJECTIONS, reason
         self._rejected.labels(*self._labels, reason).inc()
+        if self.recent is not None:
+            self.recent.refused[reason] += 1
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -97,6 +97,7 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Stop serving, from any thread: answers under way get some seconds to finish."""
         self._capacity.ending = True
+        self._door.drain()
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

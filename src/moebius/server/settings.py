@@ -16,8 +16,8 @@ class ServerSettings:
     served_model_names    names that clients may call the model by; the first is what responses
                           carry
     api_keys              any of these opens every route; none: the server is open
-    metrics_api_key       opens /metrics and nothing else; where there is one, no other key opens
-                          that
+    metrics_api_key       opens /metrics, the live page's figures and nothing else; where there is
+                          one, no other key opens these
     vllm_metric_names     export the metrics under vLLM's names too
     keep_alive            silence in a stream after which a comment line is sent
     drain_timeout         how long in-flight work may take after SIGTERM
