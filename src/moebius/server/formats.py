@@ -16,7 +16,7 @@ import msgspec
 
 from moebius.engine.client import TokenLogprob
 from moebius.front.assemble import Delta
-from moebius.server.protocol import CompletionRequest, GenerationRequest
+from moebius.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from moebius.server.stream import Call, LiveChoice, News
 from moebius.text import Tokenizer, text_offsets
 
@@ -264,6 +264,7 @@ class ChatFormat(Format):
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
+    _request: ChatRequest
 
     def _beside(self) -> Json:
         first = self._call.choices[0]
@@ -273,7 +274,8 @@ class ChatFormat(Format):
         }
 
     def _choice(self, choice: LiveChoice, said: Delta) -> Json:
-        message = {"role": "assistant", "content": said.text, "refusal": None}
+        content = self._request.echoed + said.text
+        message = {"role": "assistant", "content": content, "refusal": None}
         return {
             "message": message,
             "logprobs": self._logprobs(said.logprobs),
@@ -291,6 +293,9 @@ class ChatFormat(Format):
             }
             ids = self._ids("prompt_token_ids", choice.request.prompt_ids)
             yield self._chunk(opening, **ids, **self._running_usage(choice))
+            if self._request.echoed:
+                echo = {**opening, "delta": {"content": self._request.echoed}}
+                yield self._chunk(echo, **self._running_usage(choice))
         said = {"content": delta.text} if delta.text else {}
         piece = {
             "delta": said,

@@ -31,12 +31,13 @@ from moebius.server.fields import (
     as_prompts,
     at_most,
     bias_by_id,
+    counted_documents,
     refuse_unsupported,
     without_idle_tools,
     without_nulls,
 )
 from moebius.server.limits import HTTP_LIMITS
-from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
+from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer, ends_anew, last_text
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # A text beyond the context is still counted up to so many times its length.
@@ -214,6 +215,13 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: str | None = None
+    documents: Annotated[list[dict[str, Any]], AfterValidator(counted_documents)] = Field(
+        default_factory=list
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    echo: bool = False
 
     @property
     def length_param(self) -> str:
@@ -223,21 +231,42 @@ class ChatRequest(GenerationRequest):
     def template_variables(self) -> dict[str, Any]:
         """What the template hears besides the messages. An effort also switches thinking, by the
         names it goes by."""
+        effects: dict[str, Any] = {"documents": self.documents} if self.documents else {}
         effort = self.reasoning_effort
-        if effort is None:
-            return self.chat_template_kwargs
-        thinks = effort != "none"
-        effects = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        if effort is not None:
+            thinks = effort != "none"
+            effects |= {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
         return {**effects, **self.chat_template_kwargs}
+
+    @property
+    def echoed(self) -> str:
+        """What the client wants back before what is new: the text that the answer goes on with."""
+        return last_text(self.messages) if self.echo else ""
 
     def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
         """The one prompt that the messages are. ContextExceededError for more than `most` ids."""
-        return [tokenizer.chat_prompt(self.messages, self.template_variables, at_most=most)]
+        prompt = tokenizer.chat_prompt(
+            self.messages,
+            self.template_variables,
+            add_generation_prompt=ends_anew(
+                self.add_generation_prompt, self.continue_final_message
+            ),
+            continue_final_message=self.continue_final_message,
+            add_special_tokens=self.add_special_tokens,
+            at_most=most,
+        )
+        return [prompt]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_completion_tokens
         if max_tokens is None:
             max_tokens = self.max_tokens
+        if self.echo and not self.continue_final_message:
+            raise RequestError(
+                "echo gives back the message that the answer goes on with; it needs "
+                "continue_final_message: true",
+                param="echo",
+            )
         if max_tokens == 0:
             raise RequestError("max_tokens is 0; it must be at least 1", param="max_tokens")
         if self.reasoning_effort is not None and self.reasoning_effort not in _EFFORTS:
@@ -270,7 +299,8 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]] | None, PlainValidator(as_messages)] = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -285,7 +315,10 @@ class TokenizeRequest(Body):
                 return tokenizer.encode(self.prompt or "", self.add_special_tokens, at_most=most)
             return tokenizer.encode_chat(
                 self.messages,
-                add_generation_prompt=self.add_generation_prompt,
+                add_generation_prompt=ends_anew(
+                    self.add_generation_prompt, self.continue_final_message
+                ),
+                continue_final_message=self.continue_final_message,
                 variables=self.chat_template_kwargs,
                 at_most=most,
             )
