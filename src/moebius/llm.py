@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from os import PathLike
 from pathlib import Path
@@ -270,11 +271,12 @@ class LLM:
         many: list[Any] = (
             [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         )
-        ending = {
-            "add_generation_prompt": ends_anew(add_generation_prompt, continue_final_message),
-            "continue_final_message": continue_final_message,
-        }
-        prompts = (self.tokenizer.chat_prompt(each, **ending) for each in many)
+        chat_prompt = partial(
+            self.tokenizer.chat_prompt,
+            add_generation_prompt=ends_anew(add_generation_prompt, continue_final_message),
+            continue_final_message=continue_final_message,
+        )
+        prompts = map(chat_prompt, many)
         jobs = map(
             self._chat_job,
             count(),

@@ -381,7 +381,7 @@ def fields_of(schema: Any) -> Any:
 
 
 # Of version 4. Where a record has changed: raise wire.VERSION, and put here what the test found.
-LAYOUT = "cf746b056424c3c4"
+LAYOUT = "47f16ab208d3eecc"
 
 
 def test_a_record_that_changes_needs_another_version() -> None:
@@ -390,7 +390,7 @@ def test_a_record_that_changes_needs_another_version() -> None:
     every = tuple[wire.ToEngine, wire.FromEngine]
     schema = msgspec.json.schema(every, schema_hook=lambda kind: {"type": kind.__name__})
     text = msgspec.json.encode(fields_of(schema), order="sorted")
-    assert (wire.VERSION, blake2b(text, digest_size=8).hexdigest()) == (4, LAYOUT)
+    assert (wire.VERSION, blake2b(text, digest_size=8).hexdigest()) == (5, LAYOUT)
 
 
 @pytest.mark.parametrize(

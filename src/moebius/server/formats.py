@@ -73,6 +73,7 @@ class Format:
         self._request = request
         self._tokenizer = tokenizer
         self._top = call.params.logprobs
+        self._by_id = request.return_tokens_as_token_ids
         self.id = (
             call.id if request.request_id is None else f"{request.id_prefix}-{request.request_id}"
         )
@@ -195,9 +196,12 @@ class CompletionFormat(Format):
         super().__init__(call, request, tokenizer, model, fingerprint)
         # Here and not later, for a long prompt is handled on a thread of its own, and answered on
         # the event loop.
-        self._echoed = [self._echo(prompt) for prompt in self._request.prompt]
+        prompts: Sequence[str | Sequence[int]] = self._request.prompt
+        if self._request.truncate_prompt_tokens is not None:  # what was cut off is no prompt
+            prompts = [choice.request.prompt_ids for choice in call.choices[:: call.params.n]]
+        self._echoed = [self._echo(prompt) for prompt in prompts]
 
-    def _echo(self, prompt: str | list[int]) -> _Echo:
+    def _echo(self, prompt: str | Sequence[int]) -> _Echo:
         """What goes before a prompt's choices: its text as it came, or decoded, where it is to be
         echoed."""
         if not self._request.echo:
@@ -205,7 +209,8 @@ class CompletionFormat(Format):
         scored = self._top is not None
         skip = self._call.params.skip_special_tokens
         if isinstance(prompt, str):
-            return _Echo(prompt, self._tokenizer.offsets(prompt) if scored else ())
+            special = self._request.add_special_tokens
+            return _Echo(prompt, self._tokenizer.offsets(prompt, special) if scored else ())
         offsets = text_offsets(self._tokenizer, prompt, skip) if scored else ()
         return _Echo(self._tokenizer.decode(prompt, skip), offsets)
 
@@ -240,7 +245,7 @@ class CompletionFormat(Format):
             ids = [*choice.request.prompt_ids, *ids]
             entries = [None, *choice.assembler.prompt_logprobs, *entries]
             offsets = [*prompt.offsets, *offsets]
-        tokens = [legacy_token(self._tokenizer, token_id) for token_id in ids]
+        tokens = [self._named(token_id) for token_id in ids]
         chosen = [None if entry is None else max(entry.logprob, FLOOR) for entry in entries]
         tops = encoded_list(map(self._likely, entries))
         return {
@@ -255,8 +260,11 @@ class CompletionFormat(Format):
             return None
         top: dict[str, float] = {}
         for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
-            top.setdefault(legacy_token(self._tokenizer, token_id), max(logprob, FLOOR))
+            top.setdefault(self._named(token_id), max(logprob, FLOOR))
         return top
+
+    def _named(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._by_id else legacy_token(self._tokenizer, token_id)
 
 
 class ChatFormat(Format):
@@ -311,7 +319,7 @@ class ChatFormat(Format):
         def one(token_id: int, logprob: float) -> Json:
             raw = self._tokenizer.token_bytes(token_id)
             return {
-                "token": raw.decode("utf-8", "replace"),
+                "token": f"token_id:{token_id}" if self._by_id else raw.decode("utf-8", "replace"),
                 "logprob": max(logprob, FLOOR),
                 "bytes": list(raw),
             }

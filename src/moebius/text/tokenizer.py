@@ -191,10 +191,14 @@ class Tokenizer:
         _check_unicode(text, "prompt")
         self.check_size(text, at_most, "prompt")
         ids = _encoded(self._backend, text, at_most, "prompt")
-        return [*self.opening, *ids, *self._ending] if add_special_tokens else ids
+        return self.framed(ids) if add_special_tokens else ids
 
-    def offsets(self, text: str) -> list[int]:
-        """Where in the text each id of `encode(text)` begins, in characters.
+    def framed(self, ids: list[int]) -> list[int]:
+        """The ids of a text with those that go before and behind any."""
+        return [*self.opening, *ids, *self._ending]
+
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Where in the text each id that `encode` makes of it begins, in characters.
 
         What normalising changes is counted as it stands in the text. A character of several tokens
         begins them all. What no token stands for, such as a space that is dropped, belongs to the
@@ -202,14 +206,16 @@ class Tokenizer:
         """
         # The library's fast way has no offsets.
         encoding = _library(self._backend.encode_batch, text, "prompt")
-        found = [0] * len(self.opening)
+        found: list[int] = []
         end = 0
         for start, stop in encoding.offsets:
             while end < start and unicodedata.category(text[end]).startswith("M"):
                 end += 1
             found.append(min(start, end))
             end = max(end, stop)
-        return [*found, *[len(text)] * len(self._ending)]
+        if not add_special_tokens:
+            return found
+        return [*[0] * len(self.opening), *found, *[len(text)] * len(self._ending)]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text in which special-token text is plain text; nothing is added."""
