@@ -23,12 +23,14 @@ from moebius.server.access import Visit
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
+from moebius.server.docs import HEADERS, page
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.gate import METRICS, body_of
+from moebius.server.gate import DOCS, METRICS, OPENAPI, body_of
 from moebius.server.methods import route
 from moebius.server.metrics import Spread
 from moebius.server.models import card, listing
+from moebius.server.openapi import document
 from moebius.server.protocol import (
     TIMEOUT_HEADER,
     Body,
@@ -84,6 +86,8 @@ class Api:
             route(METRICS, self.metrics),
             route("/v1/moe/stats", self.moe_stats),
             route("/version", self.version),
+            route(OPENAPI, self.openapi),
+            route(DOCS, self.docs),
             route("/v1/embeddings", self.embeddings, ["GET", "POST"]),
         ]
 
@@ -127,6 +131,12 @@ class Api:
 
     async def version(self, request: Request) -> Response:
         return _json({"version": moebius.__version__})
+
+    async def openapi(self, request: Request) -> Response:
+        return _json(document())
+
+    async def docs(self, request: Request) -> Response:
+        return Response(page(document()), headers=HEADERS, media_type="text/html")
 
     def posted(
         self, kind: type[Asked], answer: Callable[[Request, Asked], Response]

@@ -16,9 +16,11 @@ from moebius.server.cors import Cors
 from moebius.server.faults import Fault, fault_of
 from moebius.server.limits import HTTP_LIMITS
 
+OPENAPI = "/openapi.json"
+DOCS = "/docs"
 # What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing
-# else.
-_OPEN_PATHS = (b"/health/live", b"/health/ready")
+# else. And what is the same on every server of this version.
+_OPEN_PATHS = (b"/health/live", b"/health/ready", OPENAPI.encode(), DOCS.encode())
 _FRAMING = (b"transfer-encoding", b"content-length")
 METRICS = "/metrics"
 """The route that may have a key of its own."""
