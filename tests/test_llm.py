@@ -128,6 +128,19 @@ def test_chat_renders_the_template(llm: LLM, reference: Any) -> None:
     assert "".join(llm.stream_chat(messages, params)) == output.outputs[0].text
 
 
+def test_chat_goes_on_with_the_last_message(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4)
+    question = {"role": "user", "content": "hello"}
+    begun = llm.chat([question])[0].prompt_token_ids
+    messages = [question, {"role": "assistant", "content": "def f"}]
+    output = llm.chat(messages, params, continue_final_message=True)[0]
+    assert output.prompt_token_ids == (*begun, *llm.tokenizer.encode("def f", False))
+    same = llm.generate([list(output.prompt_token_ids)], params)[0]
+    assert same.outputs[0].text == output.outputs[0].text
+    with pytest.raises(RequestError, match="cannot both be true"):
+        llm.chat(messages, continue_final_message=True, add_generation_prompt=True)
+
+
 @pytest.mark.parametrize("connect", [over_frames, on_a_thread])
 def test_an_engine_that_is_reached_otherwise_gives_the_same_answers(
     tiny_model: Path, connect: Callable[[Engine], Any]

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from os import PathLike
 from pathlib import Path
@@ -32,7 +33,7 @@ from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import ModelSource, find_model
 from moebius.request.params import SamplingParams
-from moebius.text import EncodedPrompt, load_text
+from moebius.text import EncodedPrompt, ends_anew, load_text
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -255,16 +256,33 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: lists of {"role", "content"}. Needs a model with a
-        chat template."""
+        chat template.
+
+        continue_final_message: go on with the text of the last message, which is the assistant's,
+        instead of adding one; outputs hold what is new. add_generation_prompt: whether an answer is
+        begun; None: it is, unless the last message is continued.
+        """
         many: list[Any] = (
             [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         )
+        chat_prompt = partial(
+            self.tokenizer.chat_prompt,
+            add_generation_prompt=ends_anew(add_generation_prompt, continue_final_message),
+            continue_final_message=continue_final_message,
+        )
+        prompts = map(chat_prompt, many)
         jobs = map(
-            self._chat_job, count(), many, self._params(params, many), _priorities(priority, many)
+            self._chat_job,
+            count(),
+            prompts,
+            self._params(params, many),
+            _priorities(priority, many),
         )
         return self._all(jobs, len(many), progress)
 
@@ -279,7 +297,8 @@ class LLM:
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
         """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
-        job = self._chat_job(0, messages, params or self.default_params())
+        prompt = self.tokenizer.chat_prompt(messages)
+        job = self._chat_job(0, prompt, params or self.default_params())
         if len(job.choices) > 1:
             raise RequestError(
                 f"n is {len(job.choices)}; stream_chat has one choice, chat takes any n", param="n"
@@ -315,9 +334,8 @@ class LLM:
         return self._open(index, text, EncodedPrompt(ids), params, priority, continues=True)
 
     def _chat_job(
-        self, index: int, messages: Sequence[Message], params: SamplingParams, priority: int = 0
+        self, index: int, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0
     ) -> _Job:
-        prompt = self.tokenizer.chat_prompt(messages)
         return self._open(index, None, prompt, params, priority, continues=False)
 
     def _open(

@@ -80,7 +80,9 @@ class SequenceAssembler:
         reply: HarmonyReader | None = None,
     ) -> None:
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
-        self._matcher = StopMatcher(params.stop, tokenizer.split_special)
+        self._matcher = StopMatcher(
+            params.stop, tokenizer.split_special, keep=params.include_stop_str_in_output
+        )
         self._params = params
         self._tokenizer = tokenizer
         self._reply = reply
@@ -138,8 +140,10 @@ class SequenceAssembler:
         held = _Held(token_id, logprob, self._decoded)
         self._held.append(held)
         special = token_id in self._tokenizer.special_ids
+        asked = ender and token_id in self._params.stop_token_ids
         if ender:
-            self.stop_reason = token_id if token_id in self._params.stop_token_ids else None
+            self.stop_reason = token_id if asked else None
+        if ender and not (asked and self._params.include_stop_str_in_output):
             return self._match_special(token_id) if special else ""
         silent = self._reply is not None and self._reply.push(token_id) != "content"
         # A character that is unfinished where the content is interrupted stays so.

@@ -57,8 +57,8 @@ class ChoiceOpener:
         The prompt is checked and hashed once, and all choices share it. `ids` names the requests. A
         seed that is given serves every prompt alike, so that an answer does not depend on the
         prompt's place in a call; where none is given each prompt draws its own. `continues`: the
-        text continues the prompt's, unless an encoder reads that; else it replies to a chat, and is
-        its content alone, unless special tokens are wanted.
+        text continues the prompt's, unless an encoder reads that; else it replies to a chat, whose
+        last message it may go on with, and is its content alone, unless special tokens are wanted.
         """
         if self.info.start_ids and params.prompt_logprobs is not None:
             raise RequestError(
@@ -73,7 +73,7 @@ class ChoiceOpener:
             params,
             self.info.limits,
             arrival=arrival,
-            eos_ids=self.info.eos_ids,
+            eos_ids=self.info.eos_ids | prompt.end_ids,
             seed=choice_seed(seed, 0),
             priority=priority,
             deadline=deadline,
@@ -82,7 +82,7 @@ class ChoiceOpener:
             hasher=self.hasher,
         )
         others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
-        alone = self.info.start_ids or not continues
+        alone = self.info.start_ids or not (continues or prompt.inside)
         context: Sequence[int] = () if alone else first.prompt_ids
         harmony = self.tokenizer.harmony
         for request in chain((first,), others):

@@ -55,6 +55,8 @@ class SamplingParams:
     stop               strings, matched in the text by the front door; stop_token_ids by the engine
     ignore_eos         do not end at the model's end tokens
     skip_special_tokens  leave special tokens out of the text; the front door's, as `stop` is
+    include_stop_str_in_output   the text ends with the stop string, or the text of the token of
+                                 stop_token_ids, that ended it; the front door's, too
     logprobs           None: none; k: at each position the chosen token's and the k likeliest ones'
     prompt_logprobs    the same for the prompt's tokens
     """
@@ -75,6 +77,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     plain: bool = field(init=False, default=False, repr=False, compare=False)
@@ -121,7 +124,7 @@ class SamplingParams:
         check_integer("seed", self.seed, -(2**63), 2**64 - 1, none=True)
         check_integer("logprobs", self.logprobs, 0, LIMITS.logprobs, none=True)
         check_integer("prompt_logprobs", self.prompt_logprobs, 0, LIMITS.logprobs, none=True)
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise RequestError(f"{name} is {value!r}; it must be true or false", param=name)

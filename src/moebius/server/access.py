@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-Id"
 
-_MAX_ID = 128
+_FIT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _MAX_VALUE = 200
 _MAX_NAMES = 5
 _MAX_NAME = 32
@@ -169,12 +169,8 @@ def _new_id() -> str:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's, if it sent one that is fit for a header and a line."""
+    """The client's, if it sent one that is fit for a header, a line and a shell."""
     shown = [value for name, value in scope["headers"] if name == REQUEST_ID.lower().encode()]
-    if (
-        len(shown) != 1
-        or not 1 <= len(shown[0]) <= _MAX_ID
-        or not all(0x20 <= byte <= 0x7E for byte in shown[0])
-    ):
+    if len(shown) != 1 or _FIT_ID.fullmatch(shown[0]) is None:
         return _new_id()
     return str(shown[0], "ascii")

@@ -23,11 +23,15 @@ from moebius.server.access import Visit
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
+from moebius.server.docs import HEADERS, page
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
-from moebius.server.gate import LIVE, METRICS, body_of
+from moebius.server.gate import DOCS, LIVE, METRICS, OPENAPI, body_of
 from moebius.server.live import LiveFeed, LiveStream
+from moebius.server.methods import route
 from moebius.server.metrics import Spread
+from moebius.server.models import card, listing
+from moebius.server.openapi import document
 from moebius.server.page import page_routes
 from moebius.server.protocol import (
     TIMEOUT_HEADER,
@@ -71,31 +75,30 @@ class Api:
         completions = self.posted(CompletionRequest, self.generate)
         chat = self.posted(ChatRequest, self.generate)
         return [
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/tokenize", self.posted(TokenizeRequest, self.tokenize), methods=["POST"]),
-            Route("/detokenize", self.posted(DetokenizeRequest, self.detokenize), methods=["POST"]),
-            Route("/v1/models", self.models),
-            Route("/v1/models/", self.models),
-            Route("/v1/models/{id:path}", self.model),
-            Route("/health", self.ready),
-            Route("/health/live", self.live),
-            Route("/health/ready", self.ready),
-            Route(METRICS, self.metrics),
-            Route("/v1/moe/stats", self.moe_stats),
-            Route(LIVE, self.live_stream),
+            route("/v1/completions", completions, ["POST"]),
+            route("/v1/chat/completions", chat, ["POST"]),
+            route("/tokenize", self.posted(TokenizeRequest, self.tokenize), ["POST"]),
+            route("/detokenize", self.posted(DetokenizeRequest, self.detokenize), ["POST"]),
+            route("/v1/models", self.models),
+            route("/v1/models/", self.models),
+            route("/v1/models/{id:path}", self.model),
+            route("/health", self.ready),
+            route("/health/live", self.live),
+            route("/health/ready", self.ready),
+            route("/ping", self.ready, ["GET", "POST"]),
+            route(METRICS, self.metrics),
+            route("/v1/moe/stats", self.moe_stats),
+            route(LIVE, self.live_stream),
             *page_routes(),
-            Route("/version", self.version),
-            Route("/v1/embeddings", self.embeddings, methods=["GET", "POST"]),
+            route("/version", self.version),
+            route(OPENAPI, self.openapi),
+            route(DOCS, self.docs),
+            route("/v1/embeddings", self.embeddings, ["GET", "POST"]),
         ]
 
     async def models(self, request: Request) -> Response:
-        return _json(
-            {
-                "object": "list",
-                "data": [self._card(name) for name in self.settings.served_model_names],
-            }
-        )
+        cards = [self._card(name) for name in self.settings.served_model_names]
+        return _json(listing(cards))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
@@ -139,6 +142,12 @@ class Api:
 
     async def version(self, request: Request) -> Response:
         return _json({"version": moebius.__version__})
+
+    async def openapi(self, request: Request) -> Response:
+        return _json(document())
+
+    async def docs(self, request: Request) -> Response:
+        return Response(page(document()), headers=HEADERS, media_type="text/html")
 
     def posted(
         self, kind: type[Asked], answer: Callable[[Request, Asked], Response]
@@ -220,37 +229,14 @@ class Api:
         return _json({"prompt": self.tokenizer.decode(asked.tokens, skip_special_tokens=False)})
 
     def _card(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "owned_by": "moebius",
-            "created": self._created,
-            "max_model_len": self.door.client.info.limits.max_model_len,
-            "root": self.settings.served_model_names[0],
-            "parent": None,
-            "permission": [_permission(name, self._created)],
-        }
+        first = self.settings.served_model_names[0]
+        return card(name, first, self._created, self.door.client.info.limits.max_model_len)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.served_model_names:
             served = " or ".join(map(repr, self.settings.served_model_names))
             message = f"the model {name[:200]!r} is not served here; use {served}"
             raise RequestError(message, param="model", code="model_not_found")
-
-
-def _permission(name: str, created: int) -> dict[str, Any]:
-    """What OpenAI's API once said of every model, and clients written for vLLM may still read."""
-    allowed = {"sampling": True, "logprobs": True, "view": True}
-    refused = {"create_engine": False, "search_indices": False, "fine_tuning": False}
-    return {
-        "id": "modelperm-" + hashlib.blake2b(name.encode(), digest_size=12).hexdigest(),
-        "object": "model_permission",
-        "created": created,
-        **{f"allow_{what}": allows for what, allows in (allowed | refused).items()},
-        "organization": "*",
-        "group": None,
-        "is_blocking": False,
-    }
 
 
 def _json(value: object) -> Response:

@@ -86,6 +86,12 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def counted_documents(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Documents for a chat template, each an object of its own making."""
+    _check_count("documents", "holds", len(value), "entries", HTTP_LIMITS.documents)
+    return value
+
+
 def bias_by_id(value: dict[str, float]) -> dict[int, float]:
     """JSON's names are strings: here they are token ids."""
     for key in value:

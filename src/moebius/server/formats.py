@@ -16,7 +16,7 @@ import msgspec
 
 from moebius.engine.client import TokenLogprob
 from moebius.front.assemble import Delta
-from moebius.server.protocol import CompletionRequest, GenerationRequest
+from moebius.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from moebius.server.stream import Call, LiveChoice, News
 from moebius.text import Tokenizer, text_offsets
 
@@ -73,6 +73,7 @@ class Format:
         self._request = request
         self._tokenizer = tokenizer
         self._top = call.params.logprobs
+        self._by_id = request.return_tokens_as_token_ids
         self.id = (
             call.id if request.request_id is None else f"{request.id_prefix}-{request.request_id}"
         )
@@ -195,9 +196,12 @@ class CompletionFormat(Format):
         super().__init__(call, request, tokenizer, model, fingerprint)
         # Here and not later, for a long prompt is handled on a thread of its own, and answered on
         # the event loop.
-        self._echoed = [self._echo(prompt) for prompt in self._request.prompt]
+        prompts: Sequence[str | Sequence[int]] = self._request.prompt
+        if self._request.truncate_prompt_tokens is not None:  # what was cut off is no prompt
+            prompts = [choice.request.prompt_ids for choice in call.choices[:: call.params.n]]
+        self._echoed = [self._echo(prompt) for prompt in prompts]
 
-    def _echo(self, prompt: str | list[int]) -> _Echo:
+    def _echo(self, prompt: str | Sequence[int]) -> _Echo:
         """What goes before a prompt's choices: its text as it came, or decoded, where it is to be
         echoed."""
         if not self._request.echo:
@@ -205,7 +209,8 @@ class CompletionFormat(Format):
         scored = self._top is not None
         skip = self._call.params.skip_special_tokens
         if isinstance(prompt, str):
-            return _Echo(prompt, self._tokenizer.offsets(prompt) if scored else ())
+            special = self._request.add_special_tokens
+            return _Echo(prompt, self._tokenizer.offsets(prompt, special) if scored else ())
         offsets = text_offsets(self._tokenizer, prompt, skip) if scored else ()
         return _Echo(self._tokenizer.decode(prompt, skip), offsets)
 
@@ -240,7 +245,7 @@ class CompletionFormat(Format):
             ids = [*choice.request.prompt_ids, *ids]
             entries = [None, *choice.assembler.prompt_logprobs, *entries]
             offsets = [*prompt.offsets, *offsets]
-        tokens = [legacy_token(self._tokenizer, token_id) for token_id in ids]
+        tokens = [self._named(token_id) for token_id in ids]
         chosen = [None if entry is None else max(entry.logprob, FLOOR) for entry in entries]
         tops = encoded_list(map(self._likely, entries))
         return {
@@ -255,8 +260,11 @@ class CompletionFormat(Format):
             return None
         top: dict[str, float] = {}
         for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
-            top.setdefault(legacy_token(self._tokenizer, token_id), max(logprob, FLOOR))
+            top.setdefault(self._named(token_id), max(logprob, FLOOR))
         return top
+
+    def _named(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._by_id else legacy_token(self._tokenizer, token_id)
 
 
 class ChatFormat(Format):
@@ -264,6 +272,7 @@ class ChatFormat(Format):
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
+    _request: ChatRequest
 
     def _beside(self) -> Json:
         first = self._call.choices[0]
@@ -273,7 +282,8 @@ class ChatFormat(Format):
         }
 
     def _choice(self, choice: LiveChoice, said: Delta) -> Json:
-        message = {"role": "assistant", "content": said.text, "refusal": None}
+        content = self._request.echoed + said.text
+        message = {"role": "assistant", "content": content, "refusal": None}
         return {
             "message": message,
             "logprobs": self._logprobs(said.logprobs),
@@ -291,6 +301,9 @@ class ChatFormat(Format):
             }
             ids = self._ids("prompt_token_ids", choice.request.prompt_ids)
             yield self._chunk(opening, **ids, **self._running_usage(choice))
+            if self._request.echoed:
+                echo = {**opening, "delta": {"content": self._request.echoed}}
+                yield self._chunk(echo, **self._running_usage(choice))
         said = {"content": delta.text} if delta.text else {}
         piece = {
             "delta": said,
@@ -306,7 +319,7 @@ class ChatFormat(Format):
         def one(token_id: int, logprob: float) -> Json:
             raw = self._tokenizer.token_bytes(token_id)
             return {
-                "token": raw.decode("utf-8", "replace"),
+                "token": f"token_id:{token_id}" if self._by_id else raw.decode("utf-8", "replace"),
                 "logprob": max(logprob, FLOOR),
                 "bytes": list(raw),
             }

@@ -17,9 +17,11 @@ from moebius.server.faults import Fault, fault_of
 from moebius.server.limits import HTTP_LIMITS
 from moebius.server.page import PAGE_PATHS
 
+OPENAPI = "/openapi.json"
+DOCS = "/docs"
 # What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing
-# else.
-_OPEN_PATHS = (b"/health/live", b"/health/ready")
+# else. And what is the same on every server of this version.
+_OPEN_PATHS = (b"/health/live", b"/health/ready", OPENAPI.encode(), DOCS.encode())
 # Files that say nothing of the server; the figures that they show need a key.
 _PAGE_PATHS = frozenset(path.encode() for path in PAGE_PATHS)
 _FRAMING = (b"transfer-encoding", b"content-length")

@@ -15,6 +15,7 @@ class HttpLimits:
     prompts: int = 64
     messages: int = 4096
     tools: int = 256
+    documents: int = 4096
     body_bytes: int = 8 * 2**20
     bodies_bytes: int = 64 * 2**20
     header_bytes: int = 16 * 2**10

@@ -10,6 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from moebius.server.methods import route
+
 _FOLDER = Path(__file__).parent / "dashboard"
 _KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -48,14 +50,14 @@ _HEADERS = {
 
 def page_routes() -> list[Route]:
     """A route for each file, read once."""
-    return [_route(path, _FOLDER / name) for path, name in _NAMES.items()]
+    return [_served(path, _FOLDER / name) for path, name in _NAMES.items()]
 
 
-def _route(path: str, file: Path) -> Route:
+def _served(path: str, file: Path) -> Route:
     body = file.read_bytes()
     headers = {**_HEADERS, "Content-Type": _KINDS[file.suffix]}
 
     async def answer(request: Request) -> Response:
         return Response(body, headers=headers)
 
-    return Route(path, answer)
+    return route(path, answer)

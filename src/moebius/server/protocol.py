@@ -22,6 +22,7 @@ from pydantic import (
 
 from moebius.errors import ContextExceededError, ContextLengthError, RequestError
 from moebius.request.params import LIMITS, SamplingParams
+from moebius.server.cut import Side, cut_ids, cut_length, cut_text
 from moebius.server.fields import (
     HARMLESS,
     UNSUPPORTED,
@@ -31,12 +32,20 @@ from moebius.server.fields import (
     as_prompts,
     at_most,
     bias_by_id,
+    counted_documents,
     refuse_unsupported,
     without_idle_tools,
     without_nulls,
 )
 from moebius.server.limits import HTTP_LIMITS
-from moebius.text import EncodedPrompt, GenerationDefaults, Tokenizer
+from moebius.text import (
+    EncodedPrompt,
+    GenerationDefaults,
+    Tokenizer,
+    ends_anew,
+    infill_prompt,
+    last_text,
+)
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # A text beyond the context is still counted up to so many times its length.
@@ -92,6 +101,7 @@ class GenerationRequest(Body):
     stop_token_ids: Annotated[list[int], at_most("stop_token_ids")] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     logit_bias: Annotated[dict[str, float], AfterValidator(bias_by_id), at_most("logit_bias")] = (
         Field(default_factory=dict)
     )
@@ -99,6 +109,9 @@ class GenerationRequest(Body):
     priority: int = 0
     cache_salt: str = ""
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    """Log-probabilities name each token by its id, as token_id:5, for its text may be no
+    characters."""
     timeout: float | None = None
     """Seconds after which the client wants no answer any more; the server's own deadline stays."""
     request_id: str | None = None
@@ -181,10 +194,31 @@ class CompletionRequest(GenerationRequest):
     echo: bool = False
     logprobs: int | None = None
     add_special_tokens: bool = True
+    suffix: str = ""
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Side = "left"
 
     def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
         """The ids of each prompt. ContextExceededError where one has more than `most`."""
-        return [EncodedPrompt(self._ids(tokenizer, prompt, most)) for prompt in self.prompt]
+        return [self._encoded(tokenizer, prompt, most) for prompt in self.prompt]
+
+    def _encoded(self, tokenizer: Tokenizer, prompt: str | list[int], most: int) -> EncodedPrompt:
+        special = self.add_special_tokens
+        if self.suffix and isinstance(prompt, str):
+            return infill_prompt(
+                tokenizer, prompt, self.suffix, add_special_tokens=special, at_most=most
+            )
+        if self.truncate_prompt_tokens is None:
+            return EncodedPrompt(self._ids(tokenizer, prompt, most))
+        length = cut_length(self.truncate_prompt_tokens, self._max_tokens, most)
+        side = self.truncation_side
+        if isinstance(prompt, str):
+            ids = cut_text(
+                tokenizer, prompt, length, side, add_special_tokens=special, context=most
+            )
+        else:
+            ids = cut_ids(prompt, length, side)
+        return EncodedPrompt(ids)
 
     def _ids(self, tokenizer: Tokenizer, prompt: str | list[int], most: int) -> list[int]:
         if isinstance(prompt, str):
@@ -193,11 +227,27 @@ class CompletionRequest(GenerationRequest):
             raise ContextExceededError(most, len(prompt))
         return prompt
 
+    @property
+    def _max_tokens(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def _check_suffix(self) -> None:
+        if not self.suffix:
+            return
+        if not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise RequestError("suffix needs a prompt that is text", param="suffix")
+        for name in ("echo", "truncate_prompt_tokens"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} is not supported beside suffix; leave one of them out", param=name
+                )
+
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
+        self._check_suffix()
         wanted = (self.logprobs if self.echo else None, self.prompt_logprobs)
         return self._sampling(
             defaults,
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            max_tokens=self._max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=max((k for k in wanted if k is not None), default=None),
         )
@@ -214,6 +264,13 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: str | None = None
+    documents: Annotated[list[dict[str, Any]], AfterValidator(counted_documents)] = Field(
+        default_factory=list
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    echo: bool = False
 
     @property
     def length_param(self) -> str:
@@ -223,21 +280,42 @@ class ChatRequest(GenerationRequest):
     def template_variables(self) -> dict[str, Any]:
         """What the template hears besides the messages. An effort also switches thinking, by the
         names it goes by."""
+        effects: dict[str, Any] = {"documents": self.documents} if self.documents else {}
         effort = self.reasoning_effort
-        if effort is None:
-            return self.chat_template_kwargs
-        thinks = effort != "none"
-        effects = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        if effort is not None:
+            thinks = effort != "none"
+            effects |= {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
         return {**effects, **self.chat_template_kwargs}
+
+    @property
+    def echoed(self) -> str:
+        """What the client wants back before what is new: the text that the answer goes on with."""
+        return last_text(self.messages) if self.echo else ""
 
     def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
         """The one prompt that the messages are. ContextExceededError for more than `most` ids."""
-        return [tokenizer.chat_prompt(self.messages, self.template_variables, at_most=most)]
+        prompt = tokenizer.chat_prompt(
+            self.messages,
+            self.template_variables,
+            add_generation_prompt=ends_anew(
+                self.add_generation_prompt, self.continue_final_message
+            ),
+            continue_final_message=self.continue_final_message,
+            add_special_tokens=self.add_special_tokens,
+            at_most=most,
+        )
+        return [prompt]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_completion_tokens
         if max_tokens is None:
             max_tokens = self.max_tokens
+        if self.echo and not self.continue_final_message:
+            raise RequestError(
+                "echo gives back the message that the answer goes on with; it needs "
+                "continue_final_message: true",
+                param="echo",
+            )
         if max_tokens == 0:
             raise RequestError("max_tokens is 0; it must be at least 1", param="max_tokens")
         if self.reasoning_effort is not None and self.reasoning_effort not in _EFFORTS:
@@ -270,7 +348,8 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]] | None, PlainValidator(as_messages)] = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -285,7 +364,10 @@ class TokenizeRequest(Body):
                 return tokenizer.encode(self.prompt or "", self.add_special_tokens, at_most=most)
             return tokenizer.encode_chat(
                 self.messages,
-                add_generation_prompt=self.add_generation_prompt,
+                add_generation_prompt=ends_anew(
+                    self.add_generation_prompt, self.continue_final_message
+                ),
+                continue_final_message=self.continue_final_message,
                 variables=self.chat_template_kwargs,
                 at_most=most,
             )

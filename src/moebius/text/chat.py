@@ -3,10 +3,12 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 
 from moebius.errors import RequestError, TokenizerError
 from moebius.files import read_json, read_text
@@ -188,6 +190,12 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise TokenizerError(f"chat template {name!r}{line}: {error}") from error
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The names of the variables that it may read."""
+        tree = self._environment.parse(self.source)
+        return frozenset(jinja2.meta.find_undeclared_variables(tree))
 
     def probe(self, variables: Mapping[str, Any]) -> TemplateFacts:
         """What the template takes, tried with these variables (special tokens' names) beside."""

@@ -13,11 +13,15 @@ class EncodedPrompt:
     """The ids of a prompt.
 
     generation_start: how many of them come before the generation prompt that a chat template adds;
-    None where that is not known, as of a text without a template.
+    None where that is not known, as of a text without a template. inside: a chat's last message has
+    not ended, and the answer's text goes on with it. end_ids: those that end the answer, besides
+    the model's own.
     """
 
     ids: Sequence[int]
     generation_start: int | None = None
+    inside: bool = False
+    end_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

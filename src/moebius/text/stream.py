@@ -115,8 +115,8 @@ class StopMatcher:
     """Finds the stop string that completes first, over any pieces of a text.
 
     Of several it is the one that begins first. Text that could still become a stop string is held
-    back, and no more than that; nothing of a stop string is ever released. After a match the
-    matcher is at its end and takes no more text.
+    back, and no more than that; nothing of a stop string is released, unless it is to be kept.
+    After a match the matcher is at its end and takes no more text.
 
     The text may leave special tokens out (`push_special` tells of them). A stop string is found in
     the text as it is sent, and, where it names special tokens, in the text with these; they match
@@ -124,9 +124,15 @@ class StopMatcher:
     """
 
     def __init__(
-        self, stops: Sequence[str], split: Callable[[str], list[str]] = lambda stop: [stop]
+        self,
+        stops: Sequence[str],
+        split: Callable[[str], list[str]] = lambda stop: [stop],
+        *,
+        keep: bool = False,
     ) -> None:
-        """split: a stop string as ordinary and special pieces in turn (Tokenizer.split_special)."""
+        """split: a stop string as ordinary and special pieces in turn (Tokenizer.split_special).
+        keep: the text ends with the stop string, not before it."""
+        self._keep = keep
         self._plain = [_Automaton(stop, stop) for stop in dict.fromkeys(stops) if stop]
         self._with_specials: list[_Automaton] = []
         for plain in self._plain:
@@ -169,7 +175,7 @@ class StopMatcher:
         longest = max(complete, key=lambda a: (a.held, len(a.stop)))
         self._matched = True
         self._held = ""
-        return seen[: len(seen) - longest.held], longest.stop
+        return seen if self._keep else seen[: len(seen) - longest.held], longest.stop
 
     def flush(self) -> str:
         """The end of the text: what was held back and did not become a stop string."""

@@ -8,17 +8,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from tokenizers import AddedToken, Encoding
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from moebius.errors import ContextLengthError, RequestError, TokenizerError
 from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
+from moebius.text.continuation import Opened, opened_chat
 from moebius.text.detokenize import Detokenizer
 from moebius.text.harmony import Harmony
 from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
 from moebius.text.special_tokens import Rename, SpecialGuard, sentinels, strings_in
+from moebius.text.tokenizer_config import add_tokens, special_tokens
 
 # From so many characters on, a chat is rendered once to see whether it fits, before it is marked.
 _LONG_CHAT = 2**17
@@ -92,7 +94,8 @@ class Tokenizer:
         self._guard = SpecialGuard(backend, vocab, rename)
         self._bound = TokenBound(backend, vocab)
         self._generation_prompts = GenerationPrompts()
-        self._prefix, self._suffix = self._frame(add_bos, add_eos)
+        self.opening, self._ending = self._frame(add_bos, add_eos)
+        """The ids that go before a text, and behind it."""
 
     @classmethod
     def load(
@@ -116,8 +119,8 @@ class Tokenizer:
         # As in transformers: the older file counts for more, but where the newer lists its tokens
         # by id.
         names = {**names, **config} if "added_tokens_decoder" in config else {**config, **names}
-        specials = _special_tokens(names)
-        _add_tokens(backend, config, specials)
+        specials = special_tokens(names)
+        add_tokens(backend, config, specials)
         return cls(
             backend,
             specials,
@@ -164,6 +167,10 @@ class Tokenizer:
         found: dict[str, Any] = json.loads(self._backend.to_str())
         return found
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that the vocabulary calls this; None where there is none."""
+        return self._backend.token_to_id(text)
+
     def special_id(self, name: str) -> int | None:
         """The id of a special token by its name, such as pad_token; None where there is none."""
         return self._id_of(name)
@@ -182,12 +189,16 @@ class Tokenizer:
         alone tells so.
         """
         _check_unicode(text, "prompt")
-        self._check_size(text, at_most, "prompt")
+        self.check_size(text, at_most, "prompt")
         ids = _encoded(self._backend, text, at_most, "prompt")
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+        return self.framed(ids) if add_special_tokens else ids
 
-    def offsets(self, text: str) -> list[int]:
-        """Where in the text each id of `encode(text)` begins, in characters.
+    def framed(self, ids: list[int]) -> list[int]:
+        """The ids of a text with those that go before and behind any."""
+        return [*self.opening, *ids, *self._ending]
+
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Where in the text each id that `encode` makes of it begins, in characters.
 
         What normalising changes is counted as it stands in the text. A character of several tokens
         begins them all. What no token stands for, such as a space that is dropped, belongs to the
@@ -195,14 +206,16 @@ class Tokenizer:
         """
         # The library's fast way has no offsets.
         encoding = _library(self._backend.encode_batch, text, "prompt")
-        found = [0] * len(self._prefix)
+        found: list[int] = []
         end = 0
         for start, stop in encoding.offsets:
             while end < start and unicodedata.category(text[end]).startswith("M"):
                 end += 1
             found.append(min(start, end))
             end = max(end, stop)
-        return [*found, *[len(text)] * len(self._suffix)]
+        if not add_special_tokens:
+            return found
+        return [*[0] * len(self.opening), *found, *[len(text)] * len(self._ending)]
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text in which special-token text is plain text; nothing is added."""
@@ -218,17 +231,20 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
         *,
+        continue_final_message: bool = False,
         at_most: int | None = None,
     ) -> list[int]:
         """Ids of a chat.
 
         Special tokens are the template's alone: their text in messages, tools and variables is
         plain. `variables` are further ones for the template (enable_thinking, ...). Nothing is
-        added to what the template writes, so never a second BOS. Raises RequestError naming the
-        message, or "messages" where the template is missing or refuses; ContextLengthError beyond
-        `at_most` tokens, as `encode` does.
+        added to what the template writes, so never a second BOS. With continue_final_message the
+        ids end inside the last message. Raises RequestError naming the message, or "messages" where
+        the template is missing or refuses; ContextLengthError beyond `at_most` tokens, as `encode`
+        does.
         """
-        chat = self._chat(messages, tools, variables, add_generation_prompt, at_most)
+        opened = opened_chat(messages, continue_final_message, add_generation_prompt)
+        chat = self._chat(messages, tools, variables, add_generation_prompt, at_most, opened)
         return self._chat_ids(chat.rendered, chat.marker, at_most)
 
     def chat_prompt(
@@ -236,16 +252,28 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any] | None = None,
         *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         at_most: int | None = None,
     ) -> EncodedPrompt:
         """What `encode_chat` makes of a chat that is to be answered, and where in it the generation
-        prompt begins."""
-        chat = self._chat(messages, None, variables, True, at_most)
+        prompt begins.
+
+        add_special_tokens: begin it as any text is begun (BOS), unless the template does so itself.
+        """
+        opened = opened_chat(messages, continue_final_message, add_generation_prompt)
+        chat = self._chat(messages, None, variables, add_generation_prompt, at_most, opened)
         ids = self._chat_ids(chat.rendered, chat.marker, at_most)
-        start = self._generation_prompts.start(
-            chat, ids, lambda text: self._chat_ids(text, chat.marker, None)
-        )
-        return EncodedPrompt(ids, start)
+        start = None
+        if add_generation_prompt:
+            start = self._generation_prompts.start(
+                chat, ids, lambda text: self._chat_ids(text, chat.marker, None)
+            )
+        if add_special_tokens and ids[: len(self.opening)] != self.opening:
+            ids = [*self.opening, *ids]
+            start = None if start is None else start + len(self.opening)
+        return EncodedPrompt(ids, start, inside=opened is not None)
 
     def _chat(
         self,
@@ -254,36 +282,43 @@ class Tokenizer:
         variables: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         at_most: int | None,
+        opened: Opened | None = None,
     ) -> RenderedChat:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._template(name)
+        shown_messages = normalise_messages(messages, self._facts[name])
         # Everything in the chat that is not the operator's.
         chat = {
+            "documents": None,
             **(variables or {}),
-            "messages": normalise_messages(messages, self._facts[name]),
+            "messages": shown_messages if opened is None else opened.marked(shown_messages),
             "tools": list(tools) if tools else None,
         }
+        if chat.get("documents") and "documents" not in template.reads:
+            raise RequestError(
+                "documents: the model's chat template takes none; put them into a message",
+                param="documents",
+            )
         length = 0
         for text in strings_in(chat):
             _check_unicode(text, "messages")
             length += len(text)
-        known = {
-            "documents": None,
-            **self._special_tokens,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        known = {**self._special_tokens, "add_generation_prompt": add_generation_prompt}
         if length > _LONG_CHAT:
-            self._check_size(template.render({**chat, **known}), at_most, "messages")
+            self.check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
         shown = {**marked, **known}
         kind = None if variables or not messages else (name, str(messages[-1].get("role")))
-        return RenderedChat(template, shown, marker, template.render(shown), kind)
+        rendered = template.render(shown)
+        if opened is not None:
+            rendered = opened.cut(rendered)
+        return RenderedChat(template, shown, marker, rendered, kind)
 
     def _chat_ids(self, rendered: str, marker: str | None, at_most: int | None) -> list[int]:
         if marker is None:
-            self._check_size(rendered, at_most, "messages")
+            self.check_size(rendered, at_most, "messages")
             return _encoded(self._backend, rendered, at_most, "messages")
-        self._check_size(rendered.replace(marker, ""), at_most, "messages")
+        self.check_size(rendered.replace(marker, ""), at_most, "messages")
         ids = _encoded(
             self._guard.backend, self._guard.named(rendered, marker), at_most, "messages"
         )
@@ -300,7 +335,9 @@ class Tokenizer:
             )
         return template
 
-    def _check_size(self, text: str, at_most: int | None, param: str) -> None:
+    def check_size(self, text: str, at_most: int | None, param: str) -> None:
+        """ContextLengthError, naming `param`, where a text's size alone tells that it has more than
+        `at_most` tokens."""
         if at_most is None:
             return
         fewest = self.fewest_tokens(text)
@@ -375,107 +412,3 @@ def _check_unicode(text: str, param: str) -> None:
             "Unicode",
             param=param,
         ) from error
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens by name; `additional_special_tokens` are those without one.
-
-    Entries may be strings or AddedToken records. As in transformers any key that ends in `_token`
-    is such a name, and so are those under `model_specific_special_tokens`, and under
-    `extra_special_tokens` where that is an object. A list there is what older versions call
-    additional_special_tokens.
-    """
-
-    def text(entry: object) -> str | None:
-        found = entry.get("content") if isinstance(entry, Mapping) else entry
-        return found if isinstance(found, str) else None
-
-    extra = config.get("extra_special_tokens")
-    named = {name: entry for name, entry in config.items() if name.endswith("_token")}
-    for more_names in (config.get("model_specific_special_tokens"), extra):
-        named |= more_names if isinstance(more_names, Mapping) else {}
-    texts = {name: text(entry) for name, entry in named.items()}
-    specials: dict[str, Any] = {name: found for name, found in texts.items() if found is not None}
-    lists = [
-        entries
-        for entries in (config.get("additional_special_tokens"), extra)
-        if isinstance(entries, list)
-    ]
-    if lists:
-        unnamed = dict.fromkeys(text(entry) for entry in chain(*lists))
-        specials["additional_special_tokens"] = [each for each in unnamed if each is not None]
-    return specials
-
-
-def _added_records(config: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The records of added_tokens_decoder by id, each with a `content`.
-
-    Raises TokenizerError naming what is none.
-    """
-    records = config.get("added_tokens_decoder")
-    if not isinstance(records, Mapping):
-        return []
-    found = []
-    for key, record in records.items():
-        content = record.get("content") if isinstance(record, Mapping) else None
-        if not key.isdecimal() or not isinstance(content, str):
-            raise TokenizerError(
-                f"tokenizer_config.json: added_tokens_decoder holds {key!r}: {record!r}; "
-                'it must map token ids to records such as {"content": "<s>", "special": true}'
-            )
-        found.append((int(key), record))
-    return sorted(found, key=lambda entry: entry[0])
-
-
-def _add_token(backend: Backend, token: AddedToken, token_id: int) -> None:
-    """Add a token that is to have this id. Raises TokenizerError where it gets another."""
-    if token.special:
-        backend.add_special_tokens([token])
-    else:
-        backend.add_tokens([token])
-    given = backend.token_to_id(token.content)
-    if given != token_id:
-        raise TokenizerError(
-            f"tokenizer_config.json gives {token.content!r} the id {token_id}, tokenizer.json "
-            f"{given}"
-        )
-
-
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _added_token(record: Mapping[str, Any], known: AddedToken | None) -> AddedToken:
-    """A record of added_tokens_decoder, where `known` is tokenizer.json's token of that id.
-
-    Flags that the record leaves out are the known token's, which stays special if it is.
-    """
-    flags = {name: bool(record[name]) for name in _FLAGS if name in record}
-    if known is not None:
-        flags = {name: getattr(known, name) for name in _FLAGS} | flags
-        flags["special"] |= known.special
-    return AddedToken(record["content"], **flags)
-
-
-def _add_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[str, Any]) -> None:
-    """Give a backend what only tokenizer_config.json knows of added tokens.
-
-    Tokens, flags, and the mark `special` where it is due. A name without a token is left alone: an
-    id beyond the model's embeddings helps nobody.
-    """
-    known = backend.get_added_tokens_decoder()
-    for token_id, record in _added_records(config):
-        same = known.get(token_id)
-        if same is not None and same.content != record["content"]:
-            continue
-        token = _added_token(record, same)
-        if same != token:
-            _add_token(backend, token, token_id)
-    # As in transformers, one without a name stays visible where the file has it as an added token
-    # that is visible.
-    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
-    plain = {text for text, special in added.items() if not special}
-    named = [text for text in specials.values() if isinstance(text, str)]
-    unnamed = [text for text in specials.get("additional_special_tokens", []) if text not in plain]
-    for text in [*named, *unnamed]:
-        if not added.get(text) and backend.token_to_id(text) is not None:
-            backend.add_special_tokens([text])
