@@ -3,16 +3,16 @@ the client leaves."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moebius.server.access import Visit
-from moebius.server.faults import fault_of
+from moebius.server.faults import Fault, fault_of
 from moebius.server.formats import Format
 from moebius.server.stream import Call, ClientGone, News
 
@@ -43,6 +43,10 @@ class Answer(Response):
     and an error comes as an event.
     """
 
+    stream_headers: ClassVar = _STREAM_HEADERS
+    keep_alive: ClassVar = _KEEP_ALIVE
+    done: ClassVar = _DONE
+
     def __init__(self, call: Call, formatter: Format, stream: bool) -> None:
         self.call = call
         self.formatter = formatter
@@ -65,6 +69,14 @@ class Answer(Response):
                 visit.facts["answer"] = self.formatter.id
             visit.fault = self.call.fault
 
+    def framed(self, data: bytes) -> bytes:
+        """A piece of JSON as a part of the stream."""
+        return event(data)
+
+    def told(self, fault: Fault) -> bytes:
+        """What an error inside the stream says, as JSON."""
+        return fault.body()
+
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
         while not self.call.finished:
             await self.call.next()
@@ -82,7 +94,10 @@ class Answer(Response):
         return make() if weight <= _SMALL else await asyncio.to_thread(make)
 
     def _events(self, news: News) -> bytes:
-        return b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.chunks(news))
+        return self._framed(self.formatter.chunks(news))
+
+    def _framed(self, chunks: Iterable[object]) -> bytes:
+        return b"".join(self.framed(msgspec.json.encode(chunk)) for chunk in chunks)
 
     async def _stream(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -92,7 +107,7 @@ class Answer(Response):
         news = await self.call.next()
         while news and not any(delta for _, delta in news) and loop.time() - heard < patience:
             news = await self.call.next()
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": self.stream_headers})
         try:
             while True:
                 # What a choice begins with may have come in many steps.
@@ -102,18 +117,15 @@ class Answer(Response):
                 if self.call.finished:
                     break
                 if data or not news or loop.time() - heard >= patience:
-                    await self._send(send, data or _KEEP_ALIVE)
+                    await self._send(send, data or self.keep_alive)
                     heard = loop.time()
                 news = await self.call.next()
-            data += (
-                b"".join(event(msgspec.json.encode(chunk)) for chunk in self.formatter.closing())
-                + _DONE
-            )
+            data += self._framed(self.formatter.closing()) + self.done
         except (ClientGone, asyncio.CancelledError):
             raise
         except Exception as error:
             self.call.fault = fault_of(error)
-            data = event(self.call.fault.body())
+            data = self.framed(self.told(self.call.fault))
         await self._send(send, data, more=False)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:

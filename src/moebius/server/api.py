@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,6 +31,8 @@ from moebius.server.live import LiveFeed, LiveStream
 from moebius.server.methods import route
 from moebius.server.metrics import Spread
 from moebius.server.models import card, listing
+from moebius.server.ollama import Ollama
+from moebius.server.ollama_bodies import OllamaChat, OllamaGenerate, OllamaShow
 from moebius.server.openapi import document
 from moebius.server.page import page_routes
 from moebius.server.protocol import (
@@ -91,9 +93,33 @@ class Api:
             route(LIVE, self.live_stream),
             *page_routes(),
             route("/version", self.version),
+            *self.ollama_routes(),
             route(OPENAPI, self.openapi),
             route(DOCS, self.docs),
             route("/v1/embeddings", self.embeddings, ["GET", "POST"]),
+        ]
+
+    def ollama_routes(self) -> list[Route]:
+        """Ollama's API, beside OpenAI's."""
+        names = self.settings.served_model_names
+        ollama = Ollama(self._begin, self.tokenizer, names, self._created)
+        info = self.door.client.info
+
+        async def version(request: Request) -> Response:
+            return _json(ollama.version())
+
+        async def tags(request: Request) -> Response:
+            return _json(ollama.tags(info.fingerprint))
+
+        def show(request: Request, asked: OllamaShow) -> Response:
+            return _json(ollama.show(asked, info.limits.max_model_len))
+
+        return [
+            route("/api/version", version),
+            route("/api/tags", tags),
+            route("/api/show", self.posted(OllamaShow, show), ["POST"]),
+            route("/api/chat", self.posted(OllamaChat, ollama.chat), ["POST"]),
+            route("/api/generate", self.posted(OllamaGenerate, ollama.generate), ["POST"]),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -144,10 +170,12 @@ class Api:
         return _json({"version": moebius.__version__})
 
     async def openapi(self, request: Request) -> Response:
-        return _json(document())
+        # On a thread: it takes some time, once.
+        return Response(await asyncio.to_thread(_described), media_type="application/json")
 
     async def docs(self, request: Request) -> Response:
-        return Response(page(document()), headers=HEADERS, media_type="text/html")
+        text = await asyncio.to_thread(_documented)
+        return Response(text, headers=HEADERS, media_type="text/html")
 
     def posted(
         self, kind: type[Asked], answer: Callable[[Request, Asked], Response]
@@ -182,14 +210,18 @@ class Api:
 
     def generate(self, request: Request, asked: CompletionRequest | ChatRequest) -> Response:
         """Open the call that is asked for; the answer submits it when it is awaited."""
+        call, model = self._begin(request, asked)
+        fingerprint = self.door.client.info.fingerprint
+        form = ChatFormat if isinstance(asked, ChatRequest) else CompletionFormat
+        return Answer(call, form(call, asked, self.tokenizer, model, fingerprint), asked.stream)
+
+    def _begin(self, request: Request, asked: CompletionRequest | ChatRequest) -> tuple[Call, str]:
+        """The call that is asked for, and what the model is called in its answer."""
         try:
             call = self._open(request, asked)
         except RequestError as error:
             raise asked.as_written(error) from error
-        model = asked.model or self.settings.served_model_names[0]
-        fingerprint = self.door.client.info.fingerprint
-        form = ChatFormat if isinstance(asked, ChatRequest) else CompletionFormat
-        return Answer(call, form(call, asked, self.tokenizer, model, fingerprint), asked.stream)
+        return call, asked.model or self.settings.served_model_names[0]
 
     def _open(self, request: Request, asked: CompletionRequest | ChatRequest) -> Call:
         visit: Visit = request.scope["moebius.visit"]
@@ -237,6 +269,16 @@ class Api:
             served = " or ".join(map(repr, self.settings.served_model_names))
             message = f"the model {name[:200]!r} is not served here; use {served}"
             raise RequestError(message, param="model", code="model_not_found")
+
+
+@cache
+def _described() -> bytes:
+    return msgspec.json.encode(document())
+
+
+@cache
+def _documented() -> str:
+    return page(document())
 
 
 def _json(value: object) -> Response:

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 import moebius
 from moebius.server.fields import HARMLESS
+from moebius.server.ollama_bodies import OllamaChat, OllamaGenerate, OllamaShow
 from moebius.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -92,6 +93,11 @@ OPERATIONS = (
     Operation("get", "/ping", "As /health"),
     Operation("get", "/metrics", "Prometheus metrics", answers="text/plain"),
     Operation("get", "/v1/moe/stats", "What the routers did of late"),
+    Operation("get", "/api/version", "Ollama's version"),
+    Operation("get", "/api/tags", "The models, as Ollama lists them"),
+    Operation("post", "/api/show", "One model, as Ollama shows it", OllamaShow),
+    Operation("post", "/api/chat", "Answer a chat, as Ollama does", OllamaChat),
+    Operation("post", "/api/generate", "Answer a prompt, as Ollama does", OllamaGenerate),
     Operation("get", "/openapi.json", "This description", open=True),
     Operation("get", "/docs", "This description, to be read", answers="text/html", open=True),
 )

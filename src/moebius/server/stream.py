@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from moebius.engine.client import EngineClient, StepOutput
+from moebius.engine.faults import failure
 from moebius.errors import DeadlineError, EngineError, MoebiusError
 from moebius.front.assemble import Delta, SequenceAssembler
 from moebius.front.choices import ChoiceOpener
@@ -110,15 +111,19 @@ class Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._end = self._how_it_ended(error)
-        for choice in self.choices:
-            if not choice.closed:
+        left = [choice for choice in self.choices if not choice.closed]
+        try:
+            for choice in left:
                 self._door.client.abort(choice.request.id)
+            self._end = self._how_it_ended(error)
+            for choice in left:
                 self._close(choice, "error" if self._end == "failed" else "abort")
-        for first in range(0, len(self.choices), self.params.n):
-            group = self.choices[first : first + self.params.n]
-            self._door.metrics.prompt_finished(max(choice.assembler.num_tokens for choice in group))
-        self._door.forget(self)
+            for first in range(0, len(self.choices), self.params.n):
+                group = self.choices[first : first + self.params.n]
+                drawn = max(choice.assembler.num_tokens for choice in group)
+                self._door.metrics.prompt_finished(drawn)
+        finally:  # a call that stayed would be waited for when the server drains
+            self._door.forget(self)
 
     def _how_it_ended(self, error: BaseException | None) -> str:
         if self.fault is not None:
@@ -304,11 +309,11 @@ class FrontDoor:
             raise DrainingError
         if self._loop is None:
             raise EngineError("the engine has not been started")
-        self._calls[call.id] = call
-        self._idle.clear()
-        for choice in call.choices:
-            self._by_request[choice.request.id] = call, choice
         try:
+            self._calls[call.id] = call
+            self._idle.clear()
+            for choice in call.choices:
+                self._by_request[choice.request.id] = call, choice
             for choice in call.choices:
                 self.client.submit(choice.request)
         except BaseException:
@@ -361,4 +366,7 @@ class FrontDoor:
         for output in outputs:
             if output.request_id in self._by_request:
                 call, choice = self._by_request[output.request_id]
-                call.receive(choice, output, now)
+                try:
+                    call.receive(choice, output, now)
+                except Exception as error:  # that call's; the step's other outputs are others'
+                    call.end(failure(f"an output of {call.id}", error))
