@@ -33,6 +33,7 @@ from moebius.front.sessions import Session, Sessions
 from moebius.models.hub import ModelSource, find_model
 from moebius.request.params import SamplingParams
 from moebius.text import EncodedPrompt, load_text
+from moebius.text.replies import Content, Event
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -278,14 +279,23 @@ class LLM:
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
-        """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
+        """Answer one conversation (n = 1) piece by piece, without its reasoning; closing the
+        iterator aborts the rest."""
+        for event in self.stream_events(messages, params):
+            if isinstance(event, Content):
+                yield event.text
+
+    def stream_events(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[Event]:
+        """The same with all that the reply is made of: see moebius.text.replies."""
         job = self._chat_job(0, messages, params or self.default_params())
         if len(job.choices) > 1:
             raise RequestError(
-                f"n is {len(job.choices)}; stream_chat has one choice, chat takes any n", param="n"
+                f"n is {len(job.choices)}; a stream has one choice, chat takes any n", param="n"
             )
         for _, delta in self._deltas([job]):
-            yield delta.text
+            yield from delta.events
 
     @property
     def processes(self) -> tuple[EngineProcess, ...]:

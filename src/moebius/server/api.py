@@ -23,8 +23,9 @@ from moebius.server.access import Visit
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
+from moebius.server.chat_format import ChatFormat
 from moebius.server.faults import Fault
-from moebius.server.formats import ChatFormat, CompletionFormat
+from moebius.server.formats import CompletionFormat
 from moebius.server.gate import METRICS, body_of
 from moebius.server.metrics import Spread
 from moebius.server.protocol import (

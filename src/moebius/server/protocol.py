@@ -214,6 +214,11 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: str | None = None
+    include_reasoning: bool = True
+
+    @property
+    def names_tool(self) -> bool:
+        return False
 
     @property
     def length_param(self) -> str:

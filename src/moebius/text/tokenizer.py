@@ -16,8 +16,8 @@ from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.detokenize import Detokenizer
-from moebius.text.harmony import Harmony
 from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
+from moebius.text.replies import ReplyFormat, Vocabulary
 from moebius.text.special_tokens import Rename, SpecialGuard, sentinels, strings_in
 
 # From so many characters on, a chat is rendered once to see whether it fits, before it is marked.
@@ -84,11 +84,10 @@ class Tokenizer:
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         ids = {token.content: i for i, token in added.items()}
-        self.harmony = Harmony.of(ids, self.templates, self.detokenizer)
-        """How replies to chats are read, of a model that gives them in this format."""
+        self.replies = ReplyFormat(Vocabulary(ids, self.templates, self.token_text))
+        """How replies to chats are read."""
         own_end = () if self.eos_id is None else (self.eos_id,)
-        stops = frozenset() if self.harmony is None else self.harmony.stops
-        self.end_ids = frozenset(end_ids).union(own_end, stops)
+        self.end_ids = frozenset(end_ids).union(own_end, self.replies.end_ids)
         self._guard = SpecialGuard(backend, vocab, rename)
         self._bound = TokenBound(backend, vocab)
         self._generation_prompts = GenerationPrompts()
@@ -235,12 +234,13 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         at_most: int | None = None,
     ) -> EncodedPrompt:
         """What `encode_chat` makes of a chat that is to be answered, and where in it the generation
         prompt begins."""
-        chat = self._chat(messages, None, variables, True, at_most)
+        chat = self._chat(messages, tools, variables, True, at_most)
         ids = self._chat_ids(chat.rendered, chat.marker, at_most)
         start = self._generation_prompts.start(
             chat, ids, lambda text: self._chat_ids(text, chat.marker, None)
@@ -276,7 +276,7 @@ class Tokenizer:
             self._check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
         shown = {**marked, **known}
-        kind = None if variables or not messages else (name, str(messages[-1].get("role")))
+        kind = None if variables or tools or not messages else (name, str(messages[-1].get("role")))
         return RenderedChat(template, shown, marker, template.render(shown), kind)
 
     def _chat_ids(self, rendered: str, marker: str | None, at_most: int | None) -> list[int]:

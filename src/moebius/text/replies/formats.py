@@ -1,0 +1,126 @@
+"""ReplyFormat: how a model's replies are read, found by its vocabulary and its chat template."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from moebius.errors import ConfigError
+from moebius.text.prompts import EncodedPrompt
+from moebius.text.replies import harmony
+from moebius.text.replies.harmony import HarmonyReply
+from moebius.text.replies.hermes import Hermes
+from moebius.text.replies.marked import MarkedReply
+from moebius.text.replies.parser import Asked, ReplyParser
+from moebius.text.replies.source import Markers
+from moebius.text.replies.thinking import Thinking
+from moebius.text.replies.tools import ToolFormat
+
+_KINDS: Mapping[str, type[ToolFormat]] = {kind.name: kind for kind in (Hermes,)}
+FORMATS = ("auto", "none", *_KINDS, harmony.NAME)
+"""What --tool-format may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A reader of whole replies, and the markers that it knows."""
+
+    markers: Markers
+    talk: MarkedReply | HarmonyReply
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What is known of a model's texts.
+
+    tokens    the ids of its added tokens, by their texts
+    templates its chat templates by name; the plain one is `default`
+    text_of   the text of a token
+    """
+
+    tokens: Mapping[str, int]
+    templates: Mapping[str, str]
+    text_of: Callable[[int], str]
+
+    @property
+    def template(self) -> str:
+        """All that its templates say: one that is for tools may stand beside the plain one."""
+        return "\n".join(self.templates.values())
+
+
+class ReplyFormat:
+    """How a model writes reasoning and tool calls, if it does.
+
+    tools       the name of its format of tool calls; None: it has none that is known
+    reasoning   how the beginning of its reasoning is spelled; None: it has none that is known
+    end_ids     tokens that end a reply in this format
+    starter_id  the one token that every call begins with; None where there is no such
+    """
+
+    def __init__(self, vocabulary: Vocabulary, tools: str = "auto") -> None:
+        """tools: one of FORMATS; ConfigError for another."""
+        if tools not in FORMATS:
+            raise ConfigError(f"tool_format is {tools!r}; it must be one of {', '.join(FORMATS)}")
+        self._vocabulary = vocabulary
+        found = detect(vocabulary) if tools == "auto" else tools
+        self.tools = None if found == "none" else found
+        self._is_harmony = harmony.NAME in (found, detect(vocabulary))
+        self._calling = self._reader(calls=True)
+        self._plain = self._reader(calls=False)
+        self.reasoning = self._plain.talk.reasoning
+        self.starter_id = self._starter()
+        self.end_ids: frozenset[int] = frozenset()
+        if self._is_harmony:
+            stops = (vocabulary.tokens.get(stop) for stop in harmony.STOPS)
+            self.end_ids = frozenset(stop for stop in stops if stop is not None)
+
+    def with_tools(self, tools: str) -> "ReplyFormat":
+        """The same with calls in the format that FORMATS calls so. ConfigError for no such."""
+        return ReplyFormat(self._vocabulary, tools)
+
+    def _reader(self, *, calls: bool) -> _Reader:
+        markers = Markers(self._vocabulary.tokens)
+        if self._is_harmony:
+            return _Reader(markers, HarmonyReply(markers))
+        tools: ToolFormat | None = None
+        if calls and self.tools is not None:
+            tools = _KINDS[self.tools](markers)
+        thinking = Thinking.of(self._vocabulary.tokens, self._vocabulary.template, markers)
+        return _Reader(markers, MarkedReply(thinking, tools))
+
+    def _starter(self) -> int | None:
+        kind = None if self.tools is None or self._is_harmony else _KINDS[self.tools]
+        if kind is None or kind.bare or kind.num_starters > 1:
+            return None
+        return self._vocabulary.tokens.get(kind.spellings[0])
+
+    def parser(self, prompt: EncodedPrompt, asked: Asked, key: str) -> ReplyParser:
+        """Of the reply to this prompt, whose end may have begun the reasoning or a message.
+
+        key: names the request; the ids of its calls are made of it.
+        """
+        reader = self._plain if asked.tools is None else self._calling
+        symbols = reader.markers.symbols
+        text_of = self._vocabulary.text_of
+
+        def spell(ids: Sequence[int]) -> str:
+            return "".join(symbols.get(token_id) or text_of(token_id) for token_id in ids)
+
+        thinks, begun = reader.talk.start(prompt, spell)
+        named = partial(reader.talk.call_id, key)
+        parser = ReplyParser(reader.talk, reader.markers, asked, call_id=named, thinks=thinks)
+        parser.push(begun)
+        return parser
+
+
+def detect(vocabulary: Vocabulary) -> str:
+    """The name of the format in which a model writes tool calls; "none" for none that is known.
+
+    The first test that fits counts.
+    """
+    tokens = vocabulary.tokens
+    template = vocabulary.template
+    if harmony.fits(tokens, template):
+        return harmony.NAME
+    if "<tool_call>" in template:
+        return Hermes.name
+    return "none"
