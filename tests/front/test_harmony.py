@@ -11,7 +11,7 @@ from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.front.assemble import Delta, SequenceAssembler
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams
-from moebius.text import Asked, EncodedPrompt, Tokenizer
+from moebius.text import EncodedPrompt, Expected, Tokenizer
 from moebius.text.replies import Said, fold
 from text.harmony import harmony_tokenizer
 
@@ -37,7 +37,7 @@ def assembled(
     """The reply in steps of one token or several."""
     prompt = tokenizer.chat_prompt([{"role": "user", "content": "hello"}])
     given = SamplingParams(logprobs=0, **params)  # type: ignore[arg-type]
-    parser = tokenizer.replies.parser(prompt, Asked(), "r")
+    parser = tokenizer.replies.parser(prompt, Expected(), "r")
     found = SequenceAssembler(tokenizer, given, reply=parser)
     left = tokenizer.encode(reply, False)
     numbers = count()
@@ -97,7 +97,7 @@ def test_a_reply_that_is_cut_off(tokenizer: Tokenizer) -> None:
     assert (found.completion().text, found.finish_reason) == ("", "length")
     whole = tokenizer.encode("<|channel|>final<|message|>a😀", False)
     prompt = EncodedPrompt(tokenizer.encode("<|start|>assistant", False))
-    parser = tokenizer.replies.parser(prompt, Asked(), "r")
+    parser = tokenizer.replies.parser(prompt, Expected(), "r")
     broken = SequenceAssembler(tokenizer, SamplingParams(), reply=parser)
     end = tokenizer.encode("<|end|>", False)
     broken.push(StepOutput("r", (*whole[:-1], *end), finish_reason=length))

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from moebius.text import Asked, ChatTemplate, EncodedPrompt, ReplyFormat, Tokenizer
+from moebius.text import ChatTemplate, EncodedPrompt, Expected, ReplyFormat, Tokenizer
 from moebius.text.replies import Event, Said, fold
 from text.tiny_tokenizers import byte_level
 
@@ -60,7 +60,7 @@ def events(
     spelled: its markers are no tokens, though the vocabulary has such.
     """
     given = EncodedPrompt([]) if prompt is None else prompt
-    parser = (replies or tokenizer.replies).parser(given, Asked(tools=tools), "r")
+    parser = (replies or tokenizer.replies).parser(given, Expected(tools=tools), "r")
     text = reply
     for token_id, symbol in parser.symbols.items():
         text = text if spelled else text.replace(tokenizer.spelling(token_id) or "", symbol)

@@ -12,7 +12,7 @@ from moebius.front.assemble import SequenceAssembler
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import SamplingParams
-from moebius.text import Asked, EncodedPrompt, ReplyFormat, Tokenizer
+from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer
 
 
 def draw_prefix_key() -> bytes:
@@ -58,7 +58,7 @@ class ChoiceOpener:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
-        asked: Asked | None = None,
+        expected: Expected | None = None,
     ) -> Iterator[Choice]:
         """The `params.n` choices of one prompt. Raises RequestError.
 
@@ -66,8 +66,8 @@ class ChoiceOpener:
         seed that is given serves every prompt alike, so that an answer does not depend on the
         prompt's place in a call; where none is given each prompt draws its own. `continues`: the
         text continues the prompt's, unless an encoder reads that; else it replies to a chat, and is
-        read for what that is made of, unless special tokens are wanted. `asked`: which tools such a
-        reply may call.
+        read for what that is made of, unless special tokens are wanted. `expected`: which tools
+        such a reply may call.
         """
         if self.info.start_ids and params.prompt_logprobs is not None:
             raise RequestError(
@@ -96,7 +96,7 @@ class ChoiceOpener:
         for request in chain((first,), others):
             reply = None
             if not continues and params.skip_special_tokens:
-                reply = self.format.parser(prompt, asked or Asked(), request.id)
+                reply = self.format.parser(prompt, expected or Expected(), request.id)
             yield Choice(
                 request,
                 SequenceAssembler(self.tokenizer, params, prompt_ids=context, reply=reply),

@@ -40,7 +40,7 @@ from moebius.server.protocol import (
 )
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import Call, FrontDoor
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.text import Expected, GenerationDefaults, Tokenizer
 
 # A body up to this size is parsed and tokenised on the event loop: handing it to a thread would
 # take longer.
@@ -169,20 +169,34 @@ class Api:
             raise asked.as_written(error) from error
         model = asked.model or self.settings.served_model_names[0]
         fingerprint = self.door.client.info.fingerprint
-        form = ChatFormat if isinstance(asked, ChatRequest) else CompletionFormat
-        return Answer(call, form(call, asked, self.tokenizer, model, fingerprint), asked.stream)
+        if isinstance(asked, ChatRequest):
+            chat = ChatFormat(call, asked, self.tokenizer, model, fingerprint)
+            return Answer(call, chat, asked.stream)
+        completion = CompletionFormat(call, asked, self.tokenizer, model, fingerprint)
+        return Answer(call, completion, asked.stream)
 
     def _open(self, request: Request, asked: CompletionRequest | ChatRequest) -> Call:
         visit: Visit = request.scope["moebius.visit"]
         params = asked.sampling(self.defaults)
         timeout = asked.seconds(request.headers.getlist(TIMEOUT_HEADER))
         limits = self.door.client.info.limits
+        replies = self.door.opener.format
+        expected = Expected()
+        if isinstance(asked, ChatRequest):
+            params = asked.conversation.params(params, replies)
+            expected = asked.conversation.expected(replies)
         # Before the prompts are encoded, which may take long.
         check_asked(params, limits, asked.priority)
+        if isinstance(asked, ChatRequest):
+            most = limits.max_model_len
+            prompts = [asked.conversation.prompt(self.tokenizer, replies, at_most=most)]
+        else:
+            prompts = asked.encode(self.tokenizer, limits.max_model_len)
         return self.door.open(
             f"{asked.id_prefix}-{secrets.token_hex(12)}",
-            asked.encode(self.tokenizer, limits.max_model_len),
+            prompts,
             params,
+            expected=expected,
             continues=asked.continues,
             since=visit.started,
             timeout=timeout,

@@ -6,7 +6,8 @@ from moebius.engine.client import TokenLogprob
 from moebius.front.assemble import Delta
 from moebius.server.formats import FLOOR, Format, Json, encoded_list
 from moebius.server.protocol import ChatRequest
-from moebius.server.stream import LiveChoice
+from moebius.server.stream import Call, LiveChoice
+from moebius.text import Tokenizer
 from moebius.text.replies import CallArguments, CallStart, Content, Event, Reasoning, Said, fold
 
 
@@ -20,6 +21,17 @@ class ChatFormat(Format):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     _request: ChatRequest
+
+    def __init__(
+        self,
+        call: Call,
+        request: ChatRequest,
+        tokenizer: Tokenizer,
+        model: str,
+        fingerprint: str,
+    ) -> None:
+        super().__init__(call, request, tokenizer, model, fingerprint)
+        self._one_tool = request.conversation.choice.one
 
     def _beside(self) -> Json:
         first = self._call.choices[0]
@@ -108,10 +120,10 @@ class ChatFormat(Format):
         return {}
 
     def _common(self, choice: LiveChoice, delta: Delta) -> Json:
-        """Calls have a finish reason of their own, but the one that the client named."""
+        """Calls have a finish reason of their own, but for the one that the client has named."""
         fields = super()._common(choice, delta)
         if choice.assembler.num_calls and delta.finish_reason == "stop":
-            fields["finish_reason"] = "stop" if self._request.names_tool else "tool_calls"
+            fields["finish_reason"] = "stop" if self._one_tool else "tool_calls"
         return fields
 
     def _usage(self) -> Json:

@@ -20,7 +20,7 @@ from moebius.request.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
-from moebius.text import EncodedPrompt
+from moebius.text import EncodedPrompt, Expected
 
 log = logging.getLogger(__name__)
 
@@ -260,6 +260,7 @@ class FrontDoor:
         timeout: float = math.inf,
         priority: int = 0,
         salt: bytes = b"",
+        expected: Expected | None = None,
     ) -> Call:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
@@ -268,6 +269,7 @@ class FrontDoor:
                     there; default: now
         timeout     seconds that the client gives it, at most request_timeout
         priority, salt   as in EngineRequest
+        expected    what is looked for in a chat's reply
         """
         if self.draining:
             raise DrainingError
@@ -285,6 +287,7 @@ class FrontDoor:
                 priority=priority,
                 deadline=deadline,
                 salt=salt,
+                expected=expected,
             )
             for one in opened:
                 choices.append(

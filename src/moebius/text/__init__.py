@@ -5,14 +5,14 @@ from moebius.text.defaults import GenerationDefaults
 from moebius.text.gguf_tokenizer import tokenizer_from_gguf
 from moebius.text.model import ModelText, load_text, load_tokenizer
 from moebius.text.prompts import EncodedPrompt
-from moebius.text.replies import Asked, ReplyFormat, ReplyParser
+from moebius.text.replies import Expected, ReplyFormat, ReplyParser
 from moebius.text.stream import IncrementalDecoder, StopMatcher, text_offsets
 from moebius.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Asked",
     "ChatTemplate",
     "EncodedPrompt",
+    "Expected",
     "GenerationDefaults",
     "IncrementalDecoder",
     "ModelText",

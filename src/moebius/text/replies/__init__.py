@@ -12,17 +12,18 @@ from moebius.text.replies.events import (
     fold,
     merged,
 )
-from moebius.text.replies.formats import FORMATS, ReplyFormat, Vocabulary
-from moebius.text.replies.parser import Asked, ReplyParser
+from moebius.text.replies.formats import EFFORTS, FORMATS, ReplyFormat, Vocabulary
+from moebius.text.replies.parser import Expected, ReplyParser
 
 __all__ = [
+    "EFFORTS",
     "FORMATS",
-    "Asked",
     "CallArguments",
     "CallEnd",
     "CallStart",
     "Content",
     "Event",
+    "Expected",
     "Reasoning",
     "ReplyFormat",
     "ReplyParser",

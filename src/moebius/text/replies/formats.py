@@ -10,7 +10,7 @@ from moebius.text.replies import harmony
 from moebius.text.replies.harmony import HarmonyReply
 from moebius.text.replies.hermes import Hermes
 from moebius.text.replies.marked import MarkedReply
-from moebius.text.replies.parser import Asked, ReplyParser
+from moebius.text.replies.parser import Expected, ReplyParser
 from moebius.text.replies.source import Markers
 from moebius.text.replies.thinking import Thinking
 from moebius.text.replies.tools import ToolFormat
@@ -18,6 +18,9 @@ from moebius.text.replies.tools import ToolFormat
 _KINDS: Mapping[str, type[ToolFormat]] = {kind.name: kind for kind in (Hermes,)}
 FORMATS = ("auto", "none", *_KINDS, harmony.NAME)
 """What --tool-format may be."""
+
+# From none to as much as there is.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class ReplyFormat:
     tools       the name of its format of tool calls; None: it has none that is known
     reasoning   how the beginning of its reasoning is spelled; None: it has none that is known
     end_ids     tokens that end a reply in this format
+    efforts     the levels of reasoning that its template knows
     starter_id  the one token that every call begins with; None where there is no such
     """
 
@@ -67,6 +71,7 @@ class ReplyFormat:
         self._calling = self._reader(calls=True)
         self._plain = self._reader(calls=False)
         self.reasoning = self._plain.talk.reasoning
+        self.efforts = harmony.EFFORTS if self._is_harmony else EFFORTS
         self.starter_id = self._starter()
         self.end_ids: frozenset[int] = frozenset()
         if self._is_harmony:
@@ -93,12 +98,12 @@ class ReplyFormat:
             return None
         return self._vocabulary.tokens.get(kind.spellings[0])
 
-    def parser(self, prompt: EncodedPrompt, asked: Asked, key: str) -> ReplyParser:
+    def parser(self, prompt: EncodedPrompt, expected: Expected, key: str) -> ReplyParser:
         """Of the reply to this prompt, whose end may have begun the reasoning or a message.
 
         key: names the request; the ids of its calls are made of it.
         """
-        reader = self._plain if asked.tools is None else self._calling
+        reader = self._plain if expected.tools is None else self._calling
         symbols = reader.markers.symbols
         text_of = self._vocabulary.text_of
 
@@ -107,7 +112,7 @@ class ReplyFormat:
 
         thinks, begun = reader.talk.start(prompt, spell)
         named = partial(reader.talk.call_id, key)
-        parser = ReplyParser(reader.talk, reader.markers, asked, call_id=named, thinks=thinks)
+        parser = ReplyParser(reader.talk, reader.markers, expected, call_id=named, thinks=thinks)
         parser.push(begun)
         return parser
 

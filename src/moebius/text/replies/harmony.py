@@ -24,6 +24,7 @@ END = "<|end|>"
 CONSTRAIN = "<|constrain|>"
 STOPS = ("<|return|>", "<|call|>")
 NAME = "harmony"
+EFFORTS = ("low", "medium", "high")
 
 _RECIPIENT = re.compile(rf"\bto=([^\s{SYMBOLS}]+)")
 _FUNCTIONS = "functions."
@@ -92,7 +93,7 @@ class HarmonyReply:
 
         Other recipients are the format's own tools, which are not here: nothing is made of them.
         """
-        tools = reply.asked.tools
+        tools = reply.expected.tools
         name = recipient.removeprefix(_FUNCTIONS)
         if tools is None or not (recipient.startswith(_FUNCTIONS) or name in tools):
             return True

@@ -23,15 +23,17 @@ Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Expected:
     """What the request says of its reply.
 
     tools        the parameters' JSON Schema of each tool that may be called, by its name; None: no
                  call is looked for
+    barred       those of them that this reply may not call
     parallel     whether a reply may make more than one call
     """
 
     tools: Mapping[str, Schema] | None = None
+    barred: frozenset[str] = frozenset()
     parallel: bool = True
 
 
@@ -59,14 +61,14 @@ class ReplyParser:
         self,
         talk: Talk,
         markers: Markers,
-        asked: Asked,
+        expected: Expected,
         *,
         call_id: Callable[[int], str],
         thinks: bool = False,
     ) -> None:
         """call_id: the id of a call, from its index; for formats that write none of their own."""
         self.symbols = markers.symbols
-        self.asked = asked
+        self.expected = expected
         self.source = Source()
         self.thinks = thinks
         self.malformed = 0
@@ -167,10 +169,14 @@ class ReplyParser:
         return self._open is not None
 
     def begin(self, name: str, id: str | None = None) -> None:
-        """A call begins, unless it has. NotACall where this can be no function's name."""
+        """A call begins, unless it has.
+
+        NotACall where this can be no function's name, or that of one that may not be called. One
+        that does not exist may be: the client tells the model so.
+        """
         if self._open is not None:
             return
-        if _NAME.fullmatch(name) is None:
+        if _NAME.fullmatch(name) is None or name in self.expected.barred:
             raise NotACall
         self.source.forget()
         self.turn(thinks=False)
@@ -189,7 +195,7 @@ class ReplyParser:
         assert self._open is not None
         self._events.append(CallEnd(self._open.index))
         self._open = None
-        if not self.asked.parallel:
+        if not self.expected.parallel:
             raise _ReplyEnds
 
     def arguments(self, name: str, *closers: str, id: str | None = None) -> Reading[None]:
