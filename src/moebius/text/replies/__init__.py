@@ -1,5 +1,6 @@
 """What a reply to a chat is made of: reasoning, content and tool calls, read as it comes."""
 
+from moebius.text.replies.detect import Vocabulary
 from moebius.text.replies.events import (
     CallArguments,
     CallEnd,
@@ -12,7 +13,7 @@ from moebius.text.replies.events import (
     fold,
     merged,
 )
-from moebius.text.replies.formats import EFFORTS, FORMATS, ReplyFormat, Vocabulary
+from moebius.text.replies.formats import EFFORTS, FORMATS, ReplyFormat
 from moebius.text.replies.parser import Expected, ReplyParser
 
 __all__ = [

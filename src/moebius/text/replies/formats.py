@@ -1,22 +1,21 @@
 """ReplyFormat: how a model's replies are read, found by its vocabulary and its chat template."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from moebius.errors import ConfigError
 from moebius.text.prompts import EncodedPrompt
 from moebius.text.replies import harmony
+from moebius.text.replies.detect import KINDS, Vocabulary, detect
 from moebius.text.replies.harmony import HarmonyReply
-from moebius.text.replies.hermes import Hermes
 from moebius.text.replies.marked import MarkedReply
 from moebius.text.replies.parser import Expected, ReplyParser
 from moebius.text.replies.source import Markers
 from moebius.text.replies.thinking import Thinking
 from moebius.text.replies.tools import ToolFormat
 
-_KINDS: Mapping[str, type[ToolFormat]] = {kind.name: kind for kind in (Hermes,)}
-FORMATS = ("auto", "none", *_KINDS, harmony.NAME)
+FORMATS = ("auto", "none", *KINDS, harmony.NAME)
 """What --tool-format may be."""
 
 # From none to as much as there is.
@@ -29,25 +28,6 @@ class _Reader:
 
     markers: Markers
     talk: MarkedReply | HarmonyReply
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """What is known of a model's texts.
-
-    tokens    the ids of its added tokens, by their texts
-    templates its chat templates by name; the plain one is `default`
-    text_of   the text of a token
-    """
-
-    tokens: Mapping[str, int]
-    templates: Mapping[str, str]
-    text_of: Callable[[int], str]
-
-    @property
-    def template(self) -> str:
-        """All that its templates say: one that is for tools may stand beside the plain one."""
-        return "\n".join(self.templates.values())
 
 
 class ReplyFormat:
@@ -88,12 +68,12 @@ class ReplyFormat:
             return _Reader(markers, HarmonyReply(markers))
         tools: ToolFormat | None = None
         if calls and self.tools is not None:
-            tools = _KINDS[self.tools](markers)
+            tools = KINDS[self.tools](markers)
         thinking = Thinking.of(self._vocabulary.tokens, self._vocabulary.template, markers)
         return _Reader(markers, MarkedReply(thinking, tools))
 
     def _starter(self) -> int | None:
-        kind = None if self.tools is None or self._is_harmony else _KINDS[self.tools]
+        kind = None if self.tools is None or self._is_harmony else KINDS[self.tools]
         if kind is None or kind.bare or kind.num_starters > 1:
             return None
         return self._vocabulary.tokens.get(kind.spellings[0])
@@ -115,17 +95,3 @@ class ReplyFormat:
         parser = ReplyParser(reader.talk, reader.markers, expected, call_id=named, thinks=thinks)
         parser.push(begun)
         return parser
-
-
-def detect(vocabulary: Vocabulary) -> str:
-    """The name of the format in which a model writes tool calls; "none" for none that is known.
-
-    The first test that fits counts.
-    """
-    tokens = vocabulary.tokens
-    template = vocabulary.template
-    if harmony.fits(tokens, template):
-        return harmony.NAME
-    if "<tool_call>" in template:
-        return Hermes.name
-    return "none"

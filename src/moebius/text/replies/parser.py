@@ -168,6 +168,10 @@ class ReplyParser:
         """Whether a call is open: what follows is of it."""
         return self._open is not None
 
+    def spell(self, text: str) -> str:
+        """The text with control tokens as they are spelled."""
+        return self._markers.spell(text)
+
     def begin(self, name: str, id: str | None = None) -> None:
         """A call begins, unless it has.
 
@@ -195,6 +199,7 @@ class ReplyParser:
         assert self._open is not None
         self._events.append(CallEnd(self._open.index))
         self._open = None
+        self.source.mark()
         if not self.expected.parallel:
             raise _ReplyEnds
 
@@ -240,8 +245,8 @@ class ReplyParser:
         """Read calls. False where it was none from the beginning: then its opener was said as it is
         spelled, and what is behind it is still to be read.
 
-        The source must have been marked before the opener was read, and is again by a reader of
-        several calls, before each of them.
+        The source must have been marked before the opener was read. It is marked again behind each
+        call: what follows one and is no other is still to be read, too.
         """
         missed = False
         try:
@@ -255,5 +260,7 @@ class ReplyParser:
                 self.say(self.source.take(len(opener)))
         self.source.forget()
         if self._open is not None:
+            if self.source.ended:  # in the middle of a marker
+                self.source.take(len(self.source.text))
             self.end()
         return not missed

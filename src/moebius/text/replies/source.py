@@ -8,6 +8,7 @@ Readers are generators: they yield where they need text that has not come yet. S
 the format that it is for, and where the text was cut into pieces makes no difference.
 """
 
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeVar
 
@@ -22,6 +23,8 @@ Spell = Callable[[Sequence[int]], str]
 _FIRST_SYMBOL = 0xD800
 SYMBOLS = "\ud800-\udfff"
 """All symbols, for a regular expression's class."""
+
+_WORD = re.compile(r"[\w./:-]*")
 
 
 class NotACall(Exception):
@@ -107,6 +110,20 @@ class Source:
                 return
             yield
 
+    def matching(self, pattern: re.Pattern[str]) -> Reading[str]:
+        """Read as far as a pattern of single characters goes."""
+        pieces: list[str] = []
+        while True:
+            found = pattern.match(self.text)
+            pieces.append(self.take(0 if found is None else len(found[0])))
+            if self.text or self.ended:
+                return "".join(pieces)
+            yield
+
+    def word(self) -> Reading[str]:
+        """Read a name; "" where the text goes on with something else."""
+        return (yield from self.matching(_WORD))
+
     def sees(self, wanted: str) -> Reading[bool]:
         """Whether the text goes on with this; nothing is read."""
         while len(self.text) < len(wanted) and wanted.startswith(self.text) and not self.ended:
@@ -128,14 +145,23 @@ class Source:
         return found
 
     def closes(self, *closers: str) -> Reading[str]:
-        """As `accepts`, with white space in front."""
+        """As `accepts`, with white space in front; a closer that the text's end cuts off is read,
+        too."""
+        outer = self._kept
         self.mark()
         yield from self.space()
         found = yield from self.accepts(*closers)
-        if not found:
+        if not found and self._is_cut(closers):
+            self.take(len(self.text))
+        elif not found:
             self.rewind()
-        self.forget()
+        elif outer is not None and self._kept is not None:
+            outer += self._kept
+        self._kept = outer
         return found
+
+    def _is_cut(self, closers: Sequence[str]) -> bool:
+        return self.ended and any(closer.startswith(self.text) for closer in closers)
 
     def until(self, markers: Sequence[str], emit: Emit) -> Reading[str]:
         """Read up to the first of the markers and over it; "" where the text ends before.
