@@ -118,14 +118,6 @@ def test_all_families_under_both_names() -> None:
     run(check)
 
 
-def test_vllms_names_can_be_left_out() -> None:
-    async def check(server: Server) -> None:
-        types, _ = await scrape(server)
-        assert types and all(name.startswith(("moebius_", "process_", "http_")) for name in types)
-
-    run(check, vllm_metric_names=False)
-
-
 def test_what_the_front_door_counts() -> None:
     async def check(server: Server) -> None:
         await server.complete(n=3, max_tokens=5, ignore_eos=True)

@@ -230,6 +230,8 @@ class Api:
             "owned_by": "moebius",
             "created": self._created,
             "max_model_len": self.door.client.info.limits.max_model_len,
+            "tool_format": self.door.opener.format.tools,
+            "reasoning_format": self.door.opener.format.reasoning,
             "root": self.settings.served_model_names[0],
             "parent": None,
             "permission": [_permission(name, self._created)],

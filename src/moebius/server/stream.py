@@ -207,6 +207,8 @@ class Call:
 
     def _close(self, choice: LiveChoice, reason: str) -> None:
         choice.closed = True
+        read = choice.assembler
+        self._door.metrics.tool_calls(read.num_calls, read.malformed_calls)
         self._door.metrics.sequence_finished(
             reason,
             choice.times,

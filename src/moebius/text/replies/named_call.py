@@ -20,6 +20,7 @@ def named_call(reply: ReplyParser, *closers: str, whole: bool = False) -> Readin
     yield from source.space()
     more = not (yield from source.accepts("}"))
     while more:
+        yield from source.space()
         key = yield from _string(reply)
         yield from source.space()
         yield from source.expect(":")
@@ -33,7 +34,6 @@ def named_call(reply: ReplyParser, *closers: str, whole: bool = False) -> Readin
             held = value if key in _ARGUMENTS else held
         yield from source.space()
         more = (yield from source.expect(",", "}")) == ","
-        yield from source.space()
     if not reply.called:
         if whole and held is None:
             raise NotACall
