@@ -36,7 +36,7 @@ COUNTERS = {
     "request_success",
     "admission_rejections",
 }
-OWN_COUNTERS = {"engine_restarts", "requests_replayed"}
+OWN_COUNTERS = {"engine_restarts", "requests_replayed", "tool_calls"}
 HISTOGRAMS = {
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",

@@ -84,7 +84,9 @@ class Tokenizer:
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         ids = {token.content: i for i, token in added.items()}
-        self.replies = ReplyFormat(Vocabulary(ids, self.templates, self.token_text))
+        self.replies = ReplyFormat(
+            Vocabulary(ids, self.templates, self.token_text, self._encode_marked)
+        )
         """How replies to chats are read."""
         own_end = () if self.eos_id is None else (self.eos_id,)
         self.end_ids = frozenset(end_ids).union(own_end, self.replies.end_ids)
@@ -184,6 +186,10 @@ class Tokenizer:
         self._check_size(text, at_most, "prompt")
         ids = _encoded(self._backend, text, at_most, "prompt")
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Ids of what the model's own format says, special tokens included."""
+        return self.encode(text, add_special_tokens=False)
 
     def offsets(self, text: str) -> list[int]:
         """Where in the text each id of `encode(text)` begins, in characters.

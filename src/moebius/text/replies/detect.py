@@ -24,11 +24,13 @@ class Vocabulary:
     tokens     the ids of its added tokens, by their texts
     templates  its chat templates by name
     text_of    the text of a token
+    encode     the ids of a text, in which the texts of added tokens are these
     """
 
     tokens: Mapping[str, int]
     templates: Mapping[str, str]
     text_of: Callable[[int], str]
+    encode: Callable[[str], list[int]]
 
     @property
     def template(self) -> str:

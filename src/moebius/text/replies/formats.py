@@ -1,6 +1,5 @@
 """ReplyFormat: how a model's replies are read, found by its vocabulary and its chat template."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,8 +10,8 @@ from moebius.text.replies.detect import KINDS, Vocabulary, detect
 from moebius.text.replies.harmony import HarmonyReply
 from moebius.text.replies.marked import MarkedReply
 from moebius.text.replies.parser import Expected, ReplyParser
-from moebius.text.replies.source import Markers
-from moebius.text.replies.thinking import Thinking
+from moebius.text.replies.source import Markers, Spell
+from moebius.text.replies.thinking import ReasoningEnds, Thinking
 from moebius.text.replies.tools import ToolFormat
 
 FORMATS = ("auto", "none", *KINDS, harmony.NAME)
@@ -72,6 +71,23 @@ class ReplyFormat:
         thinking = Thinking.of(self._vocabulary.tokens, self._vocabulary.template, markers)
         return _Reader(markers, MarkedReply(thinking, tools))
 
+    def reasoning_ends(self, prompt: EncodedPrompt) -> ReasoningEnds | None:
+        """Where the reasoning of a reply to this prompt begins and ends; None where the model has
+        none, or its markers are no tokens, which it may spell in several ways."""
+        reader = self._plain
+        spelled = reader.talk.ends
+        symbols = reader.markers.symbols.values()
+        if spelled is None or not all(marker in symbols for marker in reader.talk.border):
+            return None
+        start, end, forced = (tuple(self._vocabulary.encode(text)) for text in spelled)
+        begun, _ = reader.talk.start(prompt, self._spell(reader))
+        return ReasoningEnds(start, end, forced, begun)
+
+    def _spell(self, reader: _Reader) -> Spell:
+        symbols = reader.markers.symbols
+        text_of = self._vocabulary.text_of
+        return lambda ids: "".join(symbols.get(i) or text_of(i) for i in ids)
+
     def _starter(self) -> int | None:
         kind = None if self.tools is None or self._is_harmony else KINDS[self.tools]
         if kind is None or kind.bare or kind.num_starters > 1:
@@ -84,13 +100,7 @@ class ReplyFormat:
         key: names the request; the ids of its calls are made of it.
         """
         reader = self._plain if expected.tools is None else self._calling
-        symbols = reader.markers.symbols
-        text_of = self._vocabulary.text_of
-
-        def spell(ids: Sequence[int]) -> str:
-            return "".join(symbols.get(token_id) or text_of(token_id) for token_id in ids)
-
-        thinks, begun = reader.talk.start(prompt, spell)
+        thinks, begun = reader.talk.start(prompt, self._spell(reader))
         named = partial(reader.talk.call_id, key)
         parser = ReplyParser(reader.talk, reader.markers, expected, call_id=named, thinks=thinks)
         parser.push(begun)

@@ -62,6 +62,16 @@ class HarmonyReply:
 
     reasoning = f"{CHANNEL}analysis"
     call_id = staticmethod(call_id)
+    ends = (
+        f"{CHANNEL}analysis{MESSAGE}",
+        END,
+        f"{END}{START}assistant{CHANNEL}final{MESSAGE}",
+    )
+
+    @property
+    def border(self) -> tuple[str, ...]:
+        """The markers of these, as a source has them."""
+        return (self._start, self._channel, self._message)
 
     def start(self, prompt: EncodedPrompt, spell: Spell) -> tuple[bool, str]:
         """Whether the reply begins with reasoning, and the part of it that its prompt has begun:

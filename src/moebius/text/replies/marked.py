@@ -22,6 +22,16 @@ class MarkedReply:
         self.call_id = call_id if tools is None else tools.call_id
         self.reasoning = None if thinking is None else thinking.spelling
 
+    @property
+    def ends(self) -> tuple[str, str, str] | None:
+        """How reasoning is begun, ended, and ended as the model would, as it is spelled."""
+        return None if self._thinking is None else self._thinking.ends
+
+    @property
+    def border(self) -> tuple[str, ...]:
+        """The markers of these, as a source has them."""
+        return () if self._thinking is None else (self._thinking.open, self._thinking.close)
+
     def start(self, prompt: EncodedPrompt, spell: Spell) -> tuple[bool, str]:
         """Whether the reply begins with reasoning, and the part of it that its prompt has begun.
 

@@ -9,11 +9,14 @@ from moebius.text.replies.source import Markers
 
 @dataclass(frozen=True, slots=True)
 class _Spelling:
-    """label: what follows the opener and belongs to it."""
+    """label: what follows the opener and belongs to it. lead, trail: line breaks that a model
+    writes round the closer."""
 
     open: str
     close: str
     label: str = ""
+    lead: str = ""
+    trail: str = ""
 
 
 # In the order in which they are looked for.
@@ -21,19 +24,46 @@ _SPELLINGS = (
     _Spelling("<|channel>", "<channel|>", "thought\n"),
     _Spelling("[THINK]", "[/THINK]"),
     _Spelling("<seed:think>", "</seed:think>"),
-    _Spelling("<think>", "</think>"),
+    _Spelling("<think>", "</think>", lead="\n", trail="\n\n"),
     _Spelling("Here is my thought process:", "Here is my response:"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningEnds:
+    """Token ids round a reply's reasoning: for what is to begin behind it, or to end it.
+
+    start    what begins it
+    end      what ends it
+    forced   what a model itself would write to end it, `end` among it
+    begun    whether the prompt has begun it
+    """
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    forced: tuple[int, ...]
+    begun: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
     """Markers round a reply's reasoning, as a source has them."""
 
-    spelling: str
+    written: _Spelling
     open: str
     close: str
     label: str = ""
+
+    @property
+    def spelling(self) -> str:
+        """How it begins."""
+        return self.written.open
+
+    @property
+    def ends(self) -> tuple[str, str, str]:
+        """How it is begun, ended, and ended as the model would."""
+        written = self.written
+        return written.open, written.close, written.lead + written.close + written.trail
 
     @classmethod
     def of(cls, tokens: Mapping[str, int], template: str, markers: Markers) -> Self | None:
@@ -43,7 +73,7 @@ class Thinking:
             ends = (spelling.open, spelling.close)
             if all(end in tokens for end in ends) or all(end in template for end in ends):
                 return cls(
-                    spelling.open,
+                    spelling,
                     open=markers(spelling.open),
                     close=markers(spelling.close),
                     label=spelling.label,
