@@ -693,7 +693,7 @@ def test_what_an_iterator_cannot_take_is_named(llm: LLM) -> None:
         llm.generate("a", wrong)
     with pytest.raises(RequestError, match="params is NoneType"):
         next(llm.stream([("a", None)]))  # type: ignore[list-item]
-    with pytest.raises(RequestError, match="n is 3; stream_chat has one choice"):
+    with pytest.raises(RequestError, match="n is 3; a stream has one choice"):
         next(llm.stream_chat(HELLO, GREEDY.with_(n=3)))
 
 

@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import count
 from os import PathLike
 from pathlib import Path
@@ -29,11 +28,14 @@ from moebius.engine.wire import Launch
 from moebius.errors import OverloadError, RequestError
 from moebius.front.assemble import Delta
 from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
+from moebius.front.conversation import Conversation, Opening
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
+from moebius.front.tools import choice_of, tools_of
 from moebius.models.hub import ModelSource, find_model
 from moebius.request.params import SamplingParams
-from moebius.text import EncodedPrompt, ends_anew, load_text
+from moebius.text import EncodedPrompt, Expected, load_text
+from moebius.text.replies import Content, Event
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -165,6 +167,7 @@ class LLM:
     model: a directory in the Hugging Face layout, a GGUF file, a hub id, or "bundled" for the small
     model in the package. file: which GGUF file of a directory or a hub id, by its name or a part of
     it. tokenizer: a directory, GGUF file or hub id with the one to use instead of the model's.
+    tool_format: how the model writes tool calls, where "auto" does not find out (--tool-format).
     Options are the fields of EngineConfig. Raises UsageError before anything is allocated.
     Iterators that are not read to their end may wait while others are read: each gets its own
     outputs. What torch is set to in this process stays.
@@ -181,12 +184,13 @@ class LLM:
         *,
         file: str | None = None,
         tokenizer: str | None = None,
+        tool_format: str = "auto",
         **options: Any,
     ) -> None:
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
             raise TypeError(
-                f"LLM has no option {', '.join(unknown)}; it has file, tokenizer, "
+                f"LLM has no option {', '.join(unknown)}; it has file, tokenizer, tool_format, "
                 f"{', '.join(EngineConfig.__dataclass_fields__)}"
             )
         self.config = EngineConfig(**options)
@@ -195,11 +199,12 @@ class LLM:
         elif file is not None or tokenizer is not None:
             raise TypeError("a ModelSource names its file and tokenizer itself: see find_model")
         self.tokenizer, self.defaults = load_text(model.path, model.tokenizer)
+        replies = self.tokenizer.replies.with_tools(tool_format)
         key = draw_prefix_key()
         self._engines: EngineProcesses | None = None
         self.client = self._start(model.path, key)
         info = self.client.info
-        self._opener = ChoiceOpener(self.tokenizer, info, info.hasher(key))
+        self._opener = ChoiceOpener(self.tokenizer, info, info.hasher(key), replies)
         self._sessions = Sessions(self.client)
         self._ids = count()
 
@@ -258,6 +263,10 @@ class LLM:
         *,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
@@ -267,22 +276,24 @@ class LLM:
         continue_final_message: go on with the text of the last message, which is the assistant's,
         instead of adding one; outputs hold what is new. add_generation_prompt: whether an answer is
         begun; None: it is, unless the last message is continued.
+        Tools and their choice are as in OpenAI's API; what each output's `tool_calls` are, the
+        caller is to do. chat_template_kwargs: variables of the template, such as enable_thinking.
         """
         many: list[Any] = (
             [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         )
-        chat_prompt = partial(
-            self.tokenizer.chat_prompt,
-            add_generation_prompt=ends_anew(add_generation_prompt, continue_final_message),
-            continue_final_message=continue_final_message,
+        given = tools_of(tools)
+        choice = choice_of(tool_choice, given)
+        opening = Opening(add_generation_prompt, continue_final_message)
+        variables = chat_template_kwargs or {}
+        asked = (
+            Conversation(
+                each, given, choice, parallel_tool_calls, variables=variables, opening=opening
+            )
+            for each in many
         )
-        prompts = map(chat_prompt, many)
         jobs = map(
-            self._chat_job,
-            count(),
-            prompts,
-            self._params(params, many),
-            _priorities(priority, many),
+            self._chat_job, count(), asked, self._params(params, many), _priorities(priority, many)
         )
         return self._all(jobs, len(many), progress)
 
@@ -296,15 +307,23 @@ class LLM:
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[str]:
-        """Answer one conversation (n = 1) piece by piece; closing the iterator aborts the rest."""
-        prompt = self.tokenizer.chat_prompt(messages)
-        job = self._chat_job(0, prompt, params or self.default_params())
+        """Answer one conversation (n = 1) piece by piece, without its reasoning; closing the
+        iterator aborts the rest."""
+        for event in self.stream_events(messages, params):
+            if isinstance(event, Content):
+                yield event.text
+
+    def stream_events(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[Event]:
+        """The same with all that the reply is made of: see moebius.text.replies."""
+        job = self._chat_job(0, Conversation(messages), params or self.default_params())
         if len(job.choices) > 1:
             raise RequestError(
-                f"n is {len(job.choices)}; stream_chat has one choice, chat takes any n", param="n"
+                f"n is {len(job.choices)}; a stream has one choice, chat takes any n", param="n"
             )
         for _, delta in self._deltas([job]):
-            yield delta.text
+            yield from delta.events
 
     @property
     def processes(self) -> tuple[EngineProcess, ...]:
@@ -334,9 +353,20 @@ class LLM:
         return self._open(index, text, EncodedPrompt(ids), params, priority, continues=True)
 
     def _chat_job(
-        self, index: int, prompt: EncodedPrompt, params: SamplingParams, priority: int = 0
+        self, index: int, chat: Conversation, params: SamplingParams, priority: int = 0
     ) -> _Job:
-        return self._open(index, None, prompt, params, priority, continues=False)
+        replies = self._opener.format
+        prompt = chat.prompt(self.tokenizer, replies)
+        _check_params(params)
+        return self._open(
+            index,
+            None,
+            prompt,
+            chat.params(params, replies),
+            priority,
+            continues=False,
+            expected=chat.expected(replies),
+        )
 
     def _open(
         self,
@@ -347,11 +377,9 @@ class LLM:
         priority: int,
         *,
         continues: bool,
+        expected: Expected | None = None,
     ) -> _Job:
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                f"params is {type(params).__name__}; it must be SamplingParams", param="params"
-            )
+        _check_params(params)
         choices = self._opener.open(
             prompt,
             params,
@@ -359,6 +387,7 @@ class LLM:
             continues=continues,
             arrival=time.monotonic(),
             priority=priority,
+            expected=expected,
         )
         return _Job(index, text, list(choices))
 
@@ -409,6 +438,13 @@ def _each(name: str, given: Any, prompts: Sequence[Any]) -> Sequence[Any]:
 
 def _priorities(given: int | Sequence[int] | None, prompts: Sequence[Any]) -> Sequence[int]:
     return _each("priority", 0 if given is None else given, prompts)
+
+
+def _check_params(params: object) -> None:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(
+            f"params is {type(params).__name__}; it must be SamplingParams", param="params"
+        )
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

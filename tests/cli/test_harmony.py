@@ -49,13 +49,13 @@ def test_a_conversation_keeps_final_messages_alone(
 ) -> None:
     written(tmp_path, "<|channel|>final<|message|>Well!<|return|>")
     asked: list[list[dict[str, str]]] = []
-    stream = LLM.stream_chat
+    stream = LLM.stream_events
 
     def heard(llm: LLM, messages: list[dict[str, str]], *rest: object) -> object:
         asked.append(messages)
         return stream(llm, messages, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(LLM, "stream_chat", heard)
+    monkeypatch.setattr(LLM, "stream_events", heard)
     typed = iter(["hello", "again", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     monkeypatch.setattr(sys, "argv", ["moebius", "chat", str(tmp_path), "--temperature", "0",

@@ -14,6 +14,7 @@ from moebius.front.results import CompletionOutput, RequestOutput
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams
 from moebius.text import Tokenizer, text_offsets
+from moebius.text.replies import Content
 from text.tiny_tokenizers import FAMILIES, SPECIALS
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=200, database=None)
@@ -128,7 +129,8 @@ def test_a_stop_string_cuts_all_at_the_token_that_completes_it(tokenizer):
     ids = pieces(tokenizer, *"xyEND after")
     assembler = SequenceAssembler(tokenizer, SamplingParams(stop=("END",), logprobs=0))
     first = assembler.push(step(ids[:3]))
-    assert first == Delta("xy", tuple(ids[:2]), (logprob(ids[0], 0), logprob(ids[1], 1)), (0, 1))
+    scored = (logprob(ids[0], 0), logprob(ids[1], 1))
+    assert first == Delta("xy", tuple(ids[:2]), scored, (0, 1), events=(Content("xy"),))
     second = assembler.push(step(ids[3:8], first=3))  # the engine was faster than the match
     assert (second.text, second.token_ids, second.finish_reason, second.stop_reason) == (
         "",

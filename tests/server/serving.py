@@ -151,7 +151,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 def listening(fake: FakeEngine, **options: Any) -> Iterator[tuple[int, Any]]:
     """A real server on a free port in a thread: (port, front door)."""
     spread = options.pop("spread", lambda: None)
-    app = create_app(fake, tokenizer(), GenerationDefaults(), settings(**options), spread=spread)
+    text = options.pop("tokenizer", None) or tokenizer()
+    app = create_app(fake, text, GenerationDefaults(), settings(**options), spread=spread)
     server = RealServer(app)
     with reserve("127.0.0.1", 0) as sockets:
         port = sockets[0].getsockname()[1]

@@ -18,6 +18,14 @@ from moebius.text import Tokenizer
 from server.serving import MODEL, Server, engine, run, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    """A tool with these fields, right or wrong."""
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+NOW = function(name="now")
 GOOD: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": MODEL, "prompt": "hello", "max_tokens": 2},
     CHAT: {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2},
@@ -129,9 +137,29 @@ NAMED_CASES: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"reasoning_effort": "low"}, "reasoning_effort"),
     (COMPLETIONS, {"skip_special_tokens": 0}, "skip_special_tokens"),
     (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort"),
-    (CHAT, {"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+    (CHAT, {"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools[0]"),
     (CHAT, {"tools": [{}] * 257, "tool_choice": "none"}, "tools"),
-    (CHAT, {"tools": [5], "tool_choice": "none"}, "tools"),
+    (CHAT, {"tools": [5], "tool_choice": "none"}, "tools[0]"),
+    (CHAT, {"tools": "now"}, "tools"),
+    (CHAT, {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    (CHAT, {"tools": [NOW, {**NOW, "type": "web_search"}]}, "tools[1].type"),
+    (CHAT, {"tools": [NOW, NOW]}, "tools[1].function.name"),
+    (CHAT, {"tools": [function(name="a b")]}, "tools[0].function.name"),
+    (CHAT, {"tools": [function(name="x" * 129)]}, "tools[0].function.name"),
+    (CHAT, {"tools": [function(description=1)]}, "tools[0].function.description"),
+    (CHAT, {"tools": [function(parameters=[])]}, "tools[0].function.parameters"),
+    (CHAT, {"tools": [function(strict="yes")]}, "tools[0].function.strict"),
+    (CHAT, {"tools": [NOW]}, "tools"),
+    (CHAT, {"tools": [NOW], "tool_choice": "never"}, "tool_choice"),
+    (CHAT, {"tools": [NOW], "tool_choice": {"type": "function"}}, "tool_choice"),
+    (CHAT, {"tools": [NOW], "tool_choice": function()}, "tool_choice"),
+    (CHAT, {"tools": [NOW], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    (CHAT, {"tools": [NOW], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"parallel_tool_calls": 1}, "parallel_tool_calls"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"bos_token": ""}}, "chat_template_kwargs"),
+    (CHAT, {"thinking": {"type": "maybe"}}, "thinking.type"),
+    (CHAT, {"thinking_token_budget": 5}, "thinking_token_budget"),
     (CHAT, {"max_tokens": 0}, "max_tokens"),
     (CHAT, {"max_completion_tokens": -1}, "max_completion_tokens"),
     (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
@@ -146,7 +174,6 @@ NAMED_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": "x", "audio": {"id": "1"}}]},
         "messages[0].audio",
     ),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
@@ -174,6 +201,8 @@ def test_neutral_and_harmless_fields_are_served() -> None:
     neutral = {name: values[0] for name, values in UNSUPPORTED.items() if values}
     null = dict.fromkeys(UNSUPPORTED)
     harmless = dict.fromkeys(HARMLESS, "x") | {
+        "include_reasoning": True,
+        "parallel_tool_calls": False,
         "metadata": {"a": "b"},
         "store": True,
         "logit_bias": {},

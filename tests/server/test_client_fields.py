@@ -303,7 +303,10 @@ def test_usage_in_every_chunk(path: str, last: bool) -> None:
                 "completion_tokens": completion,
                 "total_tokens": prompt + completion,
             }
-            assert chunk["usage"] == total | {"prompt_tokens_details": {"cached_tokens": 5}}
+            details = {"prompt_tokens_details": {"cached_tokens": 5}}
+            if path == CHAT:
+                details |= {"completion_tokens_details": {"reasoning_tokens": 0}}
+            assert chunk["usage"] == total | details
         assert sent == {0: 9, 1: 9}
         if last:
             assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 18
@@ -425,7 +428,7 @@ def test_a_refusal_says_what_would_be_right() -> None:
     async def check(server: Server) -> None:
         for change, param, words in (
             ({"model": "gpt-4"}, "model", f"'gpt-4' is not served here; use '{MODEL}' or 'alias'"),
-            ({"tools": [TOOL]}, "tools", 'leave it out, or send "tool_choice": "none" beside it'),
+            ({"tools": [TOOL]}, "tools", 'leave them out, send "tool_choice": "none" beside them'),
             (
                 {"functions": [TOOL]},
                 "functions",

@@ -36,7 +36,7 @@ COUNTERS = {
     "request_success",
     "admission_rejections",
 }
-OWN_COUNTERS = {"engine_restarts", "requests_replayed"}
+OWN_COUNTERS = {"engine_restarts", "requests_replayed", "tool_calls"}
 HISTOGRAMS = {
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
@@ -116,14 +116,6 @@ def test_all_families_under_both_names() -> None:
         )
 
     run(check)
-
-
-def test_vllms_names_can_be_left_out() -> None:
-    async def check(server: Server) -> None:
-        types, _ = await scrape(server)
-        assert types and all(name.startswith(("moebius_", "process_", "http_")) for name in types)
-
-    run(check, vllm_metric_names=False)
 
 
 def test_what_the_front_door_counts() -> None:

@@ -185,20 +185,36 @@ def chat(
 def _turn(llm: Any, history: list[dict[str, str]], line: str, params: Any) -> list[dict[str, str]]:
     """One question and its streamed answer; a refused one leaves the conversation as it was."""
     from moebius.errors import RequestError
+    from moebius.text.replies import fold
 
     asked = [*history, {"role": "user", "content": line}]
-    answer = ""
+    said: list[Any] = []
     try:
-        for piece in llm.stream_chat(asked, _fitting(llm, asked, params)):
-            answer += piece
-            typer.echo(piece, nl=False)
+        for event in llm.stream_events(asked, _fitting(llm, asked, params)):
+            _show(event, said)
+            said.append(event)
     except KeyboardInterrupt:
         pass
     except RequestError as error:
         typer.echo(f"moebius: {error}", err=True)
         return history
     typer.echo()
-    return [*asked, {"role": "assistant", "content": answer}]
+    whole = fold(said)
+    thought = {} if whole.reasoning is None else {"reasoning_content": whole.reasoning}
+    return [*asked, {"role": "assistant", "content": whole.content or "", **thought}]
+
+
+def _show(event: Any, before: list[Any]) -> None:
+    """Print a piece of an answer; its reasoning is dimmed, on lines of its own."""
+    from moebius.text.replies import Content, Reasoning
+
+    last = before[-1] if before else None
+    if isinstance(last, Reasoning) and not isinstance(event, Reasoning):
+        typer.echo()
+    if isinstance(event, Reasoning):
+        typer.echo(typer.style(event.text, dim=True), nl=False)
+    elif isinstance(event, Content):
+        typer.echo(event.text, nl=False)
 
 
 def _fitting(llm: Any, messages: list[dict[str, str]], params: Any) -> Any:

@@ -56,7 +56,11 @@ class ServeOptions:
     generation_config: Annotated[
         str, "auto: sampling defaults from generation_config.json; none: OpenAI's."
     ] = "auto"
-    vllm_metric_names: Annotated[bool, "Export vLLM's metric names beside our own."] = True
+    tool_format: Annotated[
+        str,
+        "How the model writes tool calls: auto (by its chat template and vocabulary), none, or the "
+        "name of a format.",
+    ] = "auto"
     unknown_fields: Annotated[
         UnknownFields,
         "refuse: a request with a field that nobody knows fails; warn: it is ignored and logged.",
@@ -91,7 +95,6 @@ class ServeOptions:
             served_model_names=tuple(self.served_model_name or _names(model)),
             api_keys=tuple(self.api_key or ()),
             metrics_api_key=self.metrics_api_key,
-            vllm_metric_names=self.vllm_metric_names,
             unknown_fields=self.unknown_fields,
             request_timeout=self.request_timeout,
             drain_timeout=self.drain_timeout,
@@ -198,12 +201,24 @@ def load_app(
     launch = Launch(str(model.path.absolute()), config, key, ends, options.log_level, isa=isa)
     if options.generation_config == "none":
         generation = replace(generation, sampling={})
-    client = processes.launch(
-        launch, lambda planned: _say_plan(model.name, planned, generation), hosts()
-    )
+    replies = tokenizer.replies.with_tools(options.tool_format)
+
+    def say(planned: "Planned") -> None:
+        _say_plan(model.name, planned, generation)
+        if tokenizer.has_chat_template:
+            typer.echo(f"tool calls: {replies.tools or 'no format that is known'}", err=True)
+            typer.echo(f"reasoning: {replies.reasoning or 'none'}", err=True)
+
+    client = processes.launch(launch, say, hosts())
     settings = options.settings(model.name)
     return create_app(
-        client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
+        client,
+        tokenizer,
+        generation,
+        settings,
+        prefix_key=key,
+        spread=processes.spread,
+        replies=replies,
     )
 
 

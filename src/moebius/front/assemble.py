@@ -7,10 +7,12 @@ from itertools import chain
 
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import EngineError
+from moebius.front.reply_feed import Place, ReplyFeed
 from moebius.front.results import CompletionOutput, EndReason
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams
-from moebius.text import HarmonyReader, IncrementalDecoder, StopMatcher, Tokenizer
+from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
+from moebius.text.replies import CallStart, Content, Event, ReplyParser, fold, merged
 
 _END_REASONS: dict[FinishReason, EndReason] = {
     FinishReason.STOP: "stop",
@@ -22,9 +24,12 @@ _END_REASONS: dict[FinishReason, EndReason] = {
 class Delta:
     """What one step adds to a choice: text, and the tokens whose text is thereby out (or never is).
 
+    text            as the model wrote it
     logprobs        one for each of token_ids, empty where none were asked for
     text_offsets    where each token's text begins in the choice's whole text, in characters
     finish_reason   set on the last delta of a choice, and on no other
+    events          what that makes of a reply to a chat; all of a text that is none is content.
+                    They may come later than their text, and their tokens
     """
 
     text: str = ""
@@ -33,42 +38,34 @@ class Delta:
     text_offsets: tuple[int, ...] = ()
     finish_reason: EndReason | None = None
     stop_reason: str | int | None = None
+    events: tuple[Event, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.token_ids or self.finish_reason)
+        return bool(self.text or self.events or self.token_ids or self.finish_reason)
 
 
 @dataclass(slots=True)
 class _Held:
-    """A token that waits for its text, which begins at character `start` and is out once `end`
-    characters are.
-
-    `end` is None while the token's last bytes are part of an unfinished character.
-    """
+    """A token that waits for its text."""
 
     token_id: int
     logprob: TokenLogprob | None
-    start: int
-    end: int | None = None
-
-    def is_out(self, released: int) -> bool:
-        """Whether `released` characters are all of its text and what is before it."""
-        return self.end is not None and self.end <= released
+    place: Place
 
 
 class SequenceAssembler:
-    """Turns one request's StepOutputs into Deltas: decodes, looks for stop strings, keeps text and
-    tokens together.
+    """Turns one request's StepOutputs into Deltas: decodes, looks for stop strings, reads events,
+    keeps text and tokens together.
 
     A token is released with the last of its text, or after it. When a stop string completes at a
     token, text ends before the string, and token ids, log-probabilities and usage end with that
     token, whatever the engine has drawn meanwhile. No stop string is looked for before the
-    min_tokens-th token. The text of the token that made the engine stop is left out. A stop string
-    may name special tokens, which it meets whether or not the text leaves them out.
+    min_tokens-th token, and all are looked for in the text as the model wrote it. The text of the
+    token that made the engine stop is left out. A stop string may name special tokens, which it
+    meets whether or not the text leaves them out.
 
     With `prompt_ids` the text continues the prompt's (completions: a leading space stays); without
-    it stands alone. reply: tells a chat's reply from what a model's format has around it, which is
-    left out; without, all of it is content.
+    it stands alone. reply: tells what a chat's reply is made of; without, all of it is content.
     """
 
     def __init__(
@@ -77,7 +74,7 @@ class SequenceAssembler:
         params: SamplingParams,
         *,
         prompt_ids: Sequence[int] = (),
-        reply: HarmonyReader | None = None,
+        reply: ReplyParser | None = None,
     ) -> None:
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
         self._matcher = StopMatcher(
@@ -85,15 +82,18 @@ class SequenceAssembler:
         )
         self._params = params
         self._tokenizer = tokenizer
-        self._reply = reply
+        self._reply = None if reply is None else ReplyFeed(reply)
         self._held: deque[_Held] = deque()
         self._decoded = 0
         self._released = 0
+        self._events: list[Event] = []
         self._deltas: list[Delta] = []
         self.output_ids: list[int] = []
         """Tokens drawn so far; after a stop string none beyond the one that completed it."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.num_cached_tokens = 0
+        self.num_calls = 0
+        """Tool calls that the reply has begun."""
         self.finish_reason: EndReason | None = None
         self.stop_reason: str | int | None = None
         self.wants_abort = False
@@ -102,6 +102,16 @@ class SequenceAssembler:
     def num_tokens(self) -> int:
         """Tokens drawn so far, for usage."""
         return len(self.output_ids)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Those of them that are reasoning, for usage."""
+        return 0 if self._reply is None else self._reply.reasoning_tokens
+
+    @property
+    def malformed_calls(self) -> int:
+        """Tool calls that did not parse."""
+        return 0 if self._reply is None else self._reply.malformed
 
     @property
     def finished(self) -> bool:
@@ -122,7 +132,7 @@ class SequenceAssembler:
         for i, token_id in enumerate(step.token_ids):
             logprob = step.logprobs[i] if step.logprobs else None
             ender = ends and i == len(step.token_ids) - 1
-            texts.append(self._take(token_id, logprob, ender))
+            texts.append(self._read(self._take(token_id, logprob, ender)))
             if self.finished:
                 self.wants_abort = step.finish_reason is None
                 return self._delta("".join(texts))
@@ -131,40 +141,63 @@ class SequenceAssembler:
                 raise step.error or EngineError(
                     f"the request ended early: {step.finish_reason.value}"
                 )
-            texts.append(self._finish(_END_REASONS[step.finish_reason]))
+            texts.append(self._read(self._finish(_END_REASONS[step.finish_reason])))
         return self._delta("".join(texts))
+
+    def _read(self, text: str) -> str:
+        """Make events of text that is released now, and give it back."""
+        reply = self._reply
+        if reply is None:
+            if text:
+                self._events.append(Content(text))
+            return text
+        self._events += reply.feed(text)
+        if reply.done and not self.finished:
+            self.finish_reason = "stop"
+        if self.finished:
+            self._events += reply.finish(cut=self.finish_reason == "length")
+        return text
 
     def _take(self, token_id: int, logprob: TokenLogprob | None, ender: bool) -> str:
         """One more token; the text that it releases."""
         self.output_ids.append(token_id)
-        held = _Held(token_id, logprob, self._decoded)
-        self._held.append(held)
         special = token_id in self._tokenizer.special_ids
+        symbol = "" if self._reply is None else self._reply.symbols.get(token_id, "")
+        text = ""
+        if symbol:
+            # A character that is unfinished before a control token stays so.
+            text = self._decoder.flush()
+            self._decoded += len(text)
+            self._settle(text)
+        place = Place(self._decoded, symbol=symbol)
+        self._held.append(_Held(token_id, logprob, place))
         asked = ender and token_id in self._params.stop_token_ids
         if ender:
             self.stop_reason = token_id if asked else None
-        if ender and not (asked and self._params.include_stop_str_in_output):
-            return self._match_special(token_id) if special else ""
-        silent = self._reply is not None and self._reply.push(token_id) != "content"
-        # A character that is unfinished where the content is interrupted stays so.
-        text = self._decoder.flush() if silent else self._decoder.push(token_id)
-        self._decoded += len(text)
-        self._settle(text, held)
-        released = self._match(text)
+        silent = ender and not (asked and self._params.include_stop_str_in_output)
+        if self._reply is not None and (symbol or not silent):
+            self._reply.expect(place)
+        if silent:
+            place.end = self._decoded
+            return self._match(text) + (self._match_special(token_id) if special else "")
+        own = self._decoder.push(token_id)
+        self._decoded += len(own)
+        self._settle(own, place)
+        released = self._match(text + own)
         if special and self._params.skip_special_tokens and not self.finished:
             released += self._match_special(token_id)
         return released
 
-    def _settle(self, text: str, newest: _Held) -> None:
+    def _settle(self, text: str, newest: Place | None = None) -> None:
         """Set the end of each token whose bytes have become characters: any text settles all bytes
         held before it."""
         for held in reversed(self._held):
-            if held is newest:
-                held.end = None if self._decoder.num_pending else self._decoded
-            elif held.end is not None or not text:
+            if held.place is newest:
+                held.place.end = None if self._decoder.num_pending else self._decoded
+            elif held.place.end is not None or not text:
                 break
             else:
-                held.end = self._decoded
+                held.place.end = self._decoded
 
     def _match(self, text: str) -> str:
         if self.num_tokens < self._params.min_tokens:
@@ -197,16 +230,20 @@ class SequenceAssembler:
         """Record the text and release the tokens that go with it."""
         self._released += len(text)
         out: list[_Held] = []
-        while self._held and (self.finished or self._held[0].is_out(self._released)):
+        while self._held and (self.finished or self._held[0].place.is_out(self._released)):
             out.append(self._held.popleft())
+        events = tuple(merged(self._events))
+        self.num_calls += sum(isinstance(event, CallStart) for event in events)
         delta = Delta(
             text=text,
+            events=events,
             token_ids=tuple(held.token_id for held in out),
             logprobs=tuple(held.logprob for held in out if held.logprob is not None),
-            text_offsets=tuple(min(held.start, self._released) for held in out),
+            text_offsets=tuple(min(held.place.start, self._released) for held in out),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
+        self._events = []
         self._deltas.append(delta)
         return delta
 
@@ -216,6 +253,7 @@ class SequenceAssembler:
         deltas = self._deltas
         return Delta(
             text="".join(delta.text for delta in deltas),
+            events=tuple(chain.from_iterable(delta.events for delta in deltas)),
             token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
             logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
             text_offsets=tuple(chain.from_iterable(delta.text_offsets for delta in deltas)),
@@ -226,9 +264,12 @@ class SequenceAssembler:
     def completion(self, index: int = 0) -> CompletionOutput:
         """The choice as released so far."""
         released = self.released
+        said = fold(released.events)
         return CompletionOutput(
             index=index,
-            text=released.text,
+            text=said.content or "",
+            reasoning=said.reasoning,
+            tool_calls=said.calls,
             token_ids=released.token_ids,
             logprobs=None if self._params.logprobs is None else released.logprobs,
             finish_reason=released.finish_reason,

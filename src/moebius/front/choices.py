@@ -12,7 +12,7 @@ from moebius.front.assemble import SequenceAssembler
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import SamplingParams
-from moebius.text import EncodedPrompt, Tokenizer
+from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer
 
 
 def draw_prefix_key() -> bytes:
@@ -34,11 +34,18 @@ class ChoiceOpener:
 
     hasher   the launch's: then a prompt's prefix hashes go to the engine with it; None: it makes
              them itself
+    replies  how replies to chats are read; None: as the tokenizer tells
     """
 
     tokenizer: Tokenizer
     info: EngineInfo
     hasher: BlockHasher | None = None
+    replies: ReplyFormat | None = None
+
+    @property
+    def format(self) -> ReplyFormat:
+        """How replies to chats are read."""
+        return self.replies or self.tokenizer.replies
 
     def open(
         self,
@@ -51,6 +58,7 @@ class ChoiceOpener:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
+        expected: Expected | None = None,
     ) -> Iterator[Choice]:
         """The `params.n` choices of one prompt. Raises RequestError.
 
@@ -58,7 +66,8 @@ class ChoiceOpener:
         seed that is given serves every prompt alike, so that an answer does not depend on the
         prompt's place in a call; where none is given each prompt draws its own. `continues`: the
         text continues the prompt's, unless an encoder reads that; else it replies to a chat, whose
-        last message it may go on with, and is its content alone, unless special tokens are wanted.
+        last message it may go on with, and is read for what that is made of, unless special tokens
+        are wanted. `expected`: which tools such a reply may call.
         """
         if self.info.start_ids and params.prompt_logprobs is not None:
             raise RequestError(
@@ -84,11 +93,10 @@ class ChoiceOpener:
         others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
         alone = self.info.start_ids or not (continues or prompt.inside)
         context: Sequence[int] = () if alone else first.prompt_ids
-        harmony = self.tokenizer.harmony
         for request in chain((first,), others):
             reply = None
-            if harmony is not None and not continues and params.skip_special_tokens:
-                reply = harmony.reader(first.prompt_ids)
+            if not continues and params.skip_special_tokens:
+                reply = self.format.parser(prompt, expected or Expected(), request.id)
             yield Choice(
                 request,
                 SequenceAssembler(self.tokenizer, params, prompt_ids=context, reply=reply),

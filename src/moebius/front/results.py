@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moebius.engine.client import TokenLogprob
+from moebius.text.replies import SaidCall
 
 EndReason = Literal["stop", "length"]
 
@@ -12,12 +13,15 @@ EndReason = Literal["stop", "length"]
 class CompletionOutput:
     """One choice.
 
-    text            without the stop string or stop token that ended it, and without special tokens
+    text            without the stop string or stop token that ended it, and without special tokens;
+                    of a chat's reply the content alone
     token_ids       all drawn tokens, the end token or the one that completed a stop string included
     logprobs        one for each of token_ids; None where none were asked for
     finish_reason   None while it is unfinished
     stop_reason     the stop string or the id of stop_token_ids that ended it; None for an
                     end-of-sequence token that no stop string names
+    reasoning       what the model thought before it answered a chat; None for none
+    tool_calls      those that the reply to a chat makes
     """
 
     index: int
@@ -26,6 +30,8 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: EndReason | None = None
     stop_reason: str | int | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[SaidCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

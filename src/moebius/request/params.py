@@ -20,6 +20,7 @@ class Limits:
     logprobs: int = 20
     priority: int = 2**31 - 1
     salt_bytes: int = 256
+    tools: int = 256
 
 
 LIMITS = Limits()

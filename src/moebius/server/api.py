@@ -23,9 +23,10 @@ from moebius.server.access import Visit
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
+from moebius.server.chat_format import ChatFormat
 from moebius.server.docs import HEADERS, page
 from moebius.server.faults import Fault
-from moebius.server.formats import ChatFormat, CompletionFormat
+from moebius.server.formats import CompletionFormat
 from moebius.server.gate import DOCS, LIVE, METRICS, OPENAPI, body_of
 from moebius.server.live import LiveFeed, LiveStream
 from moebius.server.methods import route
@@ -47,7 +48,7 @@ from moebius.server.protocol import (
 )
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import Call, FrontDoor
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.text import Expected, GenerationDefaults, Tokenizer
 
 # A body up to this size is parsed and tokenised on the event loop: handing it to a thread would
 # take longer.
@@ -212,8 +213,11 @@ class Api:
         """Open the call that is asked for; the answer submits it when it is awaited."""
         call, model = self._begin(request, asked)
         fingerprint = self.door.client.info.fingerprint
-        form = ChatFormat if isinstance(asked, ChatRequest) else CompletionFormat
-        return Answer(call, form(call, asked, self.tokenizer, model, fingerprint), asked.stream)
+        if isinstance(asked, ChatRequest):
+            chat = ChatFormat(call, asked, self.tokenizer, model, fingerprint)
+            return Answer(call, chat, asked.stream)
+        completion = CompletionFormat(call, asked, self.tokenizer, model, fingerprint)
+        return Answer(call, completion, asked.stream)
 
     def _begin(self, request: Request, asked: CompletionRequest | ChatRequest) -> tuple[Call, str]:
         """The call that is asked for, and what the model is called in its answer."""
@@ -228,12 +232,23 @@ class Api:
         params = asked.sampling(self.defaults)
         timeout = asked.seconds(request.headers.getlist(TIMEOUT_HEADER))
         limits = self.door.client.info.limits
+        replies = self.door.opener.format
+        expected = Expected()
+        if isinstance(asked, ChatRequest):
+            params = asked.conversation.params(params, replies)
+            expected = asked.conversation.expected(replies)
         # Before the prompts are encoded, which may take long.
         check_asked(params, limits, asked.priority)
+        if isinstance(asked, ChatRequest):
+            most = limits.max_model_len
+            prompts = [asked.conversation.prompt(self.tokenizer, replies, at_most=most)]
+        else:
+            prompts = asked.encode(self.tokenizer, limits.max_model_len)
         return self.door.open(
             f"{asked.id_prefix}-{secrets.token_hex(12)}",
-            asked.encode(self.tokenizer, limits.max_model_len),
+            prompts,
             params,
+            expected=expected,
             continues=asked.continues,
             since=visit.started,
             timeout=timeout,
@@ -262,7 +277,9 @@ class Api:
 
     def _card(self, name: str) -> dict[str, Any]:
         first = self.settings.served_model_names[0]
-        return card(name, first, self._created, self.door.client.info.limits.max_model_len)
+        found = card(name, first, self._created, self.door.client.info.limits.max_model_len)
+        replies = self.door.opener.format
+        return {**found, "tool_format": replies.tools, "reasoning_format": replies.reasoning}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.served_model_names:

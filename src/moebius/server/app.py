@@ -18,7 +18,7 @@ from moebius.server.gate import Gate
 from moebius.server.metrics import ServerMetrics, Spread
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import FrontDoor
-from moebius.text import GenerationDefaults, Tokenizer
+from moebius.text import GenerationDefaults, ReplyFormat, Tokenizer
 
 _CLOSE_SECONDS = 5.0
 
@@ -31,23 +31,25 @@ def create_app(
     *,
     prefix_key: bytes | None = None,
     spread: Spread = lambda: None,
+    replies: ReplyFormat | None = None,
 ) -> Starlette:
     """The server as an ASGI application. It starts `client` when it starts and closes it when it
     ends.
 
     prefix_key: the launch's, which the engine was given; without it the engine hashes prompts.
-    spread: how ranks share the model's experts.
+    spread: how ranks share the model's experts. replies: how replies to chats are read; None: as
+    the tokenizer tells.
 
     app.state.front_door is its FrontDoor, app.state.access its AccessLog.
     """
     metrics = ServerMetrics(
         client,
         settings.served_model_names[0],
-        vllm_names=settings.vllm_metric_names,
         spread=spread,
     )
     hasher = None if prefix_key is None else client.info.hasher(prefix_key)
-    door = FrontDoor(client, ChoiceOpener(tokenizer, client.info, hasher), metrics, settings)
+    opener = ChoiceOpener(tokenizer, client.info, hasher, replies)
+    door = FrontDoor(client, opener, metrics, settings)
     api = Api(door, tokenizer, defaults, settings, spread)
 
     @contextlib.asynccontextmanager

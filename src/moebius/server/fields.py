@@ -46,22 +46,15 @@ def without_nulls(value: Any) -> Any:
     return {name: item for name, item in value.items() if item is not None}
 
 
-def without_idle_tools(given: dict[str, Any]) -> dict[str, Any]:
-    """Tools that the model is told not to call ask for nothing.
-
-    They are not shown to it, so that it calls none.
-    """
-    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if tools in given and given.get(choice) == "none":
-            _check_tools(tools, given[tools])
-            given = {name: value for name, value in given.items() if name != tools}
-    return given
-
-
-def _check_tools(name: str, found: object) -> None:
+def without_idle_functions(given: dict[str, Any]) -> dict[str, Any]:
+    """Functions, as tools were once called, ask for nothing where the model is not to call any."""
+    if "functions" not in given or given.get("function_call") != "none":
+        return given
+    found = given["functions"]
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise RequestError(f"{name} must be a list of objects", param=name)
-    _check_count(name, "has", len(found), "entries", HTTP_LIMITS.tools)
+        raise RequestError("functions must be a list of objects", param="functions")
+    _check_count("functions", "has", len(found), "entries", LIMITS.tools)
+    return {name: value for name, value in given.items() if name != "functions"}
 
 
 def _check_count(name: str, verb: str, count: int, what: str, most: int) -> None:

@@ -1,5 +1,4 @@
-"""The two endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's
-JSON.
+"""Endpoints' formats: how choices, their deltas and their log-probabilities become OpenAI's JSON.
 
 What may be long is encoded in pieces: one call of the encoder holds the interpreter's lock from its
 begin to its end.
@@ -16,7 +15,7 @@ import msgspec
 
 from moebius.engine.client import TokenLogprob
 from moebius.front.assemble import Delta
-from moebius.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from moebius.server.protocol import CompletionRequest, GenerationRequest
 from moebius.server.stream import Call, LiveChoice, News
 from moebius.text import Tokenizer, text_offsets
 
@@ -45,7 +44,7 @@ def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -92,10 +91,15 @@ class Format:
         found: list[Json] = []
         for choice, delta in news:
             tokens_asked = self._top is not None or self._request.return_token_ids
-            if delta.text or delta.finish_reason or (delta.token_ids and tokens_asked):
+            said = self._says(delta) or delta.finish_reason
+            if said or (delta.token_ids and tokens_asked):
                 found += self._chunks(choice, delta, first=choice.index not in self._begun)
                 self._begun.add(choice.index)
         return found
+
+    def _says(self, delta: Delta) -> bool:
+        """Whether there is something in it for every client."""
+        return bool(delta.text)
 
     def closing(self) -> list[Json]:
         """What a stream sends when all choices are finished, before [DONE]."""
@@ -132,7 +136,7 @@ class Format:
         if not self._request.continuous_usage:
             return {}
         cached = choice.assembler.num_cached_tokens
-        return {"usage": _usage(len(choice.request.prompt_ids), self._sent[choice.index], cached)}
+        return {"usage": usage_of(len(choice.request.prompt_ids), self._sent[choice.index], cached)}
 
     def _common(self, choice: LiveChoice, delta: Delta) -> Json:
         """The fields of every kind of choice."""
@@ -143,7 +147,7 @@ class Format:
     def _usage(self) -> Json:
         """Each prompt counted once, however many choices; completions summed."""
         call = self._call
-        return _usage(call.prompt_tokens, call.completion_tokens, call.cached_tokens)
+        return usage_of(call.prompt_tokens, call.completion_tokens, call.cached_tokens)
 
     def _ids(self, field: str, token_ids: Sequence[int]) -> Json:
         return {field: tuple(token_ids)} if self._request.return_token_ids else {}
@@ -265,70 +269,3 @@ class CompletionFormat(Format):
 
     def _named(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._by_id else legacy_token(self._tokenizer, token_id)
-
-
-class ChatFormat(Format):
-    """/v1/chat/completions."""
-
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-    _request: ChatRequest
-
-    def _beside(self) -> Json:
-        first = self._call.choices[0]
-        return {
-            **self._ids("prompt_token_ids", first.request.prompt_ids),
-            **self._prompt_logprobs(first),
-        }
-
-    def _choice(self, choice: LiveChoice, said: Delta) -> Json:
-        content = self._request.echoed + said.text
-        message = {"role": "assistant", "content": content, "refusal": None}
-        return {
-            "message": message,
-            "logprobs": self._logprobs(said.logprobs),
-            **self._common(choice, said),
-        }
-
-    def _chunks(self, choice: LiveChoice, delta: Delta, *, first: bool) -> Iterable[Json]:
-        if first:
-            role = {"role": "assistant", "content": ""}
-            opening = {
-                "index": choice.index,
-                "delta": role,
-                "logprobs": None,
-                "finish_reason": None,
-            }
-            ids = self._ids("prompt_token_ids", choice.request.prompt_ids)
-            yield self._chunk(opening, **ids, **self._running_usage(choice))
-            if self._request.echoed:
-                echo = {**opening, "delta": {"content": self._request.echoed}}
-                yield self._chunk(echo, **self._running_usage(choice))
-        said = {"content": delta.text} if delta.text else {}
-        piece = {
-            "delta": said,
-            "logprobs": self._logprobs(delta.logprobs),
-            **self._common(choice, delta),
-        }
-        yield self._chunk(piece, **self._running_usage(choice, delta))
-
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
-        if self._top is None:
-            return None
-
-        def one(token_id: int, logprob: float) -> Json:
-            raw = self._tokenizer.token_bytes(token_id)
-            return {
-                "token": f"token_id:{token_id}" if self._by_id else raw.decode("utf-8", "replace"),
-                "logprob": max(logprob, FLOOR),
-                "bytes": list(raw),
-            }
-
-        content = encoded_list(
-            {
-                **one(entry.token_id, entry.logprob),
-                "top_logprobs": [one(*pair) for pair in entry.top[: self._top]],
-            }
-            for entry in entries
-        )
-        return {"content": content, "refusal": None}

@@ -14,7 +14,6 @@ class HttpLimits:
 
     prompts: int = 64
     messages: int = 4096
-    tools: int = 256
     documents: int = 4096
     body_bytes: int = 8 * 2**20
     bodies_bytes: int = 64 * 2**20

@@ -50,6 +50,7 @@ Spread = Callable[[], ExpertSpread | None]
 _TABLE = package_table("server/metrics.toml")
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
+TOOL_CALLS = ("parsed", "malformed")
 REJECTIONS = (
     "invalid_request",
     "context_length",
@@ -97,14 +98,12 @@ class ServerMetrics:
         client: EngineClient,
         model_name: str,
         *,
-        vllm_names: bool = True,
         spread: Spread = lambda: None,
     ) -> None:
         self.recent: Recent | None = None
         """Hears what happens, too, while a live page is open."""
         self._client = client
         self._labels = (model_name, "0")
-        self._vllm_names = vllm_names
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         # What goes by one name only.
@@ -119,6 +118,14 @@ class ServerMetrics:
             ("method", "handler", "status"),
             registry=self._single,
         )
+        self._tool_calls = Counter(
+            _OWN + "tool_calls",
+            "Tool calls in replies to chats",
+            (*_LABELS, "result"),
+            registry=self._single,
+        )
+        for result in TOOL_CALLS:
+            self._tool_calls.labels(*self._labels, result)
         self._observe: dict[str, Callable[[float], None]] = {}
         for name, (text, buckets) in _TABLE["histograms"].items():
             histogram = Histogram(
@@ -176,6 +183,11 @@ class ServerMetrics:
                     seconds / (output_tokens - 1)
                 )
 
+    def tool_calls(self, parsed: int, malformed: int) -> None:
+        """A reply to a chat ended: so many calls of it parsed, and so many did not."""
+        for result, count in zip(TOOL_CALLS, (parsed, malformed), strict=True):
+            self._tool_calls.labels(*self._labels, result).inc(count)
+
     def prompt_finished(self, longest: int) -> None:
         """All choices of a prompt have ended; the longest has so many tokens."""
         self._observe["request_max_num_generation_tokens"](longest)
@@ -199,7 +211,7 @@ class ServerMetrics:
         """All metrics in Prometheus' text format."""
         own = _CREATED.sub(b"", generate_latest(self._registry))
         single = _CREATED.sub(b"", generate_latest(self._single))
-        return own + (_OWN_NAME.sub(rb"\1vllm:", own) if self._vllm_names else b"") + single
+        return own + _OWN_NAME.sub(rb"\1vllm:", own) + single
 
     def collect(self) -> Iterable[Metric]:
         """The engine's own counts, asked for by the registry at each scrape."""

@@ -8,7 +8,7 @@ given".
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,8 @@ from pydantic import (
 )
 
 from moebius.errors import ContextExceededError, ContextLengthError, RequestError
+from moebius.front.conversation import Conversation, Opening, ReasoningSettings
+from moebius.front.tools import Tool, choice_of, tools_of
 from moebius.request.params import LIMITS, SamplingParams
 from moebius.server.cut import Side, cut_ids, cut_length, cut_text
 from moebius.server.fields import (
@@ -34,7 +36,7 @@ from moebius.server.fields import (
     bias_by_id,
     counted_documents,
     refuse_unsupported,
-    without_idle_tools,
+    without_idle_functions,
     without_nulls,
 )
 from moebius.server.limits import HTTP_LIMITS
@@ -47,7 +49,6 @@ from moebius.text import (
     last_text,
 )
 
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # A text beyond the context is still counted up to so many times its length.
 _COUNTED = 4
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -253,6 +254,15 @@ class CompletionRequest(GenerationRequest):
         )
 
 
+class Thinking(BaseModel):
+    """As Anthropic's, DeepSeek's and GLM's own APIs have it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: int | None = None
+
+
 class ChatRequest(GenerationRequest):
     id_prefix = "chatcmpl"
     prompt_param = "messages"
@@ -262,6 +272,9 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    tools: Annotated[tuple[Tool, ...], PlainValidator(tools_of)] = ()
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: str | None = None
     documents: Annotated[list[dict[str, Any]], AfterValidator(counted_documents)] = Field(
@@ -271,40 +284,38 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     echo: bool = False
+    thinking: Annotated[Thinking | None, BeforeValidator(without_nulls)] = None
+    thinking_token_budget: int | None = None
+    include_reasoning: bool = True
 
     @property
     def length_param(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
-    def template_variables(self) -> dict[str, Any]:
-        """What the template hears besides the messages. An effort also switches thinking, by the
-        names it goes by."""
-        effects: dict[str, Any] = {"documents": self.documents} if self.documents else {}
-        effort = self.reasoning_effort
-        if effort is not None:
-            thinks = effort != "none"
-            effects |= {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
-        return {**effects, **self.chat_template_kwargs}
+    def conversation(self) -> Conversation:
+        """What is asked, without the protocol. RequestError names what contradicts itself."""
+        thinks = None if self.thinking is None else self.thinking.type != "disabled"
+        budget = self.thinking_token_budget
+        if budget is None and self.thinking is not None:
+            budget = self.thinking.budget_tokens
+        return Conversation(
+            self.messages,
+            self.tools,
+            choice_of(self.tool_choice, self.tools),
+            self.parallel_tool_calls,
+            ReasoningSettings(self.reasoning_effort, thinks, budget),
+            self.chat_template_kwargs,
+            self.documents,
+            Opening(
+                self.add_generation_prompt, self.continue_final_message, self.add_special_tokens
+            ),
+        )
 
     @property
     def echoed(self) -> str:
         """What the client wants back before what is new: the text that the answer goes on with."""
         return last_text(self.messages) if self.echo else ""
-
-    def encode(self, tokenizer: Tokenizer, most: int) -> list[EncodedPrompt]:
-        """The one prompt that the messages are. ContextExceededError for more than `most` ids."""
-        prompt = tokenizer.chat_prompt(
-            self.messages,
-            self.template_variables,
-            add_generation_prompt=ends_anew(
-                self.add_generation_prompt, self.continue_final_message
-            ),
-            continue_final_message=self.continue_final_message,
-            add_special_tokens=self.add_special_tokens,
-            at_most=most,
-        )
-        return [prompt]
 
     def sampling(self, defaults: GenerationDefaults) -> SamplingParams:
         max_tokens = self.max_completion_tokens
@@ -318,10 +329,6 @@ class ChatRequest(GenerationRequest):
             )
         if max_tokens == 0:
             raise RequestError("max_tokens is 0; it must be at least 1", param="max_tokens")
-        if self.reasoning_effort is not None and self.reasoning_effort not in _EFFORTS:
-            raise RequestError(
-                f"reasoning_effort must be one of {', '.join(_EFFORTS)}", param="reasoning_effort"
-            )
         return self._sampling(
             defaults,
             max_tokens=max_tokens,
@@ -410,7 +417,7 @@ def parse(
         )
     if unknown and ignore is not None:
         ignore(unknown)
-    given = without_idle_tools(given)
+    given = without_idle_functions(given)
     others = {name: value for name, value in given.items() if name not in own}
     refuse_unsupported(others, unsupported)
     try:

@@ -18,7 +18,6 @@ class ServerSettings:
     api_keys              any of these opens every route; none: the server is open
     metrics_api_key       opens /metrics, the live page's figures and nothing else; where there is
                           one, no other key opens these
-    vllm_metric_names     export the metrics under vLLM's names too
     keep_alive            silence in a stream after which a comment line is sent
     drain_timeout         how long in-flight work may take after SIGTERM
     request_timeout       a request's deadline, from its arrival; its own timeout may be shorter
@@ -36,7 +35,6 @@ class ServerSettings:
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     metrics_api_key: str | None = None
-    vllm_metric_names: bool = True
     keep_alive: float = 15.0
     drain_timeout: float = 30.0
     request_timeout: float = 3600.0

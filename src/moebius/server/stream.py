@@ -21,7 +21,7 @@ from moebius.request.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
-from moebius.text import EncodedPrompt
+from moebius.text import EncodedPrompt, Expected
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +212,8 @@ class Call:
 
     def _close(self, choice: LiveChoice, reason: str) -> None:
         choice.closed = True
+        read = choice.assembler
+        self._door.metrics.tool_calls(read.num_calls, read.malformed_calls)
         self._door.metrics.sequence_finished(
             reason,
             choice.times,
@@ -265,6 +267,7 @@ class FrontDoor:
         timeout: float = math.inf,
         priority: int = 0,
         salt: bytes = b"",
+        expected: Expected | None = None,
     ) -> Call:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
@@ -273,6 +276,7 @@ class FrontDoor:
                     there; default: now
         timeout     seconds that the client gives it, at most request_timeout
         priority, salt   as in EngineRequest
+        expected    what is looked for in a chat's reply
         """
         if self.draining:
             raise DrainingError
@@ -290,6 +294,7 @@ class FrontDoor:
                 priority=priority,
                 deadline=deadline,
                 salt=salt,
+                expected=expected,
             )
             for one in opened:
                 choices.append(

@@ -17,8 +17,8 @@ from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
 from moebius.text.continuation import Opened, opened_chat
 from moebius.text.detokenize import Detokenizer
-from moebius.text.harmony import Harmony
 from moebius.text.prompts import EncodedPrompt, GenerationPrompts, RenderedChat
+from moebius.text.replies import ReplyFormat, Vocabulary
 from moebius.text.special_tokens import Rename, SpecialGuard, sentinels, strings_in
 from moebius.text.tokenizer_config import add_tokens, special_tokens
 
@@ -86,11 +86,12 @@ class Tokenizer:
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
         ids = {token.content: i for i, token in added.items()}
-        self.harmony = Harmony.of(ids, self.templates, self.detokenizer)
-        """How replies to chats are read, of a model that gives them in this format."""
+        self.replies = ReplyFormat(
+            Vocabulary(ids, self.templates, self.token_text, self._encode_marked)
+        )
+        """How replies to chats are read."""
         own_end = () if self.eos_id is None else (self.eos_id,)
-        stops = frozenset() if self.harmony is None else self.harmony.stops
-        self.end_ids = frozenset(end_ids).union(own_end, stops)
+        self.end_ids = frozenset(end_ids).union(own_end, self.replies.end_ids)
         self._guard = SpecialGuard(backend, vocab, rename)
         self._bound = TokenBound(backend, vocab)
         self._generation_prompts = GenerationPrompts()
@@ -197,6 +198,10 @@ class Tokenizer:
         """The ids of a text with those that go before and behind any."""
         return [*self.opening, *ids, *self._ending]
 
+    def _encode_marked(self, text: str) -> list[int]:
+        """Ids of what the model's own format says, special tokens included."""
+        return self.encode(text, add_special_tokens=False)
+
     def offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Where in the text each id that `encode` makes of it begins, in characters.
 
@@ -251,6 +256,7 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -263,7 +269,7 @@ class Tokenizer:
         add_special_tokens: begin it as any text is begun (BOS), unless the template does so itself.
         """
         opened = opened_chat(messages, continue_final_message, add_generation_prompt)
-        chat = self._chat(messages, None, variables, add_generation_prompt, at_most, opened)
+        chat = self._chat(messages, tools, variables, add_generation_prompt, at_most, opened)
         ids = self._chat_ids(chat.rendered, chat.marker, at_most)
         start = None
         if add_generation_prompt:
@@ -308,7 +314,7 @@ class Tokenizer:
             self.check_size(template.render({**chat, **known}), at_most, "messages")
         marked, marker = self._guard.mark(chat)
         shown = {**marked, **known}
-        kind = None if variables or not messages else (name, str(messages[-1].get("role")))
+        kind = None if variables or tools or not messages else (name, str(messages[-1].get("role")))
         rendered = template.render(shown)
         if opened is not None:
             rendered = opened.cut(rendered)

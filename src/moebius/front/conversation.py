@@ -1,0 +1,166 @@
+"""Conversation: a chat that is to be answered, as every front door asks for it; it knows no
+protocol."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moebius.errors import RequestError
+from moebius.front.tools import Tool, ToolChoice
+from moebius.request.params import SamplingParams
+from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer, ends_anew
+from moebius.text.replies import EFFORTS
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Variables of a template that are not a client's to set.
+_RESERVED = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+)
+# What bans a token: no logit outweighs it.
+_BAN = -100.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningSettings:
+    """What a client wants of a model's reasoning; None: as the model has it.
+
+    effort   one of EFFORTS
+    thinks   whether there is to be any
+    budget   most tokens of it
+    """
+
+    effort: str | None = None
+    thinks: bool | None = None
+    budget: int | None = None
+
+    def variables(self, efforts: Sequence[str]) -> dict[str, Any]:
+        """What templates hear of it, by the names that they know; the nearest of the efforts that
+        they know."""
+        found: dict[str, Any] = {}
+        thinks = self.thinks
+        if self.effort is not None:
+            found["reasoning_effort"] = _nearest(self.effort, efforts)
+            thinks = self.effort != "none" if thinks is None else thinks
+        if thinks is not None:
+            found |= {"enable_thinking": thinks, "thinking": thinks}
+        return found
+
+
+def _nearest(effort: str, known: Sequence[str]) -> str:
+    at = EFFORTS.index(effort)
+    return min(known, key=lambda each: (abs(EFFORTS.index(each) - at), -EFFORTS.index(each)))
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How the prompt of a chat ends, and begins.
+
+    generation_prompt   whether an answer is begun; None: it is, unless the last message is continued
+    continues           the answer goes on with the text of the last message, the assistant's
+    special_tokens      begin it as any text is begun (BOS), unless the template does so itself
+    """
+
+    generation_prompt: bool | None = None
+    continues: bool = False
+    special_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat, and what may be answered.
+
+    messages    in OpenAI's form for chats
+    tools       all of which the model is shown
+    parallel    whether a reply may make more than one call
+    variables   of the chat template, beside the messages, as the client sets them
+    documents   for templates that take some
+    """
+
+    messages: Messages
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = field(default_factory=ToolChoice)
+    parallel: bool = True
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    documents: Sequence[Mapping[str, Any]] = ()
+    opening: Opening = field(default_factory=Opening)
+
+    def __post_init__(self) -> None:
+        for name in self.variables:
+            if name in _RESERVED or name.endswith("_token"):
+                raise RequestError(
+                    f"chat_template_kwargs: {name[:100]!r} is not a client's to set",
+                    param="chat_template_kwargs",
+                )
+        effort = self.reasoning.effort
+        if effort is not None and effort not in EFFORTS:
+            raise RequestError(
+                f"reasoning_effort must be one of {', '.join(EFFORTS)}", param="reasoning_effort"
+            )
+
+    def prompt(
+        self, tokenizer: Tokenizer, replies: ReplyFormat, *, at_most: int | None = None
+    ) -> EncodedPrompt:
+        """The prompt. RequestError where the template refuses it; ContextLengthError for more than
+        `at_most` ids."""
+        tools = [tool.shown for tool in self.tools] if self._shows_tools(replies) else None
+        documents = {"documents": list(self.documents)} if self.documents else {}
+        variables = {**documents, **self.reasoning.variables(replies.efforts), **self.variables}
+        opening = self.opening
+        return tokenizer.chat_prompt(
+            self.messages,
+            variables,
+            tools,
+            add_generation_prompt=ends_anew(opening.generation_prompt, opening.continues),
+            continue_final_message=opening.continues,
+            add_special_tokens=opening.special_tokens,
+            at_most=at_most,
+        )
+
+    def _shows_tools(self, replies: ReplyFormat) -> bool:
+        """Tools that may not be called are shown all the same where the model can be kept from
+        calling: the prompt stays the same from turn to turn, and its beginning in the cache."""
+        return self.choice.mode != "none" or replies.starter_id is not None
+
+    def expected(self, replies: ReplyFormat) -> Expected:
+        """What is to be looked for in the reply. RequestError where the model's format of tool
+        calls is not known."""
+        if not self.tools or self.choice.mode == "none":
+            return Expected()
+        if replies.tools is None:
+            raise RequestError(
+                "tools: no format is known in which this model calls them; leave them out, send "
+                '"tool_choice": "none" beside them, or name a format with tool_format '
+                "(--tool-format)",
+                param="tools",
+            )
+        return Expected(
+            tools={tool.name: tool.parameters for tool in self.tools},
+            barred=frozenset(tool.name for tool in self.tools if not self.choice.allows(tool.name)),
+            parallel=self.parallel,
+        )
+
+    def params(self, params: SamplingParams, replies: ReplyFormat) -> SamplingParams:
+        """How the reply's tokens are drawn, where the client wants them drawn so.
+
+        The one place for what holds a reply to its tools: a grammar in the model's own format is to
+        be made here, of tools, choice and format (`required`, a named one, `strict`), and what ends
+        the reasoning at its budget (ReplyFormat.reasoning_ends). RequestError for what is not
+        supported.
+        """
+        if self.reasoning.budget is not None:
+            raise RequestError(
+                "thinking_token_budget is not supported yet; leave it out",
+                param="thinking_token_budget",
+            )
+        if self.choice.mode == "required":
+            raise RequestError(
+                "tool_choice: a reply that must call a tool needs a grammar of the model's format, "
+                'which is not supported yet; use "auto" or "none"',
+                param="tool_choice",
+            )
+        if self.tools and self.choice.mode == "none" and replies.starter_id is not None:
+            bias = {**params.logit_bias, replies.starter_id: _BAN}
+            return params.with_(logit_bias=bias)
+        return params
