@@ -56,7 +56,7 @@ def _nearest(effort: str, known: Sequence[str]) -> str:
 class Opening:
     """How the prompt of a chat ends, and begins.
 
-    generation_prompt   whether an answer is begun; None: it is, unless the last message is continued
+    generation_prompt   whether an answer is begun; None: unless the last message is continued
     continues           the answer goes on with the text of the last message, the assistant's
     special_tokens      begin it as any text is begun (BOS), unless the template does so itself
     """
