@@ -457,7 +457,8 @@ def _several_nodes(
     copies = Counter(chain(*nodes))
     while free := [node for node in range(len(nodes)) if left(node)]:
         new_to = {e: [n for n in free if e not in nodes[n]] for e in range(len(loads))}
-        busiest = max(filter(new_to.get, new_to), key=lambda e: loads[e] / copies[e])
+        wanting = [e for e, places in new_to.items() if places]
+        busiest = max(wanting, key=lambda e: loads[e] / copies[e])
         nodes[min(new_to[busiest], key=weight)].append(busiest)
         copies[busiest] += 1
     return nodes
