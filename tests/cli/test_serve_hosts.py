@@ -105,6 +105,15 @@ def test_more_ranks_than_experts_start_no_processes(
     assert "99 ranks cannot share the 4 experts of a layer" in refused("--ranks", "99")
 
 
+def test_more_ranks_than_experts_are_refused_where_there_is_no_front(
+    refused: Refused, port: int
+) -> None:
+    """By each host for itself, and at once."""
+    two = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", f"127.0.0.1:{port}")
+    line = refused("--ranks", "5", *two, "--rdzv-timeout", "600")
+    assert "5 ranks cannot share the 4 experts of a layer; use 1 to 4 ranks" in line
+
+
 def test_no_front_at_the_address(refused: Refused, port: int) -> None:
     two = ("--nnodes", "2", "--ranks", "2", "--rdzv-endpoint", f"127.0.0.1:{port}")
     line = refused(*two, "--node-rank", "1", "--rdzv-timeout", "0.1")

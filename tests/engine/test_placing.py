@@ -45,7 +45,7 @@ def test_groups_of_experts_go_to_nodes(tmp_path: Path) -> None:
     model = {**TINY, **FAMILY["dots1"], "n_routed_experts": 12, "n_group": 4, "topk_group": 2}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dots1", **model}))
     nodes = near_nodes(tmp_path, (2, 2))
-    assert nodes.even == 2 and set(nodes.groups.values()) == {4}
+    assert nodes.sizes == (2, 2) and set(nodes.groups.values()) == {4}
     (layer, *_) = nodes.groups
     file = tmp_path / "loads.json"
     pairs = [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]

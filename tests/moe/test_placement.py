@@ -347,21 +347,62 @@ def test_replicas_that_do_not_fit_on_a_node_go_anywhere() -> None:
         assert all(len({*each}) == len(each) for each in alone.layers[0].held)
 
 
-def test_two_of_each_survive_the_loss_of_any_node() -> None:
+def without(placed: Placement, node: int, sizes: Sequence[int]) -> Placement:
+    """On the ranks of the other nodes."""
+    node_of = [n for n, size in enumerate(sizes) for _ in range(size)]
+    return placed.among([rank for rank, n in enumerate(node_of) if n != node])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "more"),
+    [
+        ((2, 2), 8, 0),
+        ((3, 3), 7, 1),
+        ((2, 2, 2), 12, 2),
+        ((1, 1, 1, 1), 4, 1),
+        ((2, 1, 1), 16, 0),
+        ((2, 2, 1), 20, 1),
+        ((1, 3, 2), 13, 0),
+    ],
+)
+def test_two_of_each_survive_the_loss_of_any_node(
+    sizes: tuple[int, ...], count: int, more: int
+) -> None:
     draw = random.Random(6)
-    for nodes, ranks, count, more in ((2, 4, 8, 0), (2, 6, 7, 1), (3, 6, 12, 2), (4, 4, 4, 1)):
-        near = Nodes((ranks // nodes,) * nodes, {0: 2})
-        spare = -(-count // ranks) + more
-        now = Placement.linear({0: count}, ranks, spare, near)
-        for _ in range(10):
-            for lost in range(nodes):
-                size = ranks // nodes
-                left = [rank for rank in range(ranks) if rank // size != lost]
-                assert now.among(left).experts == {0: count}, (nodes, ranks, count)
-            loads = {0: [draw.random() ** 4 for _ in range(count)]}
-            now = now.rebalanced(loads, spare=spare, nodes=near)
-            assert all(len({*each}) == len(each) for each in now.layers[0].held)
-            assert max(map(len, now.layers[0].held)) <= -(-count // ranks) + spare
+    ranks = sum(sizes)
+    near = Nodes(sizes, {0: 2})
+    spare = -(-count // ranks) + more
+    now = Placement.linear({0: count}, ranks, spare, near)
+    for _ in range(10):
+        for lost in range(len(sizes)):
+            assert without(now, lost, sizes).experts == {0: count}
+        loads = {0: [draw.random() ** 4 for _ in range(count)]}
+        now = now.rebalanced(loads, spare=spare, nodes=near)
+        assert all(len({*each}) == len(each) for each in now.layers[0].held)
+        assert max(map(len, now.layers[0].held)) <= -(-count // ranks) + spare
+
+
+def test_a_node_that_the_others_have_no_room_for() -> None:
+    """6 experts, two of each, on two ranks and one: at the one there is room for four. With room
+    for all of them at each rank it is as even as can be."""
+    loads = {0: [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]}
+    near = Nodes((2, 1))
+    few = Placement.balanced(loads, 3, spare=2, nodes=near)
+    assert all(few.among([r for r in range(3) if r != lost]).ranks == 2 for lost in range(3))
+    with pytest.raises(ConfigError, match="is at no rank"):
+        few.among([2])
+    all_of_them = Placement.balanced(loads, 3, spare=4, nodes=near)
+    assert [{*each} for each in all_of_them.layers[0].held] == [{*range(6)}] * 3
+    assert all_of_them.imbalance(loads) == {0: 1.0}
+
+
+def test_what_is_on_two_nodes_is_balanced_too() -> None:
+    """Within a tenth of even on four hosts of two ranks, with loads of which a few are hot."""
+    draw = random.Random(8)
+    for _ in range(5):
+        loads = {0: [draw.random() ** 4 for _ in range(32)]}
+        placed = Placement.balanced(loads, 8, spare=8, nodes=Nodes((2, 2, 2, 2)))
+        assert placed.imbalance(loads)[0] < 1.1
 
 
 def test_spares_in_order_are_the_next_nodes() -> None:

@@ -124,8 +124,11 @@ class HostOptions:
 def serve_ranks(options: HostOptions, model: "ModelSource", config: EngineConfig) -> None:
     """Serve this host's ranks, until the front needs them no more."""
     from moebius.engine.hello import host_hello
+    from moebius.engine.load import check_ranks
     from moebius.engine.node import Node, ended_by_signals
 
+    # The front, too, refuses what no group can be, and is gone before it could say so here.
+    check_ranks(model.path, config)
     key = options.key()
     hello = host_hello(
         model.path,

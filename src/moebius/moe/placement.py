@@ -9,10 +9,11 @@ Shapes: E experts, C rows of an owners table.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Self
 
 import torch
@@ -37,11 +38,6 @@ class Nodes:
 
     sizes: tuple[int, ...] = ()
     groups: Mapping[int, int] = field(default_factory=dict)
-
-    @property
-    def even(self) -> int:
-        """How many there are, where they have equally many ranks; else 1."""
-        return len(self.sizes) if len(set(self.sizes)) == 1 else 1
 
 
 ALIKE = Nodes()
@@ -180,10 +176,10 @@ class Placement:
         """In order, as evenly as it goes: of 7 experts on 3 ranks, 3, 2 and 2.
 
         experts: how many each layer has, by its number. spare: how many more a rank holds, those of
-        the ranks behind it, which begin on the next node. Raises ConfigError for more ranks than
-        experts.
+        the ranks behind it, which begin on another node where none has most of the ranks. Raises
+        ConfigError for more ranks than experts.
         """
-        ahead = 1 if nodes.even == 1 else max(1, ranks // nodes.even)
+        ahead = max(nodes.sizes, default=1)
         return cls({layer: _linear(count, ranks, spare, ahead) for layer, count in experts.items()})
 
     @classmethod
@@ -198,8 +194,8 @@ class Placement:
         """So that ranks have equal loads, with room for `spare` replicas a rank.
 
         Where there is room for two of each expert, each has two, at different ranks, and on
-        different nodes where there are several of equally many ranks: the others have every expert
-        when a rank is lost, or a node. What is left goes to the busiest.
+        different nodes where none has so many ranks that the others lack the room: the others have
+        every expert when a rank is lost, or a node. What is left goes to the busiest.
 
         loads: what each expert of each layer gets of the tokens, in any unit. nodes: see `place`.
         Raises ConfigError as `linear`.
@@ -208,8 +204,8 @@ class Placement:
         for layer, shares in loads.items():
             _check_ranks(ranks, len(shares))
             slots = _slots(len(shares), ranks, spare)
-            if _twice_by_nodes(len(shares), slots, nodes):
-                held = place_twice(shares, ranks, slots, nodes.even)
+            if _twice_by_nodes(len(shares), slots, nodes.sizes):
+                held = place_twice(shares, slots, nodes.sizes)
             else:
                 groups = nodes.groups.get(layer, 1)
                 least = 1 + (ranks > 1 and slots >= 2 * len(shares))
@@ -226,7 +222,7 @@ class Placement:
         layers = {}
         for layer, placed in best.layers.items():
             slots = _slots(placed.num_experts, self.ranks, spare)
-            by_nodes = _twice_by_nodes(placed.num_experts, slots, nodes) or _by_nodes(
+            by_nodes = _twice_by_nodes(placed.num_experts, slots, nodes.sizes) or _by_nodes(
                 placed.num_experts, slots, nodes.groups.get(layer, 1), nodes.sizes
             )
             layers[layer] = placed.near(self.layers[layer], nodes.sizes if by_nodes else ())
@@ -284,9 +280,16 @@ def _by_nodes(num_experts: int, slots: int, groups: int, sizes: Sequence[int]) -
     return even and slots <= num_experts * min(sizes)
 
 
-def _twice_by_nodes(num_experts: int, slots: int, nodes: Nodes) -> bool:
+def _node_rooms(slots: int, sizes: Sequence[int]) -> list[int]:
+    """Each node's part of the slots, by its number of ranks."""
+    ends = [slots * end // sum(sizes) for end in accumulate(sizes)]
+    return [end - start for start, end in pairwise((0, *ends))]
+
+
+def _twice_by_nodes(num_experts: int, slots: int, sizes: Sequence[int]) -> bool:
     """Whether there is room for two of each expert, on two of several nodes."""
-    return slots >= 2 * num_experts and nodes.even > 1
+    each = [min(room, num_experts) for room in _node_rooms(slots, sizes)]
+    return len(sizes) > 1 and sum(each) >= 2 * num_experts
 
 
 def _linear(num_experts: int, ranks: int, spare: int, ahead: int) -> LayerPlacement:
@@ -403,19 +406,62 @@ def place(
     return placed
 
 
-def place_twice(loads: Sequence[float], ranks: int, slots: int, nodes: int) -> list[list[int]]:
-    """The experts that each rank holds, balanced for `loads`, each on two nodes at least.
+def place_twice(loads: Sequence[float], slots: int, sizes: Sequence[int]) -> list[list[int]]:
+    """The experts that each rank holds, balanced for `loads`, each on two nodes at least, of
+    `sizes` ranks, which have room for that.
 
-    What is left of `slots` goes to the busiest, up to one of each a node. Copies are packed onto
-    nodes, and then each node's onto its ranks.
+    Experts are packed onto nodes, on two or more where they are busy. Then each node replicates its
+    own to fill its room, and packs them onto its ranks.
     """
-    experts = replicate(loads, min(slots, nodes * len(loads)), nodes, least=2)
-    shares = [loads[e] / experts.count(e) for e in experts]
+    rooms = _node_rooms(slots, sizes)
+    nodes = _several_nodes(loads, [min(room, len(loads)) for room in rooms], sizes)
+    held = []
+    for node, room, size in zip(nodes, rooms, sizes, strict=True):
+        own = replicate([loads[e] for e in node], min(room, size * len(node)), size)
+        held.append([node[item] for item in own])
+    copies = Counter(chain(*held))
     placed = []
-    for node in pack(shares, [1] * nodes, experts):
-        for rank in pack([shares[slot] for slot in node], [1] * (ranks // nodes)):
-            placed.append([experts[node[item]] for item in rank])
+    for experts, size in zip(held, sizes, strict=True):
+        for rank in pack([loads[e] / copies[e] for e in experts], [1] * size, experts):
+            placed.append([experts[slot] for slot in rank])
     return placed
+
+
+def _several_nodes(
+    loads: Sequence[float], rooms: Sequence[int], sizes: Sequence[int]
+) -> list[list[int]]:
+    """Nodes that are full of different experts, each of which is on two or more.
+
+    The heaviest first, each on those that are lightest for their size, as long as the rest will
+    find two each, else on the two with most room left. What is left goes to the busiest.
+    """
+    wanted = Counter(replicate(loads, sum(rooms), len(rooms), least=2))
+    shares = [load / wanted[e] for e, load in enumerate(loads)]
+    nodes: list[list[int]] = [[] for _ in rooms]
+
+    def left(node: int) -> int:
+        return rooms[node] - len(nodes[node])
+
+    def weight(node: int) -> float:
+        return sum(shares[e] for e in nodes[node]) / sizes[node]
+
+    order = sorted(range(len(loads)), key=lambda e: -shares[e])
+    for rest, e in zip(reversed(range(len(loads))), order, strict=True):
+        free = [node for node in range(len(nodes)) if left(node)]
+        found = sorted(free, key=weight)[: wanted[e]]
+        # `rest` experts find two nodes each where no node counts for more of them than there are.
+        if sum(min(left(n) - (n in found), rest) for n in range(len(nodes))) < 2 * rest:
+            found = sorted(free, key=lambda node: -left(node))[:2]
+        for node in found:
+            nodes[node].append(e)
+    copies = Counter(chain(*nodes))
+    while free := [node for node in range(len(nodes)) if left(node)]:
+        new_to = {e: [n for n in free if e not in nodes[n]] for e in range(len(loads))}
+        wanting = [e for e, places in new_to.items() if places]
+        busiest = max(wanting, key=lambda e: loads[e] / copies[e])
+        nodes[min(new_to[busiest], key=weight)].append(busiest)
+        copies[busiest] += 1
+    return nodes
 
 
 def rank_loads(loads_E: Tensor, placement: Sequence[Sequence[int]]) -> Tensor:
