@@ -326,6 +326,10 @@ class Converter:
             turning = int(size * rope["partial_rotary_factor"] / 2)
             values = [1.0] * turning + [1e30] * (size // 2 - turning)
             writer.add_tensor("rope_freqs.weight", np.array(values, dtype=np.float32))
+        if rope["rope_type"] == "longrope":
+            for which in ("long", "short"):
+                values = np.array(rope[f"{which}_factor"], dtype=np.float32)
+                writer.add_tensor(f"rope_factors_{which}.weight", values)
         if rope["rope_type"] != "llama3":
             return
         size = int(self.head_size * rope.get("partial_rotary_factor", 1.0))
