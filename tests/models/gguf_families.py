@@ -250,6 +250,7 @@ OWN_KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "glm4_moe": glm4_moe,
     "solar_open": glm4_moe,
     "minimax_m2": minimax_m2,
+    "granite": granitemoe,
     "granitemoe": granitemoe,
     "granitemoeshared": granitemoe,
     "ernie4_5_moe": ernie4_5_moe,
