@@ -77,8 +77,8 @@ def test_holes_stay_holes() -> None:
     held = ExpertWeights(*([None, *kind[1:]] for kind in weights))
     x = torch.randn(3, D)
     ids = torch.tensor([[1], [3], [2]])
-    wanted = ops.expert_rows(x, ids, ops.prepare_experts(weights, "silu"))
-    prepared = ops.prepare_experts(held, "silu")
+    wanted = ops.expert_rows(x, ids, ops.prepare_experts(weights, "silu", torch.float32))
+    prepared = ops.prepare_experts(held, "silu", torch.float32)
     assert torch.equal(ops.expert_rows(x, ids, prepared), wanted)
     with pytest.raises(IndexError, match="expert 0 is not held here"):
         ops.expert_rows(x, ids * 0, prepared)
@@ -92,4 +92,4 @@ def test_all_of_a_layer_or_none() -> None:
         *([kind[0], separate[1]] for kind, separate in zip(one, other, strict=True))
     )
     with pytest.raises(ValueError, match="in some experts of a layer, not in all"):
-        level(LEVELS[-1], 1).prepare_experts(mixed, "silu")
+        level(LEVELS[-1], 1).prepare_experts(mixed, "silu", torch.float32)
