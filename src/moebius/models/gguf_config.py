@@ -190,10 +190,8 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     config |= architecture.read(keys, config)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     config |= architecture.told(shapes, config)
-    if any(name in model.tensors for name in LONGROPE_DIVISORS.values()):
-        scaling = _longrope(keys, config, model, where)
-    else:
-        scaling = _rope_scaling(keys, config, truncate=architecture.truncates)
+    scaling = _longrope(keys, config, model, where)
+    scaling = scaling or _rope_scaling(keys, config, truncate=architecture.truncates)
     config["rope_scaling"] = {**scaling, **config.get("rope_scaling", {})}
     if architecture.ropes == "each":
         config["rope_parameters"] = _ropes(keys, config, architecture)
@@ -350,7 +348,9 @@ def _rope_scaling(keys: _Keys, config: Mapping[str, Any], *, truncate: bool) -> 
 
 
 def _longrope(keys: _Keys, config: dict[str, Any], model: GgufModel, where: str) -> dict[str, Any]:
-    """config.json's object of that name, and beside it the original context."""
+    """config.json's object of that name, and beside it the original context; empty without."""
+    if not any(name in model.tensors for name in LONGROPE_DIVISORS.values()):
+        return {}
     if keys.get("rope.scaling.type", "longrope") != "longrope":
         raise keys.wrong("rope.scaling.type", "is another than longrope, whose tensors are there")
     context = config["max_position_embeddings"]
