@@ -179,18 +179,25 @@ void Ops::attention(const Attention& a) {
         });
         return;
     }
-    // Of a split its rows' states are kept.
+    // Of a split its rows' states are kept until they are joined: of a wave of items at a time, or they would take as much as all
+    // threads' contexts together.
     const size_t of_a_split = split_need(*a.shape);
-    float* states = shared_.need(splits_.size() * of_a_split);
-    pool_.run(int(splits_.size()), [&](int item, int thread) {
-        AttentionBlock b = attention_block(a, attends_[splits_[item].attend]);
-        b.split = splits_[item].split, b.room = scratch_[thread].need(need);
-        attend(b, *a.shape, states + item * of_a_split);
-    });
-    pool_.run(items, [&](int item, int) {
-        const int from = attends_[item].first_split, to = item + 1 < items ? attends_[item + 1].first_split : int(splits_.size());
-        kernels_->join_splits[a.dtype](attention_block(a, attends_[item]), *a.shape, states + from * of_a_split, of_a_split, to - from);
-    });
+    const auto splits_before = [&](int item) { return item < items ? attends_[item].first_split : int(splits_.size()); };
+    for (int item = 0, last; item < items; item = last) {
+        const int first = splits_before(item);
+        for (last = item + 1; last < items && splits_before(last) - first < wave();) last++;
+        float* states = shared_.need((splits_before(last) - first) * of_a_split);
+        pool_.run(splits_before(last) - first, [&](int i, int thread) {
+            const Split& split = splits_[first + i];
+            AttentionBlock b = attention_block(a, attends_[split.attend]);
+            b.split = split.split, b.room = scratch_[thread].need(need);
+            attend(b, *a.shape, states + i * of_a_split);
+        });
+        pool_.run(last - item, [&](int i, int) {
+            const int from = splits_before(item + i), count = splits_before(item + i + 1) - from;
+            kernels_->join_splits[a.dtype](attention_block(a, attends_[item + i]), *a.shape, states + (from - first) * of_a_split, of_a_split, count);
+        });
+    }
 }
 
 }  // namespace moebius

@@ -56,10 +56,10 @@ Matrix make_matrix(int format, int rows, int columns, Address data, Address scal
     return w;
 }
 
-// Throws std::invalid_argument for a matrix of other columns, or in a format that has no kernels.
-void require_product(Dtype dtype, const Matrix& w, int columns) {
+// Throws std::invalid_argument for a matrix of other columns, or in a format that has no kernels. wide: rows may be widened for it.
+void require_product(Dtype dtype, const Matrix& w, int columns, bool wide = false) {
     if (w.columns != columns) throw std::invalid_argument("a matrix of " + std::to_string(w.columns) + " columns where the input has " + std::to_string(columns));
-    if (w.format < 0 || w.format >= ALL_FORMATS || !reads(dtype, w.format)) throw std::invalid_argument("no kernel reads this format in this dtype");
+    if (w.format < 0 || w.format >= ALL_FORMATS || !(reads(dtype, w.format) || (wide && w.format == F32_MATRIX))) throw std::invalid_argument("no kernel reads this format in this dtype");
     if (w.columns % FORMAT_SIZES[w.format].elements) throw std::invalid_argument("rows of " + std::to_string(w.columns) + " elements are no whole blocks");
 }
 
@@ -74,13 +74,15 @@ void require_experts(Dtype dtype, size_t count, const Matrices& matrices, int ro
 }
 
 Experts make_experts(int dtype, int hidden, int width, const Activation& activation, const Matrices& gate, const Matrices& up, const Matrices& down,
-                     const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk) {
-    require_experts(Dtype(dtype), gate.size(), gate, width, hidden, gate_bias);
-    if (!up.empty() || !up_bias.empty()) require_experts(Dtype(dtype), gate.size(), up, width, hidden, up_bias);
+                     const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk, bool interleaved) {
+    require_experts(Dtype(dtype), gate.size(), gate, interleaved ? 2 * width : width, hidden, gate_bias);
+    if (interleaved && (!up.empty() || up_bias.size() != gate_bias.size()))
+        throw std::invalid_argument("rows of gate and up that take turns are one matrix, with as many biases of each");
+    if (!interleaved && (!up.empty() || !up_bias.empty())) require_experts(Dtype(dtype), gate.size(), up, width, hidden, up_bias);
     require_experts(Dtype(dtype), gate.size(), down, hidden, width, down_bias);
     bool holes = false;
     for (const Matrix& w : gate) holes |= w.data == nullptr;
-    return {Dtype(dtype), hidden, width, activation, gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk};
+    return {Dtype(dtype), hidden, width, activation, gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk, interleaved};
 }
 
 // Throws std::invalid_argument for a sequence whose tokens its table has no blocks for, or a row that sees no key.
@@ -107,7 +109,7 @@ void set_step(StepAttention& step, Address query_start, Address seq_lens, Addres
 Linear make_linear(int dtype, const Matrices& weights, const Addresses& biases) {
     Linear l{Dtype(dtype), weights.at(0).columns, 0, {}};
     for (size_t i = 0; i < weights.size(); i++) {
-        require_product(l.dtype, weights[i], l.in);
+        require_product(l.dtype, weights[i], l.in, true);
         l.layers.push_back({weights[i], array<const void>(biases.at(i)), l.out});
         l.out += weights[i].rows;
     }
@@ -338,9 +340,10 @@ NB_MODULE(_cpu, m) {
         new (self) Linear(make_linear(dtype, weights, biases));
     }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);
     nb::class_<Experts>(m, "Experts").def("__init__", [](Experts* self, int dtype, int hidden, int width, int activation, const Matrices& gate,
-            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk, float alpha, float limit) {
-        new (self) Experts(make_experts(dtype, hidden, width, {ActivationKind(activation), alpha, limit}, gate, up, down, gate_bias, up_bias, down_bias, on_disk));
-    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a, "on_disk"_a = false,
+            const Matrices& up, const Matrices& down, const Addresses& gate_bias, const Addresses& up_bias, const Addresses& down_bias, bool on_disk, bool interleaved, float alpha, float limit) {
+        new (self) Experts(make_experts(dtype, hidden, width, {ActivationKind(activation), alpha, limit}, gate, up, down, gate_bias, up_bias, down_bias, on_disk,
+                                         interleaved));
+    }, nb::kw_only(), "dtype"_a, "hidden"_a, "width"_a, "activation"_a, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a, "on_disk"_a = false, "interleaved"_a = false,
        "alpha"_a = 0.0f, "limit"_a = 0.0f)
         .def("assign", [](Experts& self, const Experts& other) { self = other; }, "other"_a);
     nb::class_<StepAttention>(m, "StepAttention")

@@ -91,7 +91,7 @@ size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context)
     size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
     of_a_thread += most_widened_bytes(widest);
     if (!float_activations_) for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
-    const size_t splits = size_t(few_items() - 1) * (context / KEY_SPLIT + 2);  // a window may begin and end in the middle of one
+    const size_t splits = std::min((few_items() - 1) * most_splits(context), wave() - 1 + most_splits(context));
     of_a_thread += most_panel_bytes(widest);
     return threads() * of_a_thread + most_tile_bytes(widest) + (splits * split_need(shape) + Scratch::SPARE) * sizeof(float);
 }
@@ -153,6 +153,7 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
     const int k = w.columns;
     if (by_codes(w)) return fp8_product(dtype, x, first, m, w, column, next, c, columns, s);
     if (w.format == FP8 || (is_blocks(w.format) && float_activations_)) return widened_product(dtype, x, first, m, w, column, c, columns, s);
+    if (w.format == F32_MATRIX && dtype != F32) return wide_product(dtype, x, first, m, w, column, next, c, columns, s);
     if (is_blocks(w.format)) {
         const BlockSize size = block_size(w.format);
         const BlockKernels& kernels = *kernels_->blocks;
@@ -216,7 +217,7 @@ void Ops::fetch(const Experts& e) const {
 void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, void* out) {
     const size_t size = size_of(e.dtype), hidden_bytes = e.hidden * size, width_bytes = e.width * size;
     plan_products(e.width, [&](int expert) { return !gate_by_panels(e, expert); }, [&](int expert) {
-        return e.gate[expert].row_bytes() + (e.two_matrices() ? 0 : e.up[expert].row_bytes());
+        return e.gate_rows() * e.gate[expert].row_bytes() + (e.up.empty() ? 0 : e.up[expert].row_bytes());
     });
     calls_++;
     pool_.run(int(products_.size()), [&](int item, int thread) {
@@ -226,11 +227,12 @@ void Ops::pair_rows(const Experts& e, const void* x, int top_k, void* inner, voi
         const void* x_rows[ROW_BLOCK];
         for (int i = 0; i < p.count; i++) x_rows[i] = at(x, pairs_[p.first + i] / top_k * hidden_bytes);
         const Product* then = item + 1 < int(products_.size()) ? &p + 1 : nullptr;
-        const Matrix &gate_w = e.gate[p.weights], *up_w = e.two_matrices() ? nullptr : &e.up[p.weights];
-        const void* next = then ? e.gate[then->weights].row(then->column) : e.down[p.weights].data;
+        const Matrix &gate_w = e.gate[p.weights], *up_w = e.up.empty() ? nullptr : &e.up[p.weights];
+        const void* next = then ? e.gate[then->weights].row(e.gate_rows() * then->column) : e.down[p.weights].data;
         // A row alone is the same one for all experts that it chose: packed once.
         const int rows = p.count == 1 ? -1 - pairs_[p.first] / top_k : p.first;
-        product(e.dtype, x_rows, rows, p.count, gate_w, p.column, up_w ? up_w->row(p.column) : next, gate, p.columns, scratch_[thread]);
+        product(e.dtype, x_rows, rows, p.count, gate_w, e.gate_rows() * p.column, up_w ? up_w->row(p.column) : next, gate,
+                e.gate_rows() * p.columns, scratch_[thread]);
         if (up_w) product(e.dtype, x_rows, rows, p.count, *up_w, p.column, next, up, p.columns, scratch_[thread]);
         store_gated(e, p, gate, up, inner);
     });
@@ -255,7 +257,12 @@ void Ops::store_gated(const Experts& e, const Product& p, float* gate, float* up
     if (e.two_matrices()) std::fill_n(up, size_t(p.count) * p.columns, 1.0f);  // a product with one changes no bit
     const size_t size = size_of(e.dtype), width_bytes = e.width * size;
     for (int i = 0; i < p.count; i++) {
-        float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns;
+        float *g = gate + size_t(i) * p.columns, *u = up + size_t(i) * p.columns, apart[2][MOST_COLUMNS];
+        if (e.interleaved) {
+            const float* turns = gate + 2 * size_t(i) * p.columns;
+            for (int j = 0; j < p.columns; j++) apart[0][j] = turns[2 * j], apart[1][j] = turns[2 * j + 1];
+            g = apart[0], u = apart[1];
+        }
         if (!e.gate_bias.empty()) kernels_->add_bias[e.dtype](g, p.columns, at(e.gate_bias[p.weights], p.column * size));
         if (!e.up_bias.empty()) kernels_->add_bias[e.dtype](u, p.columns, at(e.up_bias[p.weights], p.column * size));
         kernels_->gated[e.dtype](g, u, p.columns, e.activation, at(inner, (p.first + i) * width_bytes + p.column * size));

@@ -63,17 +63,20 @@ struct Linear {
     std::vector<Layer> layers;
 };
 
-// One layer's experts: down(act(gate x) * up x), or, where `up` is empty, down(act(gate x)).
+// One layer's experts: down(act(gate x) * up x), or, without an up, down(act(gate x)).
 struct Experts {
     Dtype dtype;
     int hidden, width;
     Activation activation;
-    std::vector<Matrix> gate, up, down;                      // (width, hidden), (width, hidden), (hidden, width)
+    std::vector<Matrix> gate, up, down;                      // (width, hidden), (width, hidden) or none, (hidden, width)
     std::vector<const void*> gate_bias, up_bias, down_bias;  // as many, of the experts' dtype, or empty
     bool holes = false;  // some are not held here: their matrices have no data
     bool on_disk = false;  // their pages need not be in memory: those of the chosen are asked for before they are read
 
-    bool two_matrices() const { return up.empty(); }
+    bool interleaved = false;  // rows of gate and up take turns in the matrices `gate`, (2 * width, hidden)
+
+    bool two_matrices() const { return up.empty() && !interleaved; }
+    int gate_rows() const { return interleaved ? 2 : 1; }  // for each column of what they give
 };
 
 struct StepAttention {  // what all layers with one window share
@@ -331,10 +334,14 @@ private:
     void store_gated(const Experts& e, const Product& p, float* gate, float* up, void* inner);
     void store_down(const Experts& e, const Product& p, const float* c, void* out);
     void plan_attention(const Attention& a);
-    // Floats of one item of attention, and whether so many items are few: then each split of their keys is one.
+    // Floats of one item of attention, and whether so many items are few: then each split of their keys is one. Of a sequence there
+    // are at most so many, of which a window may begin and end in the middle of one.
     static size_t attention_need(const CacheShape& s) { return (attention_scratch(ROW_BLOCK, s) + 15) / 16 * 16; }
     static size_t split_need(const CacheShape& s) { return (states_floats(ROW_BLOCK, s) + 15) / 16 * 16; }
     int few_items() const { return 2 * pool_.threads(); }
+    static size_t most_splits(int context) { return context / KEY_SPLIT + 2; }
+    // Splits that are as many as keep all threads at work: those of so many, and of whole items, are computed before they are joined.
+    int wave() const { return 4 * pool_.threads(); }
     int heads_together(const Attention& a, int share) const;
     // Columns of an item, whole vectors, of so many that are divided where there are few items without.
     int divided_columns(int columns, int items) const;
@@ -392,7 +399,10 @@ private:
     void fp8_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                      int columns, Scratch& scratch);
 
-    // Blocks where activations are not quantised, and what has no other kernels (widened_ops.cpp).
+    // Blocks where activations are not quantised, what has no other kernels, and float32 weights in a layer of fewer bits
+    // (widened_ops.cpp).
+    void wide_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
+                      int columns, Scratch& scratch);
     void widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
                          Scratch& scratch);
     void widen_row(const Matrix& w, int64_t row, float* to) const;

@@ -201,7 +201,7 @@ bool Ops::by_panels(int rows, std::initializer_list<Format> formats) const {
     return !float_activations_ && rows >= MANY_ROWS && std::all_of(formats.begin(), formats.end(), is_blocks);
 }
 bool Ops::gate_by_panels(const Experts& e, int expert) const {
-    return by_panels(starts_[expert + 1] - starts_[expert], {e.gate[expert].format, (e.two_matrices() ? e.gate : e.up)[expert].format});
+    return by_panels(starts_[expert + 1] - starts_[expert], {e.gate[expert].format, (e.up.empty() ? e.gate : e.up)[expert].format});
 }
 bool Ops::down_by_panels(const Experts& e, int expert) const {
     return by_panels(starts_[expert + 1] - starts_[expert], {e.down[expert].format});
@@ -247,8 +247,12 @@ void Ops::gate_and_up_by_panels(const Experts& e, const void* x, int top_k, void
     const size_t row_bytes = e.hidden * size_of(e.dtype);
     const auto takes = [&](int expert) { return gate_by_panels(e, expert); };
     const auto row_at = [&](int i) { return at(x, pairs_[i] / top_k * row_bytes); };
-    const auto store = [&](const Product& p, float* const* c) { store_gated(e, p, c[0], c[1], inner); };
-    if (e.two_matrices()) experts_by_panels(e.dtype, takes, [&](int expert) { return std::array{&e.gate[expert]}; }, row_at, store);
+    // Panels have an even number of rows: a pair of a gate's and an up's lies in one.
+    const auto store = [&](Product p, float* const* c) {
+        p.column /= e.gate_rows(), p.columns /= e.gate_rows();
+        store_gated(e, p, c[0], c[1], inner);
+    };
+    if (e.up.empty()) experts_by_panels(e.dtype, takes, [&](int expert) { return std::array{&e.gate[expert]}; }, row_at, store);
     else experts_by_panels(e.dtype, takes, [&](int expert) { return std::array{&e.gate[expert], &e.up[expert]}; }, row_at, store);
 }
 

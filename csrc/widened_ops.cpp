@@ -34,6 +34,16 @@ void Ops::as_floats(Dtype dtype, const void* const* x, int first, int m, int k, 
     for (int i = 0; i < m; i++) rows[i] = wide + size_t(i) * k;
 }
 
+void Ops::wide_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
+                       int columns, Scratch& s) {
+    const int k = w.columns;
+    const void* rows[ROW_BLOCK];
+    as_floats(dtype, x, first, m, k, s, rows);
+    if (ordered_) return kernels_->ordered[F32][F32_MATRIX](rows, m, w.row(column), columns, k, c, columns);
+    if (kernels_->pack[F32]) rows[0] = packed(s.unquantised[1], first, packed_bytes(m, k), [&](void* to) { kernels_->pack[F32](rows, m, k, to); });
+    kernels_->product[F32][F32_MATRIX](rows, m, w.row(column), k, columns, k, next, c, columns);
+}
+
 void* Ops::widened_room(int k, Scratch& s) {
     if (s.widened.size() < widened_bytes(k) + 64) Scratch::renew(s.widened, widened_bytes(k) + 64);
     return Scratch::aligned(s.widened.data());

@@ -71,6 +71,13 @@ FAMILY: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "sliding_window": None,
     },
+    "granite": {
+        "intermediate_size": 20,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.5,
+    },
     "granitemoe": {
         "intermediate_size": 14,
         "num_local_experts": 5,

@@ -339,19 +339,18 @@ def test_groups_of_layers_share_the_blocks() -> None:
     assert made.bytes_per_token == 2 * block // 16 and made.kv_tokens == 350 * 16
 
 
-def test_states_and_request_caches_are_planned_for_all_that_may_run() -> None:
-    cache = CacheSizes((None,), 1000, state=5000, scratch=1, request=700)
+def test_states_are_planned_for_all_that_may_run() -> None:
+    cache = CacheSizes((None,), 1000, state=5000, scratch=1)
     made = windowed_plan(cache, max_num_seqs=4, kv_cache_memory_bytes=10**6)
     slots = 4 * (1 + 1 + 2)  # its own, one more, and two snapshots
     assert made.groups.states is not None and made.groups.states.num_slots == slots
-    assert made.states == slots * 5000 + 4 * 700 and made.groups.request_slots == 4
+    assert made.states == slots * 5000
     assert made.num_blocks == (10**6 - made.states) // 1000
     rows = {name: (amount, remark) for name, amount, remark in made.rows()}
     # 14,672 tokens, of which a prompt's fill 4 of the 8 slots for snapshots: in chunks of 2,048.
     assert made.max_model_len == 917 * 16
     words = "16 slots of 4.9 KiB: 4 sequences, 2 snapshots each, and one every 4,096 tokens"
     assert rows["states"] == ("78.1 KiB", words)
-    assert rows["request caches"] == ("2.7 KiB", "4, written once a request")
     alone = windowed_plan(CacheSizes((), 0, state=5000), max_num_seqs=4)
     assert alone.num_blocks == 0 and alone.sequences(30_000) == 4
     assert alone.max_model_len == 32_768
@@ -401,10 +400,9 @@ def test_a_state_that_does_not_fit_is_named() -> None:
     assert (made.num_slots, made.num_blocks, made.max_model_len) == (1, 1, 16)
     with pytest.raises(MemoryPlanError, match="one sequence of 32,768 tokens needs"):
         windowed_plan(QWEN, kv_cache_memory_bytes=enough - 1)
-    both = CacheSizes((None,), 1000, state=5000, scratch=1, request=700)
-    words = r"\(4.9 KiB a slot\) and the request caches of 4 sequences need 12.5 KiB"
-    with pytest.raises(MemoryPlanError, match=words):
-        windowed_plan(both, max_num_seqs=4, kv_cache_memory_bytes=12_000)
+    two = CacheSizes((None,), 1000, state=5000, scratch=1)
+    with pytest.raises(MemoryPlanError, match=r"\(4.9 KiB a slot\) need 9.8 KiB"):
+        windowed_plan(two, max_num_seqs=4, kv_cache_memory_bytes=9_999)
 
 
 def test_without_prefix_caching_no_slot_is_kept_for_snapshots() -> None:

@@ -43,7 +43,7 @@ WITH_EXPERTS = {
     "nemotron_h-latent": ("nemotron_h", {"moe_latent_size": 10}),
 }
 DENSE = (
-    *("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text"),
+    *("llama", "mistral", "granite", "qwen2", "qwen3", "qwen3_5_text"),
     *("gemma3_text", "gemma4_unified_text", "phi3", "lfm2"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -234,7 +235,13 @@ def mistral4(w: gguf.GGUFWriter, c: Config) -> None:
 
 def phi3(w: gguf.GGUFWriter, c: Config) -> None:
     turning(w, c)
-    w.add_rope_scaling_orig_ctx_len(c["original_max_position_embeddings"])
+    original = c["original_max_position_embeddings"]
+    w.add_rope_scaling_orig_ctx_len(original)
+    rope = c["rope_parameters"]
+    if rope["rope_type"] == "longrope":
+        scale = c["max_position_embeddings"] / original
+        usual = math.sqrt(1 + math.log(scale) / math.log(original))
+        w.add_rope_scaling_attn_factors(rope.get("attention_factor", usual))
     w.add_sliding_window(c["sliding_window"] or 0)
 
 
@@ -243,6 +250,7 @@ OWN_KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
     "glm4_moe": glm4_moe,
     "solar_open": glm4_moe,
     "minimax_m2": minimax_m2,
+    "granite": granitemoe,
     "granitemoe": granitemoe,
     "granitemoeshared": granitemoe,
     "ernie4_5_moe": ernie4_5_moe,

@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "qwen3_moe": "QWEN3MOE",
     "olmoe": "OLMOE",
     "dots1": "DOTS1",
+    "granite": "GRANITE",
     "granitemoe": "GRANITE_MOE",
     "gpt_oss": "GPT_OSS",
     "granitemoeshared": "GRANITE_MOE",
@@ -67,7 +68,7 @@ UNKNOWN = {
     **{kind: kind for kind in ("mellum", "hy_v3", "laguna")},
     "cohere2_moe": "cohere2moe",
 }
-PERMUTED = {"llama", "mistral", "mixtral", "granitemoe", "granitemoeshared"}
+PERMUTED = {"llama", "mistral", "mixtral", "granite", "granitemoe", "granitemoeshared"}
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SUFFIXES = (".weight", ".bias")
 # Types that gguf-py widens and does not make: where a block has its scales, and of what size.
@@ -326,6 +327,10 @@ class Converter:
             turning = int(size * rope["partial_rotary_factor"] / 2)
             values = [1.0] * turning + [1e30] * (size // 2 - turning)
             writer.add_tensor("rope_freqs.weight", np.array(values, dtype=np.float32))
+        if rope["rope_type"] == "longrope":
+            for which in ("long", "short"):
+                values = np.array(rope[f"{which}_factor"], dtype=np.float32)
+                writer.add_tensor(f"rope_factors_{which}.weight", values)
         if rope["rope_type"] != "llama3":
             return
         size = int(self.head_size * rope.get("partial_rotary_factor", 1.0))

@@ -42,6 +42,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "olmoe", {}),
     ("plain", "dots1", {"n_group": 1, "topk_group": 1}),
     ("groups", "dots1", {"n_group": 3, "topk_group": 2, "norm_topk_prob": False}),
+    ("plain", "granite", {}),
+    ("biases", "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     ("plain", "granitemoe", {}),
     ("tied", "granitemoe", {"tie_word_embeddings": True}),
     ("plain", "gpt_oss", {}),

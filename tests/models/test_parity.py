@@ -32,6 +32,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("linear-rope", "llama", {"rope_parameters": LINEAR}),
     ("head-size", "llama", {"head_dim": 14, **ONE_LAYER}),
     ("gelu", "llama", {"hidden_act": "gelu_pytorch_tanh", **ONE_LAYER}),
+    ("plain", "granite", {}),
+    ("biases-tied", "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("window", "mistral", {"sliding_window": 4}),
     ("no-window", "mistral", {"sliding_window": None, "head_dim": 22}),
     ("plain", "qwen2", {}),

@@ -272,6 +272,34 @@ def test_long_contexts(ops: CpuOps, dtype: torch.dtype, window: int | None) -> N
         )
 
 
+def test_splits_are_joined_in_waves(dtype: torch.dtype) -> None:
+    """Five sequences of 6 splits each for three threads: a wave is of 12 splits or a few more. The
+    same bits as where no keys are split, and no more memory than is planned."""
+    keys, values = (
+        [torch.randn(5200 + 100 * n, 1, 32).to(dtype) for n in range(5)] for _ in range(2)
+    )
+    q = torch.randn(5, 2, 32).to(dtype)
+    out = []
+    for threads in (1, 3):
+        ops = CpuOps(threads)
+        before = ops._native.scratch_bytes
+        out.append(Sequences(keys, values, [1] * 5).attend(ops, q, 0.2, 16))
+        planned = ops.scratch_bytes(64, key_value_spec(1, 32, dtype), 16, 5600)
+        assert before <= ops._native.scratch_bytes <= planned
+    assert torch.equal(out[0], out[1])
+
+
+def test_what_splits_take_grows_with_threads_plus_context_not_times() -> None:
+    spec = key_value_spec(8, 64, torch.bfloat16)
+
+    def splits(threads: int) -> int:
+        ops = CpuOps(threads)
+        long, short = (ops.scratch_bytes(64, spec, 16, n) for n in (202_752, 0))
+        return long - short
+
+    assert 0 < splits(8) <= splits(1) * 2
+
+
 def test_an_empty_step(ops: CpuOps, dtype: torch.dtype) -> None:
     step = StepInputs.build([], [], [], 4)
     cache = empty_cache(ops, 4, 4, 1, 2, dtype)

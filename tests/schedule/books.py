@@ -24,11 +24,6 @@ def check_pool(pool: BlockPool, requests: Collection[Request]) -> None:
         _check_tables(pool, request, holders)
     if pool.states is not None:
         _check_states(pool, requests)
-    slots = [r.request_slot for r in requests if r.request_slot is not None]
-    everywhere = sorted((*slots, *pool._request_slots))
-    assert everywhere == list(range(pool.groups.request_slots or 0)), (
-        "I1: a request's slot is nowhere, or held twice"
-    )
     unfinished = {id(request) for request in requests}
     assert all(id(owner) in unfinished for owner in pool._claims.values()), (
         "I12: a claim outlived its request"

@@ -401,21 +401,6 @@ class _(BlockPool):
         self.states = states
 
 
-@bug("a request's slot is never given back")
-class _(BlockPool):
-    def free(self, request):
-        request.request_slot = None
-        super().free(request)
-
-
-@bug("a request's slot is given back twice")
-class _(BlockPool):
-    def free(self, request):
-        if request.request_slot is not None:
-            self._request_slots.append(request.request_slot)
-        super().free(request)
-
-
 # ----------------------------------------------------------------------------------------------------- the scheduler
 
 

@@ -80,18 +80,9 @@ class _(Scheduler):
 @bug("chunks of running requests pass over snapshots", "all kinds")
 class _(Scheduler):
     def _serve_running(self, draft):
-        kept, self._slotted = self._slotted, False
-        compute = self._compute
-
-        def slotted(request, num_tokens, draft):
-            self._slotted = kept
-            compute(request, num_tokens, draft)
-            self._slotted = False
-
-        self._compute = slotted
+        self._to_boundary = lambda _, num_tokens: num_tokens
         super()._serve_running(draft)
-        self._compute = compute
-        self._slotted = kept
+        del self._to_boundary
 
 
 @bug_of_states("regular snapshots are counted from where the sequence starts")

@@ -125,7 +125,7 @@ READING = frozenset({"T5"})
 
 
 def random_groups(rng: Random, seqs: int, family: str) -> CacheGroups:
-    """A family's, with few slots or many for its states; some with slots a request."""
+    """A family's, with few slots or many for its states."""
     windows, recurrent = FAMILIES[family]
     states = None
     if recurrent:
@@ -133,8 +133,7 @@ def random_groups(rng: Random, seqs: int, family: str) -> CacheGroups:
         spare = rng.randint(0, rng.choice((2, seqs * (1 + scratch), 40)))
         interval = rng.choice((1, 2, 4))
         states = StateSpec(1 + scratch + spare, scratch, interval, rng.choice((1, 1, 2)))
-    request_slots = rng.randint(1, seqs) if rng.random() < 0.2 else None
-    return CacheGroups(tuple(map(GroupSpec, windows)), states, request_slots)
+    return CacheGroups(tuple(map(GroupSpec, windows)), states)
 
 
 @cache

@@ -38,7 +38,6 @@ def states(slots: int = 8, *, scratch: int = 0, interval: int = 2, windows=()) -
         (lambda: CacheGroups((GroupSpec(0),)), "a window is 0 tokens"),
         (lambda: states(1, scratch=1), "1 slots for states are too few for one sequence"),
         (lambda: states(interval=0), "a snapshot every 0 blocks"),
-        (lambda: CacheGroups(request_slots=0), "0 request slots"),
         (lambda: BlockPool(1, 4, groups=BOTH, key=KEY), "at least 2"),
     ],
 )
@@ -350,24 +349,9 @@ def test_a_long_lineage_is_followed_to_its_end():
     assert tainted({line, apart}, "nobody") == set()
 
 
-# ------------------------------------------------------------------------------------------------------- request slots
-
-
-def test_a_request_holds_its_slot_while_it_runs():
-    scheduler = make_scheduler(groups=CacheGroups(request_slots=1))
-    for i, name in enumerate("ab"):
-        scheduler.add(make_request(name, [i + 1, 2], arrival=float(i), max_tokens=2))
-    plan, _ = step(scheduler)
-    assert plan.chunks[0].request_slot == 0 and plan.waiting == {"b": "no_blocks"}
-    assert not scheduler.pool.idle
-    drain(scheduler)
-    assert scheduler.pool.idle
-
-
 @pytest.mark.parametrize(
     ("harm", "invariant"),
     [
-        (lambda p, r: setattr(r, "request_slot", 0), "I1: a request's slot"),
         (lambda p, r: r.num_passed.__setitem__(1, 0), "I6: what a window has passed"),
         (lambda p, r: setattr(r, "tables", r.tables[:1]), "I2"),
         (lambda p, r: setattr(r.states, "slot", p.states._free[0]), "I5: a state being written"),
@@ -376,7 +360,7 @@ def test_a_request_holds_its_slot_while_it_runs():
     ],
 )
 def test_the_books_are_checked_for_every_kind_of_group(harm, invariant):
-    groups = CacheGroups(BOTH.blocks, StateSpec(6, scratch=1), request_slots=2)
+    groups = CacheGroups(BOTH.blocks, StateSpec(6, scratch=1))
     scheduler = make_scheduler(size=2, groups=groups)
     request = make_request("a", range(1, 20), max_tokens=40)
     scheduler.add(request)

@@ -38,7 +38,7 @@ def build_batch(
     prompts: list[PromptRows] = []
     row = 0
     reading, chunks = read_by_encoder(plan.chunks, requests)
-    for request_id, start, num_tokens, samples, blocks, _, _ in chunks:
+    for request_id, start, num_tokens, samples, blocks, _ in chunks:
         request = requests[request_id]
         stop = start + num_tokens
         token_ids.append(request.tokens(start, stop))

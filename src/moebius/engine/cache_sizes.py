@@ -18,14 +18,12 @@ class CacheSizes:
     windows   of each block table that a sequence has; None: the whole past
     block     one block of one table
     state     one slot for recurrent states; `scratch` more of them a sequence
-    request   what is written once a request
     """
 
     windows: tuple[int | None, ...]
     block: int
     state: int = 0
     scratch: int = 0
-    request: int = 0
 
     @property
     def own_slots(self) -> int:

@@ -289,11 +289,6 @@ def scratch_states(specs: Sequence[CacheSpec]) -> int:
     return max((spec.scratch_states for spec in specs), default=0)
 
 
-def request_bytes(specs: Sequence[CacheSpec]) -> int:
-    """What is written once a request, over all layers."""
-    return sum(spec.bytes_per_request for spec in specs)
-
-
 def _planes(planes: Sequence[Plane]) -> list[list[Any]]:
     return [[plane.name, list(plane.shape), str(plane.dtype)] for plane in planes]
 

@@ -20,7 +20,6 @@ from moebius.engine.kv_cache import (
     KVCache,
     block_bytes,
     lay_out,
-    request_bytes,
     scratch_states,
     state_bytes,
 )
@@ -425,7 +424,6 @@ def _cache_sizes(specs: Sequence[CacheSpec], ops: Ops, block_size: int) -> Cache
         block=block_bytes(specs, ops, block_size),
         state=state_bytes(specs),
         scratch=scratch_states(specs),
-        request=request_bytes(specs),
     )
 
 

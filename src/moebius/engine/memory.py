@@ -29,9 +29,9 @@ _INT64 = 8
 class MemoryPlan:
     """Sizes in bytes, lengths in tokens.
 
-    A block holds `block_size` tokens of one group of layers; `num_slots` states, and what is fixed
-    per request, are planned beside the blocks. `chunk` is the most tokens of a sequence that one
-    step computes: a window holds them beside its own.
+    A block holds `block_size` tokens of one group of layers; `num_slots` states are planned beside
+    the blocks. `chunk` is the most tokens of a sequence that one step computes: a window holds them
+    beside its own.
 
     available is what was left when the plan was made, and `available_of` says of what: the machine,
     the control group that limits it, or a device. The default of max_model_len is lowered when one
@@ -69,7 +69,7 @@ class MemoryPlan:
                 length=self.max_model_len,
             )
         blocks = tuple(map(GroupSpec, self.cache.windows))
-        return CacheGroups(blocks, states, self.max_num_seqs if self.cache.request else None)
+        return CacheGroups(blocks, states)
 
     @property
     def kv_cache(self) -> int:
@@ -77,8 +77,8 @@ class MemoryPlan:
 
     @property
     def states(self) -> int:
-        """Recurrent states, snapshots of them, and what is fixed per request."""
-        return self.num_slots * self.cache.state + self.max_num_seqs * self.cache.request
+        """Recurrent states, and snapshots of them."""
+        return self.num_slots * self.cache.state
 
     @property
     def bytes_per_token(self) -> int:
@@ -175,7 +175,6 @@ class MemoryPlan:
     def _state_rows(self) -> list[tuple[str, str, str]]:
         rows = []
         states = self.groups.states
-        requests = self.groups.request_slots
         if states is not None:
             size = human_bytes(states.num_slots * self.cache.state)
             remark = f"{states.num_slots:,} slots of {human_bytes(self.cache.state)}"
@@ -183,9 +182,6 @@ class MemoryPlan:
                 uses = self.cache.snapshot_words(states, self.max_num_seqs, self.block_size)
                 remark = f"{remark}: {uses}"
             rows.append(("states", size, remark))
-        if requests is not None:
-            size = human_bytes(requests * self.cache.request)
-            rows.append(("request caches", size, f"{requests:,}, written once a request"))
         return rows
 
     def _length_rows(self) -> list[tuple[str, str, str]]:
@@ -339,9 +335,8 @@ def _divided(plan: MemoryPlan, budget: int, *, whole: bool) -> MemoryPlan:
     """
     cache = plan.cache
     needed = plan.most_blocks(plan.max_model_len if whole else 1) * cache.block
-    requests = plan.max_num_seqs * cache.request
-    slots = cache.affordable_slots(budget - requests, plan.num_slots, needed)
-    left = budget - slots * cache.state - requests
+    slots = cache.affordable_slots(budget, plan.num_slots, needed)
+    left = budget - slots * cache.state
     blocks = max(left, 0) // cache.block if cache.block else 0
     return replace(plan, num_slots=slots, num_blocks=blocks)
 
@@ -380,9 +375,9 @@ def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> Memor
     if budget < plan.states:
         needed = plan.states + plan.most_blocks(1) * plan.cache.block
         raise MemoryPlanError(
-            f"{_fixed_words(plan)} need {human_bytes(plan.states)}, but the cache has "
-            f"{human_bytes(budget)}; raise --kv-cache-memory-bytes to {needed} or more, or free "
-            "memory"
+            f"one sequence's recurrent states ({human_bytes(plan.cache.state)} a slot) need "
+            f"{human_bytes(plan.states)}, but the cache has {human_bytes(budget)}; raise "
+            f"--kv-cache-memory-bytes to {needed} or more, or free memory"
         )
     longest = plan.longest()
     if longest == plan.max_model_len:
@@ -395,13 +390,3 @@ def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> Memor
             f"--max-model-len or raise --kv-cache-memory-bytes to {needed + plan.states}"
         )
     return replace(plan, max_model_len=longest, lowered_from=plan.max_model_len)
-
-
-def _fixed_words(plan: MemoryPlan) -> str:
-    """What a cache holds that does not grow with tokens, where it is as little as it can be."""
-    words = []
-    if plan.cache.state:
-        words.append(f"one sequence's recurrent states ({human_bytes(plan.cache.state)} a slot)")
-    if plan.cache.request:
-        words.append(f"the request caches of {plan.max_num_seqs} sequences")
-    return " and ".join(words)

@@ -24,7 +24,7 @@ from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 
-VERSION = 5
+VERSION = 6
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline", "generation_start")
@@ -123,7 +123,6 @@ def _chunk_record(chunk: Chunk) -> list[Any]:
         chunk.samples,
         [list(table) for table in chunk.tables],
         None if states is None else [states.slot, *states.scratch, states.restore, states.save],
-        chunk.request_slot,
     ]
 
 
@@ -220,7 +219,6 @@ def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
     cache = CacheGroups(
         tuple(GroupSpec(**spec) for spec in groups["blocks"]),
         None if groups["states"] is None else StateSpec(**groups["states"]),
-        groups["request_slots"],
     )
     pool = BlockPool(**start["pool"], groups=cache, key=bytes(32))
     return Scheduler(SchedulerConfig(**start["scheduler"]), pool)

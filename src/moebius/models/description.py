@@ -12,14 +12,14 @@ from moebius.files import read_json
 from moebius.gguf import GgufModel, is_gguf, open_gguf
 from moebius.models.config import ModelConfig
 from moebius.models.family import Told, family, nothing_told, read_config
-from moebius.models.gguf_config import ROPE_DIVISORS, gguf_config
+from moebius.models.gguf_config import LONGROPE_DIVISORS, ROPE_DIVISORS, gguf_config
 from moebius.models.layout import Layout, switched
 from moebius.models.quantization import Quantization, quantization_beside
 from moebius.nn.attention import GQA
 from moebius.nn.rope import RopeConfig
 
 # What files of 2023 hold, and llama.cpp no longer reads.
-_GGUF_UNUSED = (ROPE_DIVISORS, "blk.*.attn_rot_embd.weight")
+_GGUF_UNUSED = (ROPE_DIVISORS, *LONGROPE_DIVISORS.values(), "blk.*.attn_rot_embd.weight")
 
 
 class Description(NamedTuple):

@@ -23,6 +23,11 @@ from moebius.models.parts import FULL, SLIDING
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
+# Longrope's, of sequences up to the original context and of longer ones.
+LONGROPE_DIVISORS = {
+    "short_factor": "rope_factors_short.weight",
+    "long_factor": "rope_factors_long.weight",
+}
 # The divisor of a pair that does not turn, in float32.
 STILL = struct.unpack("<f", struct.pack("<f", 1e30))[0]
 _HEAD_SIZE = "attention.key_length"
@@ -185,7 +190,8 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     config |= architecture.read(keys, config)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     config |= architecture.told(shapes, config)
-    scaling = _rope_scaling(keys, config, truncate=architecture.truncates)
+    scaling = _longrope(keys, config, model, where)
+    scaling = scaling or _rope_scaling(keys, config, truncate=architecture.truncates)
     config["rope_scaling"] = {**scaling, **config.get("rope_scaling", {})}
     if architecture.ropes == "each":
         config["rope_parameters"] = _ropes(keys, config, architecture)
@@ -341,6 +347,26 @@ def _rope_scaling(keys: _Keys, config: Mapping[str, Any], *, truncate: bool) -> 
     }
 
 
+def _longrope(keys: _Keys, config: dict[str, Any], model: GgufModel, where: str) -> dict[str, Any]:
+    """config.json's object of that name, and beside it the original context; empty without."""
+    if not any(name in model.tensors for name in LONGROPE_DIVISORS.values()):
+        return {}
+    if keys.get("rope.scaling.type", "longrope") != "longrope":
+        raise keys.wrong("rope.scaling.type", "is another than longrope, whose tensors are there")
+    context = config["max_position_embeddings"]
+    original = keys.get("rope.scaling.original_context_length", context)
+    config["original_max_position_embeddings"] = original
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    if "rope.scaling.attn_factor" in keys:
+        scaling["attention_factor"] = keys.number("rope.scaling.attn_factor", 1.0)
+    for key, name in LONGROPE_DIVISORS.items():
+        found = _divisors(model, name, where)
+        if found is None:
+            raise WeightsError(f"{where}: {name} is missing")
+        scaling[key] = list(found)
+    return scaling
+
+
 def yarn_attention(factor: float) -> float:
     """What yarn multiplies cos and sin by (arXiv 2309.00071), where nothing else is said."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -354,19 +380,25 @@ def _embedding(model: GgufModel, where: str) -> GgufTensor:
 
 
 def _rope_divisors(model: GgufModel, where: str) -> tuple[float, ...] | None:
-    """The values of a tensor that divides the frequencies of all layers; none where all are 1."""
-    tensor = model.tensors.get(ROPE_DIVISORS)
+    """The values of the tensor that divides the frequencies of all layers; none where all are 1."""
+    found = _divisors(model, ROPE_DIVISORS, where)
+    return None if found is None or set(found) == {1.0} else found
+
+
+def _divisors(model: GgufModel, name: str, where: str) -> tuple[float, ...] | None:
+    """The values of a tensor of divisors; None where there is none."""
+    tensor = model.tensors.get(name)
     if tensor is None:
         return None
     if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_PAIRS:
-        raise WeightsError(f"{where}: {ROPE_DIVISORS} must be a vector of F32")
+        raise WeightsError(f"{where}: {name} must be a vector of F32")
     try:
         with tensor.file.open("rb") as file:
             file.seek(tensor.start)
             content = file.read(tensor.stop - tensor.start)
         found = struct.unpack(f"<{tensor.shape[0]}f", content)
     except (OSError, struct.error) as cause:
-        raise WeightsError(f"{where}: {ROPE_DIVISORS} cannot be read: {cause}") from None
+        raise WeightsError(f"{where}: {name} cannot be read: {cause}") from None
     if not all(0 < each < math.inf for each in found):
-        raise WeightsError(f"{where}: {ROPE_DIVISORS} must hold positive finite numbers")
-    return None if set(found) == {1.0} else found
+        raise WeightsError(f"{where}: {name} must hold positive finite numbers")
+    return found

@@ -253,6 +253,11 @@ class Source(NamedTuple):
         return self.step != 1 or self.transposed or self.heads > 0
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether its rows and those of another matrix of the same expert do."""
+        return self.expert is not None and self.step == 2 and not self.transposed
+
+    @property
     def rows(self) -> tuple[int, int, int]:
         """Start, stop and step of its rows among those of its entry, or of the whole tensor."""
         return self.start, self.start + self.shape[0] * self.step, self.step

@@ -49,7 +49,8 @@ class FeedForwardConfig:
             yield from self._expert("experts.", "", self.width, hidden_size)
             return
         count = self.router.num_experts
-        yield Parameter("router.weight", (count, hidden_size))
+        wide = self.router.float32
+        yield Parameter("router.weight", (count, hidden_size), float32=wide)
         if self.router.logit_bias:
             yield Parameter("router.bias", (count,))
         if self.router.selection_bias:

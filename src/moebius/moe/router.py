@@ -40,7 +40,8 @@ class Router(Weighted):
     """
 
     def __init__(self, ops: Ops, config: RouterConfig, width: int, dtype: torch.dtype) -> None:
-        super().__init__(config.num_experts, width, dtype)
+        held = torch.float32 if config.float32 else dtype
+        super().__init__(config.num_experts, width, held)
         self.ops = ops
         self.config = config
         self.limits: TrainingRouting | None = None

@@ -32,14 +32,12 @@ class CacheSpec:
     state          planes that a sequence has one of, which each of its tokens rewrites
     scratch_states how many states more a sequence may need at a time (one for each drafted token,
                    so that a rejected one can be undone)
-    request        planes that are written once a request and then only read (an encoder's keys)
     """
 
     token: tuple[Plane, ...] = ()
     window: int | None = None
     state: tuple[Plane, ...] = ()
     scratch_states: int = 0
-    request: tuple[Plane, ...] = ()
 
     def __post_init__(self) -> None:
         require(
@@ -62,10 +60,6 @@ class CacheSpec:
     @property
     def bytes_per_state(self) -> int:
         return sum(plane.nbytes for plane in self.state)
-
-    @property
-    def bytes_per_request(self) -> int:
-        return sum(plane.nbytes for plane in self.request)
 
 
 _LATENT = ["latent", "turned"]

@@ -210,6 +210,7 @@ class RouterConfig:
     renorm_least     what that divisor is at least
     scale            multiplies the final weights
     logit_bias       the router's linear layer has a bias
+    float32          its weights stay float32 in a model of any dtype (ERNIE, Hunyuan)
     logit_softcap    c * tanh(logits / c), where given
     capacity         of one sequence's tokens, how many an expert takes: the output of those beyond
                      is nothing (arXiv 2101.03961 section 2.2). For an encoder, which reads a
@@ -231,6 +232,7 @@ class RouterConfig:
     renorm_least: float = 0.0
     scale: float = 1.0
     logit_bias: bool = False
+    float32: bool = False
     logit_softcap: float | None = None
     learned_noise: bool = False
     capacity: int | None = None

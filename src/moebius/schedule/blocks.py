@@ -64,17 +64,12 @@ class BlockPool(Places):
         self.states = None if groups.states is None else StatePool(groups.states, block_size)
         self._windowed = [(g, spec) for g, spec in enumerate(groups.blocks) if spec.window]
         self._full = [g for g, spec in enumerate(groups.blocks) if spec.window is None]
-        self._request_slots = list(range(groups.request_slots or 0))
         self._claims: dict[bytes, Request] = {}
 
     @property
     def idle(self) -> bool:
         """Nothing is held by anyone."""
-        return (
-            not self.num_used
-            and (self.states is None or not self.states.num_used)
-            and len(self._request_slots) == (self.groups.request_slots or 0)
-        )
+        return not self.num_used and (self.states is None or not self.states.num_used)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Entries of a block table of `num_tokens` tokens."""
@@ -182,8 +177,6 @@ class BlockPool(Places):
         free = self.num_free - sum(not self._refs[block] for block in held) - reserved
         if not self.fits(request.num_tokens, chunk, held=len(held), free=free):
             return False
-        if self.groups.request_slots is not None and not self._request_slots:
-            return False
         lineages = self.lineages(held)
         if self.states is not None:
             request.states = self._open_states(request, hit, self.states)
@@ -191,8 +184,6 @@ class BlockPool(Places):
                 return False
             if request.states.restore is not None:
                 lineages |= self.states.lineages((request.states.restore,))
-        if self.groups.request_slots is not None:
-            request.request_slot = self._request_slots.pop()
         self._share(held)
         request.tables = hit.tables
         request.num_passed = [table.count(NO_BLOCK) for table in hit.tables]
@@ -267,9 +258,6 @@ class BlockPool(Places):
         if self.states is not None and request.states is not None:
             self.states.free(request.states)
             request.states = None
-        if request.request_slot is not None:
-            self._request_slots.append(request.request_slot)
-            request.request_slot = None
 
     def publish(self, request: Request, num_tokens: int) -> None:
         """Make the full ones of `num_tokens` computed tokens' blocks, and the snapshot, findable.

@@ -72,15 +72,12 @@ class StateSpec:
 class CacheGroups:
     """All that is kept of a sequence's past.
 
-    blocks          the groups that have block tables
-    states          where a state layer's past is; None: the model has no such layer
-    request_slots   places for what is written once a request and then only read (an encoder's keys
-                    and values); None: the model has no such thing
+    blocks   the groups that have block tables
+    states   where a state layer's past is; None: the model has no such layer
     """
 
     blocks: tuple[GroupSpec, ...] = (GroupSpec(),)
     states: StateSpec | None = None
-    request_slots: int | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks and self.states is None:
@@ -101,8 +98,6 @@ class CacheGroups:
                     f"{states.num_slots} slots for states are too few for one sequence, which "
                     f"needs {states.slots_per_sequence}"
                 )
-        if self.request_slots is not None and self.request_slots < 1:
-            raise ConfigError(f"there are {self.request_slots} request slots; at least 1 is needed")
 
     @property
     def windowed(self) -> bool:

@@ -37,7 +37,6 @@ class Request:
                         never changed: a plan holds them without a copy
     num_passed          how many leading entries of each table its window has left behind
     states              its slots for recurrent states, while it runs
-    request_slot        its place for what is written once a request, while it runs
     lineage             what its blocks derive from
     block_hashes        prefix hashes of its leading full blocks, computed once
     num_published_blocks  how many leading blocks were offered to the prefix cache, or came from it
@@ -63,7 +62,6 @@ class Request:
     tables: "tuple[array[int], ...]" = ()
     num_passed: list[int] = field(default_factory=list)
     states: OwnedStates | None = None
-    request_slot: int | None = None
     lineage: Lineage | None = None
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0

@@ -46,7 +46,6 @@ class Chunk(NamedTuple):
     tables             for each group of layers the blocks of positions 0 to start + num_tokens - 1,
                        in order; NO_BLOCK where none of the chunk's rows sees them
     states             where the sequence's recurrent state is, if the model has one
-    request_slot       the place of what was written once for the request, if the model has such
     """
 
     request_id: str
@@ -55,7 +54,6 @@ class Chunk(NamedTuple):
     samples: bool
     tables: "tuple[array[int], ...]"
     states: StateSlots | None = None
-    request_slot: int | None = None
 
     @property
     def end(self) -> int:
@@ -112,7 +110,6 @@ class Scheduler:
         self.num_deferred = 0
         self._one_table = pool.groups.blocks == (GroupSpec(),)
         self._windowed = pool.groups.windowed
-        self._slotted = pool.states is not None or pool.groups.request_slots is not None
         self._step = 0
         self._pending: int | None = None
         self._requests: dict[str, Request] = {}
@@ -285,7 +282,7 @@ class Scheduler:
             position += 1
             computed = request.num_computed_tokens
             num_tokens = self._grant(request, request.num_tokens - computed, draft.budget)
-            if self._slotted and num_tokens > 1:
+            if self.pool.states is not None and num_tokens > 1:
                 num_tokens = self._to_boundary(request, num_tokens)
             if not num_tokens:
                 draft.waiting[request.id] = "no_budget"
@@ -415,9 +412,8 @@ class Scheduler:
         draft.budget -= num_tokens
         samples = end == request.num_tokens and len(request.output_ids) < request.max_tokens
         chunk = Chunk(request.id, start, num_tokens, samples, request.tables)  # hundreds a step
-        if self._slotted:
-            states = self.pool.state_slots(request, end)
-            chunk = chunk._replace(states=states, request_slot=request.request_slot)
+        if self.pool.states is not None:
+            chunk = chunk._replace(states=self.pool.state_slots(request, end))
         draft.chunks[request.id] = chunk
 
     def _close(self, plan: StepPlan) -> None:

@@ -26,7 +26,7 @@ def sparse(reader: ConfigReader) -> FeedForwardConfig:
     )
     assert plain.router is not None
     least = reader.number("moe_norm_min")
-    router = replace(plain.router, selection_bias=True, renorm_least=least)
+    router = replace(plain.router, selection_bias=True, renorm_least=least, float32=True)
     shared_width = plain.width * reader.integer("moe_num_shared_experts", low=0)
     return replace(plain, router=router, shared_width=shared_width)
 

@@ -58,12 +58,14 @@ CONVERTED = {
     "mlp.router.weight": AT + "router.weight",
     **stacked(AT + "experts.gate_up_proj", AT + "experts.down_proj"),
 }
+# Whether positions turn heads: Granite 4 without Mamba layers may do without, and is not read.
+TURNS = "rope.scaling.finetuned"
 GGUF = GgufArchitecture(
     "granitemoe",
     (*USUAL_KEYS, *expert_keys("num_local_experts"), *MULTIPLIER_KEYS),
     sparse=True,
     fixed={"hidden_act": "silu"},
-    values={"expert_gating_func": 1},
+    values={"expert_gating_func": 1, TURNS: True},
     present={"attention_bias": "blk.0.attn_q.bias"},
     permuted=True,
 )

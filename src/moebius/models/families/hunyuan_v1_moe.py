@@ -46,7 +46,7 @@ def sparse(reader: ConfigReader) -> list[FeedForwardConfig]:
         raise reader.error(f"moe_topk is {chosen!r}; it must be an integer, or one for each layer")
     count = reader.integer("num_experts")
     shared = feed_forward(reader)
-    routers = [RouterConfig(count, k, weight="renorm") for k in each]
+    routers = [RouterConfig(count, k, weight="renorm", float32=True) for k in each]
     return [replace(shared, router=router, shared_width=shared.width) for router in routers]
 
 

@@ -39,7 +39,9 @@ def read(reader: ConfigReader) -> ModelConfig:
 def written(reader: ConfigReader, config: ModelConfig) -> dict[str, Value]:
     """Nothing. Raises ConfigError for longrope."""
     if config.longer is not None:
-        raise ConfigError("files of phi3 with longrope are not written; use --quantization instead")
+        raise ConfigError(
+            "files of phi3 with longrope are read, but not written; use --quantization"
+        )
     return {}
 
 

@@ -56,7 +56,7 @@ def planned_weight(
     """How `source` is held on `device` by a model that computes in `dtype`.
 
     near: what could be mapped is copied instead. Rows that are scattered in a tensor are copied, as
-    they are stored.
+    they are stored; but those of an expert's quantised gate and up that take turns are read there.
 
     Numbers of that very dtype are mapped, unless something is to be added to them, and matrices in
     one of `formats`, which widen to it exactly. Vectors (norms, biases) take kilobytes: they always
@@ -81,7 +81,8 @@ def planned_weight(
     if (same or read(format)) and (here or format not in NUMBER_BYTES):
         nbytes = stored.nbytes * count // math.prod(stored.shape)
         if source.scattered:
-            return PlannedWeight(name, False, format, count, nbytes)
+            mapped = here and not near and source.takes_turns and format not in NUMBER_BYTES
+            return PlannedWeight(name, mapped, format, count, nbytes)
         if stored.start % NUMBER_BYTES.get(format, 1) == 0:
             return PlannedWeight(name, here and not near, format, count, nbytes, here and near)
     if stored.repacking is not None and read(stored.repacking.format):

@@ -26,7 +26,7 @@ from moebius.ops.cpu.recurrent import CpuStatePlan
 from moebius.ops.formats import dtype_name
 from moebius.ops.prepared import PreparedExperts, StatePlan, own
 from moebius.ops.steps import ExpertWeights, Pair, RouterTally
-from moebius.ops.weights import Weight
+from moebius.ops.weights import Matrix, Weight
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 5}
 _CLAMPED_SWIGLU = 4
@@ -150,18 +150,26 @@ class ExpertOps(CpuBase):
         number = require_dtype(dtype, *(bias for kind in biases for bias in kind))
         width, hidden = held[0].shape
         _check_biases(weights, hidden, width)
+        shape = (width, hidden)
+        gate: Sequence[Weight | None] = weights.gate_FD
+        up: Sequence[Weight | None] = weights.up_FD
+        interleaved = any(map(_take_turns, gate, up))
+        if interleaved:
+            shape = (2 * width, hidden)
+            gate, up = list(map(_both, gate, up)), []
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,
             width=width,
             **_activation(activation),
-            gate=_matrices(weights.gate_FD, (width, hidden), dtype),
-            up=_matrices(weights.up_FD, (width, hidden), dtype),
+            gate=_matrices(gate, shape, dtype),
+            up=_matrices(up, shape, dtype),
             down=_matrices(weights.down_DF, (hidden, width), dtype),
             gate_bias=[address(bias) for bias in weights.gate_bias_F],
             up_bias=[address(bias) for bias in weights.up_bias_F],
             down_bias=[address(bias) for bias in weights.down_bias_D],
             on_disk=on_disk,
+            interleaved=interleaved,
         )
         features = frozenset(() if weights.up_FD else {Feature.TWO_MATRICES})
         return CpuExperts(table, dtype, hidden, width, Held(tensors), features)
@@ -258,6 +266,32 @@ def _matrices(
     rows, columns = shape
     hole = _cpu.Matrix(format=FORMATS[dtype_name(dtype)], rows=rows, columns=columns, data=0)
     return [hole if weight is None else native_matrix(weight, dtype) for weight in weights]
+
+
+def _take_turns(gate: Weight | None, up: Weight | None) -> bool:
+    """Whether rows of both lie in turn, from one of gate's on."""
+    if not (isinstance(gate, Matrix) and isinstance(up, Matrix)):
+        return False
+    return all(
+        first.shape == second.shape
+        and first.stride() == second.stride() == (2 * first.shape[1], 1)
+        and second.data_ptr() - first.data_ptr() == first.shape[1] * first.itemsize
+        for first, second in zip(gate.planes, up.planes, strict=True)
+    )
+
+
+def _both(gate: Weight | None, up: Weight | None) -> Matrix | None:
+    """The matrix of both, whose rows take turns; None for a hole."""
+    if gate is None and up is None:
+        return None
+    if not (isinstance(gate, Matrix) and _take_turns(gate, up)):
+        raise ValueError("rows of gate and up take turns in some experts of a layer, not in all")
+    rows, columns = gate.shape
+    planes = []
+    for plane in gate.planes:
+        size = plane.shape[1]
+        planes.append(plane.as_strided((2 * rows, size), (size, 1), plane.storage_offset()))
+    return Matrix(gate.format, (2 * rows, columns), tuple(planes))
 
 
 def _check_biases(weights: ExpertWeights, hidden: int, width: int) -> None:

@@ -61,7 +61,7 @@ class LinearOps(CpuBase):
             check_shape("a bias", bias, weight.shape[0])
         dtype = dtype or common_dtype(weights)
         number = require_dtype(dtype, *biases)
-        matrices = [native_matrix(weight, dtype) for weight in weights]
+        matrices = [native_matrix(weight, _met_in(weight, dtype)) for weight in weights]
         addresses = [address(x) for x in biases]
         table = _cpu.Linear(dtype=number, weights=matrices, biases=addresses)
         out_size = sum(weight.shape[0] for weight in weights)
@@ -110,3 +110,9 @@ class LinearOps(CpuBase):
         )
         self._run(Operation.EMBED, call, input_ids_T, len(input_ids_T), dtype=dtype)
         return out
+
+
+def _met_in(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    """What rows of `dtype` are when they meet a weight: widened for one in float32."""
+    wide = isinstance(weight, Tensor) and weight.dtype == torch.float32
+    return torch.float32 if wide else dtype
