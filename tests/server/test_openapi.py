@@ -12,12 +12,14 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from moebius.server.fields import HARMLESS
 from moebius.server.openapi import document
+from moebius.server.page import PAGE_PATHS
 from moebius.server.protocol import ChatRequest, CompletionRequest
 from server.serving import MODEL, Server, run
 
 DOCUMENT = document()
-NOT_TOLD = {"/v1/models/", "/v1/embeddings"}
-"""Routes that are there for clients who write them otherwise, or to say that there is none."""
+NOT_TOLD = {"/v1/models/", "/v1/embeddings", *PAGE_PATHS} - {"/"}
+"""Routes that are there for clients who write them otherwise, or to say that there is none; and the
+files of the live page."""
 
 
 def body_schema(name: str) -> Draft202012Validator:

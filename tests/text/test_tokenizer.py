@@ -363,7 +363,7 @@ def test_offsets_cut_a_text_into_its_tokens(all_loaded, pieces):
         assert len(offsets) == len(ids) and offsets == sorted(offsets), name
         cuts = [text[start:end] for start, end in pairwise([*offsets, len(text)])]
         assert not ids or "".join(cuts) == text, name
-        ordinary = slice(len(ours._prefix), len(ids) - len(ours._suffix))
+        ordinary = slice(len(ours.opening), len(ids) - len(ours._ending))
         for token_id, cut in zip(ids[ordinary], cuts[ordinary], strict=True):
             token = ours.token_text(token_id)
             if "\ufffd" not in token and not (token == "<unk>" or name == "words"):

@@ -93,6 +93,8 @@ OPERATIONS = (
     Operation("get", "/ping", "As /health"),
     Operation("get", "/metrics", "Prometheus metrics", answers="text/plain"),
     Operation("get", "/v1/moe/stats", "What the routers did of late"),
+    Operation("get", "/v1/live", "The live page's figures", answers="text/event-stream"),
+    Operation("get", "/", "The live page", answers="text/html", open=True),
     Operation("get", "/api/version", "Ollama's version"),
     Operation("get", "/api/tags", "The models, as Ollama lists them"),
     Operation("post", "/api/show", "One model, as Ollama shows it", OllamaShow),
