@@ -105,7 +105,9 @@ def test_a_name_makes_the_format_that_has_it(name: str) -> None:
     assert format_named(name).name == name
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not isinstance(format_named(name), Repacked)])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if not isinstance(format_named(name), Repacked)]
+)
 def test_plain_pytorch_computes_with_every_format(name: str) -> None:
     """A product, and rows of a table, beside the widened numbers in float64."""
     ops = ReferenceOps()
