@@ -22,6 +22,7 @@ class Matrix:
         zeros: int = 0,
         copy_zeros: bool = False,
         biases: int = 0,
+        order: int = 0,
     ) -> None: ...
 
 class _Call:
