@@ -27,6 +27,7 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import (
     ChannelClosedError,
     ChannelError,
+    ConstraintError,
     ContextExceededError,
     ContextLengthError,
     EngineError,
@@ -192,6 +193,7 @@ FIELDS: dict[type[MoebiusError], dict[str, Any]] = {
         "at_least": True,
         "param": "messages",
     },
+    ConstraintError: {"param": "structured_outputs", "code": "some_code"},
     OverloadError: {"retry_after": 7.5},
     EngineError: {"error_id": "0badcafe"},
     EngineLostError: {"error_id": "0badcafe"},
@@ -381,7 +383,7 @@ def fields_of(schema: Any) -> Any:
 
 
 # Of version 4. Where a record has changed: raise wire.VERSION, and put here what the test found.
-LAYOUT = "cf746b056424c3c4"
+LAYOUT = "d102ff0c144b4b1e"
 
 
 def test_a_record_that_changes_needs_another_version() -> None:
@@ -390,7 +392,7 @@ def test_a_record_that_changes_needs_another_version() -> None:
     every = tuple[wire.ToEngine, wire.FromEngine]
     schema = msgspec.json.schema(every, schema_hook=lambda kind: {"type": kind.__name__})
     text = msgspec.json.encode(fields_of(schema), order="sorted")
-    assert (wire.VERSION, blake2b(text, digest_size=8).hexdigest()) == (4, LAYOUT)
+    assert (wire.VERSION, blake2b(text, digest_size=8).hexdigest()) == (5, LAYOUT)
 
 
 @pytest.mark.parametrize(

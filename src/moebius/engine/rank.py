@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from moebius.engine.client import EngineInfo, EngineStats, StepOutput
+from moebius.engine.constraints import Constraints
 from moebius.engine.engine import Engine
 from moebius.engine.faults import say
 from moebius.engine.lockstep import Lockstep
@@ -41,8 +42,16 @@ class RankEngine(Engine):
         moves: ExpertMoves | None = None,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
-        super().__init__(runner, scheduler, info, trace=trace, torch_threads=torch_threads)
+        super().__init__(
+            runner,
+            scheduler,
+            info,
+            trace=trace,
+            torch_threads=torch_threads,
+            constraints=constraints,
+        )
         self._use = use
         self.moves = moves
         self.on_parted: Callable[[PeerError], None] = lambda error: None

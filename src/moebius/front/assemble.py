@@ -15,6 +15,7 @@ from moebius.text import HarmonyReader, IncrementalDecoder, StopMatcher, Tokeniz
 _END_REASONS: dict[FinishReason, EndReason] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
+    FinishReason.COMPLETE: "stop",
 }
 
 

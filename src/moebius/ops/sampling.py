@@ -5,15 +5,19 @@ copied, and none pays for another's.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # In place of minus infinity, which means a broken model.
 LOWEST = torch.finfo(torch.float32).min
+# An id that is looked up takes up to 64 bytes, one of a row that is kept 4: a word of 32 ids.
+_WORD_IDS = 2
 # Rows whose vocabulary is widened to float64 at a time.
 ROWS_AT_ONCE = 8
 
@@ -38,6 +42,7 @@ class Shaping(NamedTuple):
     presence     subtracted from the logit of an id in `drawn`; frequency as often as it was drawn
                  (OpenAI's)
     banned       ids that become LOWEST
+    allowed      where there are any, all others become LOWEST: id i is bit i % 32 of word i // 32
     """
 
     bias: Mapping[int, float]
@@ -47,11 +52,13 @@ class Shaping(NamedTuple):
     presence: float
     frequency: float
     banned: Sequence[int]
+    allowed: NDArray[np.uint32] | None = None
 
     @property
     def num_ids(self) -> int:
-        """At least as many as the logits that change."""
-        return len(self.bias) + len(self.seen) + len(self.drawn) + len(self.banned)
+        """At least as many as ids are looked up; a row that is kept whole counts by its bytes."""
+        named = len(self.bias) + len(self.seen) + len(self.drawn) + len(self.banned)
+        return named if self.allowed is None else named + _WORD_IDS * len(self.allowed)
 
 
 class SamplerOps(ABC):
@@ -105,5 +112,36 @@ class SamplerOps(ABC):
         """Within the context rows[i] of logits_LV is as shapings[i] says; each row once.
 
         After it all is as it was, bit for bit. Only the logits of ids that a shaping names are
-        read, kept and written. Raises IndexError for an id that is not in the vocabulary.
+        read, kept and written, and all of a row in which some alone are allowed. Raises IndexError
+        for an id that is not in the vocabulary.
         """
+
+
+@contextmanager
+def only_allowed(
+    logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+) -> Iterator[None]:
+    """What `shaped` does with the ids that are allowed, where nothing else computes it."""
+    kept: list[tuple[int, Tensor]] = []
+    try:
+        for row, shaping in zip(rows, shapings, strict=True):
+            if shaping.allowed is not None:
+                kept.append((row, logits_LV[row].clone()))
+                _ban_others(logits_LV, row, shaping.allowed)
+        yield
+    finally:
+        for row, before_V in kept:
+            _write(logits_LV, row, before_V)
+
+
+@torch.inference_mode()  # a step's logits may be written nowhere else
+def _ban_others(logits_LV: Tensor, row: int, allowed: NDArray[np.uint32]) -> None:
+    vocab = logits_LV.shape[-1]
+    banned = np.unpackbits(~allowed.view(np.uint8), count=vocab, bitorder="little")
+    banned_V = torch.from_numpy(banned).view(torch.bool).to(logits_LV.device)
+    logits_LV[row].masked_fill_(banned_V, LOWEST)
+
+
+@torch.inference_mode()
+def _write(logits_LV: Tensor, row: int, values_V: Tensor) -> None:
+    logits_LV[row] = values_V
