@@ -39,24 +39,50 @@ def _ll_tokenizer(tokenizer: Tokenizer, width: int, ends: list[int]) -> LLTokeni
     """llguidance reads byte-level and byte-fallback tokenizers itself, and gets others' bytes."""
     if tokenizer.vocab_size <= width:
         try:
-            return LLTokenizer(tokenizer.text, n_vocab=width, eos_token=ends)
+            found = LLTokenizer(tokenizer.text, n_vocab=width, eos_token=ends)
         except ValueError:
-            pass
+            found = None
+        if found is not None and _goes_on(found):
+            return found
     wrapper = TokenizerWrapper(cast(Any, _TokenBytes(tokenizer, width, ends)))
     return LLTokenizer(wrapper, n_vocab=width, eos_token=ends)
 
 
+def _goes_on(tokenizer: LLTokenizer) -> bool:
+    """Whether it makes of the middle of a text that very text: what a grammar forces is encoded so.
+
+    Some put a blank before whatever they encode.
+    """
+    return all(
+        tokenizer.decode_bytes(tokenizer.tokenize_str(text)) == text.encode()
+        for text in ("nder", ' "', "}")
+    )
+
+
 class _TokenBytes:
-    """A tokenizer as llguidance asks one for: the attributes' names are its own."""
+    """A tokenizer as llguidance asks one for: the attributes' names are its own.
+
+    It encodes by the longest token that fits, which is not always as the model's tokenizer would:
+    that one may add to a text's beginning.
+    """
 
     def __init__(self, tokenizer: Tokenizer, width: int, ends: Sequence[int]) -> None:
-        self._encode = tokenizer
+        known = range(min(tokenizer.vocab_size, width))
         self.eos_token_id = ends[0]
         self.bos_token_id = tokenizer.bos_id
-        known = range(min(tokenizer.vocab_size, width))
         self.tokens = [tokenizer.token_bytes(token) for token in known]
         self.special_token_ids = [token for token in tokenizer.special_ids if token in known]
+        plain = set(known).difference(self.special_token_ids)
+        self._ids = {self.tokens[token]: token for token in sorted(plain, reverse=True)}
+        self._longest = max(map(len, self.tokens), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._encode.encode_ordinary(text)
+        rest = text.encode() if isinstance(text, str) else text
+        found: list[int] = []
+        while rest:
+            sizes = range(min(self._longest, len(rest)), 0, -1)
+            size = next((size for size in sizes if rest[:size] in self._ids), 0)
+            if size:
+                found.append(self._ids[rest[:size]])
+            rest = rest[size or 1 :]
+        return found
