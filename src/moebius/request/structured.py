@@ -67,7 +67,8 @@ class StructuredOutput:
         for name in ("json", "regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
-                raise self.error(f"{self.param}: {name} must be a text that is not empty")
+                what = "an object or its text" if name == "json" else "a text"
+                raise self.error(f"{self.param}: {name} must be {what} that is not empty")
         for name in ("json_object", "disable_any_whitespace", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise self.error(f"{self.param}: {name} must be true or false")

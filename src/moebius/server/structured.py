@@ -21,13 +21,13 @@ class StructuredFields(BaseModel):
 
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Any = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     grammar: str | None = None
-    json_schema: dict[str, Any] | str | None = None
+    json_schema: Any = None
     allowed_token_ids: Annotated[list[int], at_most("allowed_token_ids")] = Field(
         default_factory=list
     )
