@@ -58,8 +58,11 @@ def _grammar(**body: object) -> str:
 
 OBJECT = {
     "type": "object",
-    "properties": {"a": {"type": "integer"}, "b": {"type": "array", "items": {"type": "boolean"}}},
-    "required": ["a"],
+    "properties": {
+        "a": {"type": "integer"},
+        "b": {"type": "array", "items": {"type": "boolean"}, "minItems": 20},
+    },
+    "required": ["a", "b"],
 }
 # What every few of the wishes are held to.
 CONSTRAINTS: tuple[Constraint | None, ...] = (
@@ -67,9 +70,9 @@ CONSTRAINTS: tuple[Constraint | None, ...] = (
     None,
     Constraint(Grammar(_grammar(json_schema=OBJECT))),
     None,
-    Constraint(Grammar(_grammar(lark_grammar="start: /[a-z]{2,5}(,[0-9]{1,3}){0,9}/"))),
+    Constraint(Grammar(_grammar(lark_grammar="start: /[a-z]{2,5}(,[0-9]{1,3}){30}/"))),
     Constraint(
-        Grammar(_grammar(lark_grammar="start: /(ab|cd)+;/"), after=((70, 71),)),
+        Grammar(_grammar(lark_grammar="start: /(ab|cd){3};/"), after=((70, 71),)),
         budget=ReasoningBudget(4, start=(), end=(70, 71), begun=True),
     ),
     Constraint(bad_words=tuple((token,) for token in range(0, 200, 2)) + ((1, 3),)),

@@ -24,7 +24,6 @@ from moebius.engine.engine import Engine
 from moebius.engine.restriction import Restriction
 from moebius.engine.sampler import Sampled, sample
 from moebius.errors import ConstraintError
-from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
 from moebius.ops import LOWEST, Shaping
 from moebius.ops.cpu import CpuOps
@@ -44,7 +43,7 @@ OPS = CpuOps(2)
 DECODER = load_decoder(BUNDLED, torch.bfloat16, ops=OPS)
 END = min(TOKENIZER.end_ids)
 PROMPT = tuple(TOKENIZER.encode("def f(x):"))
-FOREVER = 'start: /[a-z ]*/'
+FOREVER = "start: /[a-z ]*/"
 
 
 def lark(text: str, **more: Any) -> Constraint:
@@ -121,14 +120,14 @@ def test_a_truncated_answer_says_length_and_one_that_just_fits_does_not() -> Non
 
 def test_an_end_token_ends_what_may_go_on_and_is_not_fed_to_the_grammar() -> None:
     """Trap b. Where the end token is likely it is drawn as soon as the grammar takes an end."""
-    tokens, last = answer(lark('start: /[0-9]{2}[a-z]*/'), logit_bias={END: 100})
+    tokens, last = answer(lark("start: /[0-9]{2}[a-z]*/"), logit_bias={END: 100})
     assert last.finish_reason is FinishReason.STOP and tokens[-1] == END
     assert text(tokens[:-1])[:2].isdigit() and len(text(tokens[:-1])) >= 2
 
 
 def test_where_end_tokens_are_ignored_none_is_drawn_and_the_grammar_ends_the_request() -> None:
     tokens, last = answer(
-        lark('start: /[0-9]{2}[a-z]{0,4}/'), logit_bias={END: 100}, ignore_eos=True
+        lark("start: /[0-9]{2}[a-z]{0,4}/"), logit_bias={END: 100}, ignore_eos=True
     )
     assert END not in tokens and last.finish_reason is FinishReason.COMPLETE
     assert len(text(tokens)) == 6
@@ -141,7 +140,7 @@ def test_min_tokens_give_way_to_the_grammar() -> None:
     tokens, last = answer(lark('start: "7" /[a-c]{3}/'), min_tokens=3, stop_token_ids=stop)
     assert text(tokens)[0] == "7" and len(text(tokens)) == 4
     assert last.finish_reason is FinishReason.COMPLETE
-    tokens, last = answer(lark('start: /[0-9]+/'), min_tokens=12, logit_bias={END: 100})
+    tokens, last = answer(lark("start: /[0-9]+/"), min_tokens=12, logit_bias={END: 100})
     assert len(tokens) == 13 and tokens[-1] == END and END not in tokens[:12]
 
 
@@ -270,7 +269,7 @@ def test_an_answer_goes_on_from_tokens_that_another_engine_has_drawn() -> None:
 
 def test_a_step_that_is_rolled_back_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matcher has read a token that the request never got."""
-    constraint = lark('start: /[a-z]{2,9};/')
+    constraint = lark("start: /[a-z]{2,9};/")
     expected, _ = answer(constraint, ignore_eos=True)
     engine = build()
     request = ask(engine, constraint, ignore_eos=True)
@@ -395,7 +394,10 @@ def test_a_mask_is_a_function_of_the_tokens_read() -> None:
     """Rebuilt by reading all tokens at once, a matcher allows what the one allows that read them
     one by one and made a mask at each."""
     vocabulary = Vocabulary(TOKENIZER, 4100, TOKENIZER.end_ids)
-    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "n": {"type": "number"}}}
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "n": {"type": "number"}},
+    }
     grammar = json.dumps({"grammars": [{"json_schema": schema}]})
     rng = random.Random(0)
     for _ in range(10):

@@ -140,7 +140,11 @@ def test_structured_output_is_of_one_kind(fields: dict[str, object], says: str) 
 def test_parameters_hold_what_they_are_given() -> None:
     wanted = StructuredOutput(choice=["a", "b"])
     params = SamplingParams(structured=wanted, bad_words="no", allowed_token_ids=[3, 4])
-    assert (params.structured, params.bad_words, params.allowed_token_ids) == (wanted, ("no",), (3, 4))
+    assert (params.structured, params.bad_words, params.allowed_token_ids) == (
+        wanted,
+        ("no",),
+        (3, 4),
+    )
     for fields in ({"bad_words": [""]}, {"bad_words": [1]}, {"allowed_token_ids": [-1]}):
         with pytest.raises(RequestError) as raised:
             SamplingParams(**fields)

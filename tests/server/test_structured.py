@@ -8,8 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from enum import Enum
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import httpx
 import jsonschema
@@ -44,12 +43,12 @@ class Fruit(BaseModel):
     colour: Colour
     part: Part
     parts: list[Part]
-    nickname: Optional[Colour]
+    nickname: Colour | None
 
 
 class Tree(BaseModel):
     leaf: bool
-    left: Optional["Tree"]
+    left: Tree | None
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,10 @@ def test_a_stream_is_the_whole_answer(client: openai.OpenAI) -> None:
 
 OBJECT = {
     "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "ok": {"type": "boolean"}},
+    "properties": {
+        "n": {"type": "integer", "minimum": 0, "maximum": 99},
+        "ok": {"type": "boolean"},
+    },
     "required": ["n", "ok"],
     "additionalProperties": False,
 }

@@ -45,7 +45,10 @@ def takes(wanted: StructuredOutput, text: str, *, behind_reasoning: bool = False
     ("fields", "says"),
     [
         ({"json": {"not": {}}}, 'Unimplemented keys: ["not"]'),
-        ({"json": {"type": "object", "properties": {"a": {"contains": {}, "type": "array"}}}}, '["contains"]'),
+        (
+            {"json": {"type": "object", "properties": {"a": {"contains": {}, "type": "array"}}}},
+            '["contains"]',
+        ),
         ({"json": {"type": "nope"}}, "Invalid type: nope"),
         ({"json": {"$ref": "https://example.org/x"}}, "example.org"),
         ({"json": {"type": "integer", "minimum": 3, "maximum": 1}}, "nsatisfiable"),
@@ -93,7 +96,9 @@ def test_blanks_without_an_end_are_not(text: str) -> None:
 
 def test_clients_say_what_blanks_there_may_be() -> None:
     none = StructuredOutput(json=SCHEMA, disable_any_whitespace=True)
-    assert takes(none, json.dumps(VALUE, separators=(",", ":"))) and not takes(none, json.dumps(VALUE))
+    assert takes(none, json.dumps(VALUE, separators=(",", ":"))) and not takes(
+        none, json.dumps(VALUE)
+    )
     wide = StructuredOutput(json=SCHEMA, whitespace_pattern="[ ]{0,3}")
     assert takes(wide, '{"a":   [1],"b":null}') and not takes(wide, '{\n"a":[1],"b":null}')
 
