@@ -75,7 +75,7 @@ CONSTRAINTS: tuple[Constraint | None, ...] = (
         Grammar(_grammar(lark_grammar="start: /(ab|cd){3};/"), after=((70, 71),)),
         budget=ReasoningBudget(4, start=(), end=(70, 71), begun=True),
     ),
-    Constraint(bad_words=tuple((token,) for token in range(0, 200, 2)) + ((1, 3),)),
+    Constraint(bad_words=(*((token,) for token in range(0, 200, 2)), (1, 3))),
 )
 # Models with windows: model type and what differs from its plainest configuration. In the last two
 # some layers see all, so that there are several block tables; of unequal numbers of layers.

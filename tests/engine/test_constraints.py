@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from llguidance import LLMatcher
 
 import moebius
 from moebius.engine import constraints as constraints_module
+from moebius.engine import follower as follower_module
 from moebius.engine.client import StepOutput
 from moebius.engine.constraints import Constraints
 from moebius.engine.engine import Engine
+from moebius.engine.follower import Follower
 from moebius.engine.restriction import Restriction
 from moebius.engine.sampler import Sampled, sample
 from moebius.errors import ConstraintError
@@ -172,30 +175,19 @@ def test_allowed_ids_and_bad_words_hold_every_token() -> None:
     pair = (free[3], free[4])
     held, _ = answer(Constraint(bad_words=(pair,)), max_tokens=30)
     assert held[:4] == free[:4] and held[4] != free[4]
-    assert pair not in list(zip(held, held[1:], strict=False))
+    assert pair not in list(pairwise(held))
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
-    """Let the matcher of the grammar with `spoil` fail at its third token."""
-    fill = constraints_module.fill_next_token_bitmask_par
+def failing(monkeypatch: pytest.MonkeyPatch, spoiled: str) -> None:
+    """Let this request's matcher meet an error when its third mask is made."""
+    mask = Follower._mask
 
-    def filled(executor: Any, rows: list[tuple[LLMatcher, int]], masks: Any) -> None:
-        for matcher, _ in rows:
-            if spoil in fails and matcher in fails[spoil]:
-                matcher.consume_token(0)
-        fill(executor, rows, masks)
+    def made(self: Follower, matcher: LLMatcher) -> Any:
+        if self.request.id == spoiled and len(self.request.output_ids) == 2:
+            matcher.consume_token(0)
+        return mask(self, matcher)
 
-    fails: dict[str, list[LLMatcher]] = {spoil: []}
-    follow = constraints_module.Follower.follow
-
-    def followed(self: Any) -> LLMatcher | None:
-        matcher = follow(self)
-        if self.request.id == spoil and len(self.request.output_ids) == 2:
-            fails[spoil].append(matcher)
-        return matcher
-
-    monkeypatch.setattr(constraints_module.Follower, "follow", followed)
-    monkeypatch.setattr(constraints_module, "fill_next_token_bitmask_par", filled)
+    monkeypatch.setattr(Follower, "_mask", made)
 
 
 def test_a_matcher_in_error_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +236,51 @@ def test_a_request_whose_grammar_is_being_compiled_waits_and_nobody_else_does() 
     gate.set()
     found = run(engine)["held"]
     assert text([token for each in found for token in each.token_ids]) == "yes"
+    engine.close()
+
+
+def test_a_mask_that_takes_longer_than_steps_holds_up_its_own_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mask = Follower._mask
+    gate = threading.Event()
+
+    def made(self: Follower, matcher: LLMatcher) -> Any:
+        if self.request.id == "slow" and len(self.request.output_ids) == 1:
+            gate.wait(60)
+        return mask(self, matcher)
+
+    expected, _ = answer(lark(FOREVER), max_tokens=6, ignore_eos=True)
+    monkeypatch.setattr(Follower, "_mask", made)
+    engine = build()
+    ask(engine, lark(FOREVER), "slow", max_tokens=6, ignore_eos=True)
+    ask(engine, lark(FOREVER), "quick", seed=1, max_tokens=6, ignore_eos=True)
+    ask(engine, None, "free", max_tokens=6, ignore_eos=True)
+    outputs: list[StepOutput] = []
+    for _ in range(300):
+        outputs += engine.step()
+        if {each.request_id for each in outputs if each.finish_reason} == {"quick", "free"}:
+            break
+    assert [each.token_ids for each in outputs if each.request_id == "slow"] == [(expected[0],)]
+    assert sum(len(each.token_ids) for each in outputs if each.request_id == "quick") == 6
+    gate.set()
+    rest = [token for each in run(engine)["slow"] for token in each.token_ids]
+    assert [expected[0], *rest] == expected
+    engine.close()
+
+
+def test_a_grammar_that_is_never_compiled_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def slow() -> Tokenizer:
+        gate.wait(60)
+        return TOKENIZER
+
+    monkeypatch.setattr(follower_module, "MOST_SECONDS", 0.2)
+    engine = build(slow)
+    last = run_one(engine, lark('start: "yes"'))[-1]
+    assert isinstance(last.error, ConstraintError) and "to compile" in str(last.error)
+    gate.set()
     engine.close()
 
 

@@ -7,7 +7,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import httpx
@@ -28,7 +28,7 @@ MODEL = "tiny"
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "a fruit"}]}
 
 
-class Colour(str, Enum):
+class Colour(StrEnum):
     red = "red"
     green = "dark green"
 

@@ -52,6 +52,8 @@ def takes(wanted: StructuredOutput, text: str, *, behind_reasoning: bool = False
         ({"json": {"type": "nope"}}, "Invalid type: nope"),
         ({"json": {"$ref": "https://example.org/x"}}, "example.org"),
         ({"json": {"type": "integer", "minimum": 3, "maximum": 1}}, "nsatisfiable"),
+        ({"json": {"anyOf": [{"type": "integer", "multipleOf": 123456}]}}, "multipleOf is 123456"),
+        ({"json": {"type": "number", "multipleOf": 0.12345}}, "multipleOf is 0.12345"),
         ({"json": "[]"}, "must be a JSON object"),
         ({"json": "{"}, "no JSON"),
         ({"json": {"x-guidance": {}}}, "x-guidance"),

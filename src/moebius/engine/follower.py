@@ -5,18 +5,25 @@ only remembers how far it has read these; where they have become fewer, as after
 rolled back, it begins again.
 """
 
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher
+from llguidance.numpy import fill_next_token_bitmask
 
+from moebius.engine.faults import failure
 from moebius.engine.restriction import Bits, Restriction
-from moebius.errors import ConstraintError
+from moebius.errors import ConstraintError, MoebiusError
 from moebius.request.constraint import BudgetWatch, Constraint, Finder, Grammar, completing
 from moebius.schedule.request import Request
 from moebius.text.grammar import first_line
+
+MOST_SECONDS = 20.0
+"""A grammar that is not compiled by then ends its request."""
 
 
 class CompiledGrammar(NamedTuple):
@@ -24,6 +31,9 @@ class CompiledGrammar(NamedTuple):
 
     matcher: LLMatcher
     ends: tuple[int, ...]
+
+
+Found = Restriction | MoebiusError
 
 
 class Follower:
@@ -42,11 +52,50 @@ class Follower:
         self._constraint = constraint
         self._eos_ids = eos_ids
         self._words = -(-vocab_size // 32)
+        self._late = time.monotonic() + MOST_SECONDS
+        self._busy = threading.Lock()
+        self._found: tuple[int, Found] | None = None
         self._begin()
 
     @property
     def ready(self) -> bool:
-        return self.grammar is None or self.grammar.done()
+        """Its grammar is compiled, or has taken too long to."""
+        return self.grammar is None or self.grammar.done() or time.monotonic() > self._late
+
+    @property
+    def found(self) -> Found | None:
+        """What the next draw is held to, or why there can be none; None: not known yet."""
+        known = self._found
+        return known[1] if known is not None and known[0] == len(self.request.output_ids) else None
+
+    def find(self) -> None:
+        """Find that out, unless another thread is about it. May be called from any."""
+        if self.found is not None or not self.ready or not self._busy.acquire(blocking=False):
+            return
+        try:
+            self._found = (len(self.request.output_ids), self._find())
+        finally:
+            self._busy.release()
+
+    def _find(self) -> Found:
+        try:
+            matcher = self.follow()
+            if matcher is None:
+                return self.restriction(None)
+            mask = self._mask(matcher)
+            self.check()
+            return self.restriction(mask)
+        except MoebiusError as error:
+            return error
+        except Exception as error:
+            return failure("following a grammar", error)
+
+    def _mask(self, matcher: LLMatcher) -> Bits:
+        """What the matcher takes next; where it is in error by then, this means nothing."""
+        mask = np.zeros((1, self._words), dtype=np.int32)
+        fill_next_token_bitmask(matcher, mask)
+        allowed: Bits = mask[0].view(np.uint32)
+        return allowed
 
     def _begin(self) -> None:
         constraint = self._constraint
@@ -72,6 +121,11 @@ class Follower:
             if start is None:
                 return None
             assert self.grammar is not None, "a grammar is compiled before it is followed"
+            if not self.grammar.done():
+                raise ConstraintError(
+                    f"the grammar takes over {MOST_SECONDS:g} s to compile; make it simpler",
+                    param="structured_outputs",
+                )
             self._matcher = self.grammar.result().matcher.deep_copy()
             self._consumed = start
         self._matcher.consume_tokens(output[self._consumed :])
@@ -115,6 +169,7 @@ class Follower:
         A token that ends the request is none of the grammar's. Raises as `follow`.
         """
         request = self.request
+        self._found = None
         drawn = len(request.output_ids)
         grammar = self._constraint.grammar
         if self._matcher is None or grammar is None:

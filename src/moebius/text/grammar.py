@@ -7,7 +7,9 @@ checking may take is for the caller to bound.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +25,7 @@ _WHITESPACE = r"\n[ \t]{0,32}|[ ]"
 _LINE_BREAKS = r"start: /\n{0,2}/ @body"
 _MOST_DEPTH = 64
 _LONGEST_MESSAGE = 500
+_MOST_DIVISOR = 10_000
 # Of JSON text: strings, in which brackets mean nothing, and brackets.
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', re.DOTALL)
 
@@ -30,7 +33,10 @@ _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', re.DOTALL)
 def parser_limits() -> LLParserLimits:
     """What one grammar may cost, where it is checked and where it is followed."""
     return LLParserLimits(
-        max_lexer_states=50_000, max_grammar_size=200_000, initial_lexer_fuel=500_000
+        max_lexer_states=20_000,
+        max_grammar_size=200_000,
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=20_000,
     )
 
 
@@ -130,12 +136,36 @@ def _schema(wanted: StructuredOutput, text: str) -> dict[str, Any]:
         raise wanted.error(f"{wanted.param}: the schema must be a JSON object")
     if "x-guidance" in schema:
         raise wanted.error(f"{wanted.param}: x-guidance is not supported in a schema")
+    for divisor in _values_of("multipleOf", schema):
+        if _digits(divisor) > _MOST_DIVISOR:
+            raise wanted.error(
+                f"{wanted.param}: multipleOf is {divisor}; it may have a value of up to "
+                f"{_MOST_DIVISOR}, not counting its point"
+            )
     options: dict[str, Any] = {"lenient": not wanted.strict}
     if wanted.disable_any_whitespace:
         options |= {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
     else:
         options["whitespace_pattern"] = wanted.whitespace_pattern or _WHITESPACE
     return {**schema, "x-guidance": options}
+
+
+def _values_of(key: str, value: Any) -> Iterator[Any]:
+    """What stands under a key anywhere in a JSON value."""
+    if isinstance(value, dict):
+        if key in value:
+            yield value[key]
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _values_of(key, each)
+
+
+def _digits(number: object) -> int:
+    """A number's digits as an integer: 25 of 2.5. llguidance's states grow with it."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return 0  # which llguidance refuses
+    return abs(int("".join(map(str, Decimal(str(number)).as_tuple().digits))))
 
 
 def _grammars(*bodies: dict[str, Any]) -> str:
