@@ -18,6 +18,9 @@ from torch import Tensor
 LOWEST = torch.finfo(torch.float32).min
 # An id that is looked up takes up to 64 bytes, one of a row that is kept 4: a word of 32 ids.
 _WORD_IDS = 2
+# For each byte of a set of ids, what eight logits are bounded by.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_BOUNDS = np.where(_BITS == 1, np.float32(np.inf), np.float32(LOWEST))
 # Rows whose vocabulary is widened to float64 at a time.
 ROWS_AT_ONCE = 8
 
@@ -42,7 +45,8 @@ class Shaping(NamedTuple):
     presence     subtracted from the logit of an id in `drawn`; frequency as often as it was drawn
                  (OpenAI's)
     banned       ids that become LOWEST
-    allowed      where there are any, all others become LOWEST: id i is bit i % 32 of word i // 32
+    allowed      where there are any, all others that are finite become LOWEST: id i is bit i % 32
+                 of word i // 32
     """
 
     bias: Mapping[int, float]
@@ -121,7 +125,7 @@ class SamplerOps(ABC):
 def only_allowed(
     logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
 ) -> Iterator[None]:
-    """What `shaped` does with the ids that are allowed, where nothing else computes it."""
+    """What `shaped` does with the ids that are allowed, on any device, after all else."""
     kept: list[tuple[int, Tensor]] = []
     try:
         for row, shaping in zip(rows, shapings, strict=True):
@@ -136,10 +140,10 @@ def only_allowed(
 
 @torch.inference_mode()  # a step's logits may be written nowhere else
 def _ban_others(logits_LV: Tensor, row: int, allowed: NDArray[np.uint32]) -> None:
-    vocab = logits_LV.shape[-1]
-    banned = np.unpackbits(~allowed.view(np.uint8), count=vocab, bitorder="little")
-    banned_V = torch.from_numpy(banned).view(torch.bool).to(logits_LV.device)
-    logits_LV[row].masked_fill_(banned_V, LOWEST)
+    """The lesser of each logit and a bound: a choice by a condition takes ten times as long."""
+    bounds = np.take(_BOUNDS, allowed.view(np.uint8), axis=0).reshape(-1)
+    bounds_V = torch.from_numpy(bounds[: logits_LV.shape[-1]]).to(logits_LV.device)
+    torch.minimum(logits_LV[row], bounds_V, out=logits_LV[row])
 
 
 @torch.inference_mode()
