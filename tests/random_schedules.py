@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -34,7 +35,7 @@ from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.scheduler import Scheduler, StepPlan
 from moebius.schedule.states import StatePool
 from moebius.text import Tokenizer
 from ops.formats.blocks import random_matrix
@@ -306,7 +307,16 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
 
 def constraints(info: EngineInfo) -> Constraints:
     """What such an engine holds tokens to: grammars over one token a byte."""
-    return Constraints(byte_tokens, info.limits.vocab_size, info.eos_ids)
+    return Patient(byte_tokens, info.limits.vocab_size, info.eos_ids)
+
+
+class Patient(Constraints):
+    """Waits for every grammar and every mask, so that a schedule does not depend on the clock."""
+
+    def fill(self, plan: StepPlan, requests: Mapping[str, Request]) -> None:
+        wait([each.grammar for each in self._followers.values() if each.grammar is not None])
+        super().fill(plan, requests)
+        wait(self._finding)
 
 
 def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, EngineInfo]:

@@ -16,9 +16,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 
 from torch import Tensor
 
+from moebius.engine.client import EngineInfo
 from moebius.engine.faults import failure
 from moebius.engine.follower import CompiledGrammar, Follower
 from moebius.engine.restriction import Restriction
@@ -28,7 +30,7 @@ from moebius.ops.sampling import SamplerOps
 from moebius.request.constraint import Constraint
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import StepPlan
-from moebius.text import Tokenizer
+from moebius.text import Tokenizer, load_text
 from moebius.text.masks import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -175,3 +177,15 @@ def _taken(follower: Follower | None, outcome: Sampled | MoebiusError) -> Outcom
         return error
     except Exception as error:
         return failure("following a grammar", error)
+
+
+def constraints_of_model(
+    directory: Path, info: EngineInfo, threads: int, tokenizer: Callable[[], Tokenizer] | None
+) -> Constraints:
+    """Of an engine with the model in `directory`, that computes on so many threads.
+
+    tokenizer: reads another one than the model's.
+    """
+    few = max(1, threads // 4)
+    own = tokenizer or (lambda: load_text(directory).tokenizer)
+    return Constraints(own, info.limits.vocab_size, info.eos_ids, few)

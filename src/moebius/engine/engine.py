@@ -46,11 +46,11 @@ class Engine:
         runner: Runner,
         scheduler: Scheduler,
         info: EngineInfo,
+        constraints: Constraints | None = None,
         *,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
-        constraints: Constraints | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler

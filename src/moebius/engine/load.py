@@ -4,7 +4,6 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
-from moebius.engine.constraints import Constraints
+from moebius.engine.constraints import constraints_of_model
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
@@ -64,7 +63,7 @@ from moebius.progress import bytes_bar
 from moebius.quantize.cached import Quantized
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.scheduler import Scheduler
-from moebius.text import Tokenizer, load_text
+from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -362,36 +361,20 @@ def load_engine(
             trace.abandon()
         raise
     info = engine_info(plan, prepared.checkpoint.config, config, eos_ids, name)
-    constraints = Constraints(
-        tokenizer or partial(_own_tokenizer, directory),
-        info.limits.vocab_size,
-        eos_ids,
-        max(1, prepared.threads // 4),
-    )
+    constraints = constraints_of_model(directory, info, prepared.threads, tokenizer)
     ranks = runner.model.ranks
     if ranks is None:
-        return Engine(
-            runner,
-            scheduler,
-            info,
-            trace=trace,
-            torch_threads=threads,
-            constraints=constraints,
-        )
+        return Engine(runner, scheduler, info, constraints, trace=trace, torch_threads=threads)
     return RankEngine(
         runner,
         scheduler,
         info,
+        constraints,
         use=ranks.join,
         moves=ExpertMoves(prepared.loader, runner.model),
         trace=trace,
         torch_threads=threads,
-        constraints=constraints,
     )
-
-
-def _own_tokenizer(directory: Path) -> Tokenizer:
-    return load_text(directory).tokenizer
 
 
 @uncollected()

@@ -37,20 +37,15 @@ class RankEngine(Engine):
         runner: Runner,
         scheduler: Scheduler,
         info: EngineInfo,
+        constraints: Constraints | None = None,
         *,
         use: Callable[[Exchange], None],
         moves: ExpertMoves | None = None,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
-        constraints: Constraints | None = None,
     ) -> None:
         super().__init__(
-            runner,
-            scheduler,
-            info,
-            trace=trace,
-            torch_threads=torch_threads,
-            constraints=constraints,
+            runner, scheduler, info, constraints, trace=trace, torch_threads=torch_threads
         )
         self._use = use
         self.moves = moves
