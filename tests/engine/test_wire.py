@@ -27,6 +27,7 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import (
     ChannelClosedError,
     ChannelError,
+    ConstraintError,
     ContextExceededError,
     ContextLengthError,
     EngineError,
@@ -192,6 +193,7 @@ FIELDS: dict[type[MoebiusError], dict[str, Any]] = {
         "at_least": True,
         "param": "messages",
     },
+    ConstraintError: {"param": "structured_outputs", "code": "some_code"},
     OverloadError: {"retry_after": 7.5},
     EngineError: {"error_id": "0badcafe"},
     EngineLostError: {"error_id": "0badcafe"},

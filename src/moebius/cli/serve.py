@@ -198,7 +198,15 @@ def load_app(
     tokenizer, generation = load_text(model.path, model.tokenizer)
     key = draw_prefix_key()
     ends = generation.eos_ids
-    launch = Launch(str(model.path.absolute()), config, key, ends, options.log_level, isa=isa)
+    launch = Launch(
+        str(model.path.absolute()),
+        config,
+        key,
+        ends,
+        options.log_level,
+        isa=isa,
+        tokenizer="" if model.tokenizer is None else str(model.tokenizer.absolute()),
+    )
     if options.generation_config == "none":
         generation = replace(generation, sampling={})
     replies = tokenizer.replies.with_tools(options.tool_format)

@@ -24,6 +24,7 @@ from moebius.server.answer import Answer
 from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
 from moebius.server.chat_format import ChatFormat
+from moebius.server.compiling import GrammarDesk
 from moebius.server.docs import HEADERS, page
 from moebius.server.faults import Fault
 from moebius.server.formats import CompletionFormat
@@ -56,6 +57,7 @@ _SMALL_BODY = 16 * 1024
 
 
 Asked = TypeVar("Asked", bound=Body)
+Made = TypeVar("Made")
 
 
 @dataclass(eq=False)
@@ -72,6 +74,7 @@ class Api:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self.room = BodyRoom()
         self.feed = LiveFeed(self.door, self.spread)
+        self.grammars = GrammarDesk()
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -184,22 +187,36 @@ class Api:
         """A route that reads the body, parses it as `kind` and answers: on a thread where that
         takes long."""
 
-        def handle(request: Request, body: bytes) -> Response:
+        def read(request: Request, body: bytes) -> Asked:
             visit: Visit = request.scope["moebius.visit"]
             ignore = visit.ignore if self.settings.unknown_fields == "warn" else None
             asked = parse(kind, decode_body(body), ignore)
             self._check_model(asked.model)
-            return answer(request, asked)
+            return asked
 
         async def route(request: Request) -> Response:
             async with body_of(request, self.settings.body_timeout, self.room) as body:
                 if len(body) <= _SMALL_BODY:
-                    return handle(request, body)
-                return await self._on_thread(request, partial(handle, request, body))
+                    asked = read(request, body)
+                    await self._check_grammar(request, asked)
+                    return answer(request, asked)
+                asked = await self._on_thread(request, partial(read, request, body))
+                await self._check_grammar(request, asked)
+                return await self._on_thread(request, partial(answer, request, asked))
 
         return route
 
-    async def _on_thread(self, request: Request, make: Callable[[], Response]) -> Response:
+    async def _check_grammar(self, request: Request, asked: Body) -> None:
+        """So that it is at hand when the call is opened; what is wrong with it is said here."""
+        wanted = asked.structured if isinstance(asked, GenerationRequest) else None
+        if wanted is None:
+            return
+        checked = await self.grammars.checked(wanted)
+        if checked.ignored:
+            visit: Visit = request.scope["moebius.visit"]
+            visit.facts["ignored_keywords"] = "; ".join(checked.ignored)
+
+    async def _on_thread(self, request: Request, make: Callable[[], Made]) -> Made:
         """What `make` makes on one of a few threads, for which others may be waiting. DeadlineError
         when it is late."""
         late = request.scope["moebius.visit"].started + self.settings.request_timeout

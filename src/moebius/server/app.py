@@ -59,6 +59,7 @@ def create_app(
             yield
         finally:
             api.executor.shutdown(wait=False, cancel_futures=True)
+            api.grammars.close()
             await door.close(_CLOSE_SECONDS)
 
     routes = api.routes()
