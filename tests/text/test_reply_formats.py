@@ -12,6 +12,7 @@ from moebius.errors import ConfigError
 from moebius.text import Tokenizer
 from moebius.text.replies import FORMATS, CallArguments, fold
 from moebius.text.replies.detect import KINDS
+from text.family_templates import FAMILIES as TEMPLATES
 from text.replies import calls, events, family, said
 
 ROME = {"city": "Rome", "days": 3}
@@ -196,6 +197,21 @@ DETECTED = [case for case in FAMILIES if case.says]
 @pytest.mark.parametrize("case", DETECTED, ids=lambda each: each.name)
 def test_a_template_tells_its_format(case: Family) -> None:
     assert family((), case.says).replies.tools == case.name
+
+
+WRITTEN = {
+    "chatml": None,
+    "hermes": "hermes",
+    "qwen3_first": "hermes",
+    "qwen3": "hermes",
+    "qwen3_coder": "qwen-xml",
+    "mistral": "mistral",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_templates_of_models_tell_their_format(name: str) -> None:
+    assert family(template=TEMPLATES[name].source).replies.tools == WRITTEN[name]
 
 
 def test_a_vocabulary_tells_its_format() -> None:

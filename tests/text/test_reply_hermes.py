@@ -183,3 +183,19 @@ def test_markers_are_tokens_where_the_vocabulary_has_them() -> None:
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "  Hello", "<", "<tool", "a < b <think"])
 def test_ordinary_text_is_content(tokenizer: Tokenizer, text: str) -> None:
     assert (said(tokenizer, text).content or "") == text
+
+
+def test_where_reasoning_ends() -> None:
+    """As token ids, for what is to begin behind it or to end it."""
+    tokenizer = family(MARKERS, SAYS)
+    prompt = tokenizer.chat_prompt([{"role": "user", "content": "hello"}])
+    ends = tokenizer.replies.reasoning_ends(prompt)
+    [opens], [closes] = (tokenizer.encode(marker, False) for marker in MARKERS[2:])
+    assert ends is not None
+    assert (ends.start, ends.end, ends.answer) == ((opens,), (closes,), (closes,))
+    assert ends.forced == tuple(tokenizer.encode("\n</think>", False)) and not ends.begun
+    begun = EncodedPrompt([*prompt.ids, opens], len(prompt.ids))
+    found = tokenizer.replies.reasoning_ends(begun)
+    assert found is not None and found.begun
+    assert family((), SAYS).replies.reasoning_ends(prompt) is None
+    assert family().replies.reasoning_ends(prompt) is None

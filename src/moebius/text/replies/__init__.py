@@ -15,6 +15,7 @@ from moebius.text.replies.events import (
 )
 from moebius.text.replies.formats import EFFORTS, FORMATS, ReplyFormat
 from moebius.text.replies.parser import Expected, ReplyParser
+from moebius.text.replies.thinking import ReasoningEnds
 
 __all__ = [
     "EFFORTS",
@@ -26,6 +27,7 @@ __all__ = [
     "Event",
     "Expected",
     "Reasoning",
+    "ReasoningEnds",
     "ReplyFormat",
     "ReplyParser",
     "Said",

@@ -79,9 +79,9 @@ class ReplyFormat:
         symbols = reader.markers.symbols.values()
         if spelled is None or not all(marker in symbols for marker in reader.talk.border):
             return None
-        start, end, forced = (tuple(self._vocabulary.encode(text)) for text in spelled)
+        start, end, forced, answer = (tuple(self._vocabulary.encode(text)) for text in spelled)
         begun, _ = reader.talk.start(prompt, self._spell(reader))
-        return ReasoningEnds(start, end, forced, begun)
+        return ReasoningEnds(start, end, forced, answer, begun)
 
     def _spell(self, reader: _Reader) -> Spell:
         symbols = reader.markers.symbols

@@ -65,7 +65,8 @@ class HarmonyReply:
     ends = (
         f"{CHANNEL}analysis{MESSAGE}",
         END,
-        f"{END}{START}assistant{CHANNEL}final{MESSAGE}",
+        END,
+        f"{CHANNEL}final{MESSAGE}",
     )
 
     @property

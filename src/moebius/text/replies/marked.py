@@ -23,8 +23,8 @@ class MarkedReply:
         self.reasoning = None if thinking is None else thinking.spelling
 
     @property
-    def ends(self) -> tuple[str, str, str] | None:
-        """How reasoning is begun, ended, and ended as the model would, as it is spelled."""
+    def ends(self) -> tuple[str, str, str, str] | None:
+        """ReasoningEnds' sequences, as they are spelled."""
         return None if self._thinking is None else self._thinking.ends
 
     @property

@@ -9,14 +9,13 @@ from moebius.text.replies.source import Markers
 
 @dataclass(frozen=True, slots=True)
 class _Spelling:
-    """label: what follows the opener and belongs to it. lead, trail: line breaks that a model
-    writes round the closer."""
+    """label: what follows the opener and belongs to it. lead: a line break that
+    a model writes before the closer."""
 
     open: str
     close: str
     label: str = ""
     lead: str = ""
-    trail: str = ""
 
 
 # In the order in which they are looked for.
@@ -24,7 +23,7 @@ _SPELLINGS = (
     _Spelling("<|channel>", "<channel|>", "thought\n"),
     _Spelling("[THINK]", "[/THINK]"),
     _Spelling("<seed:think>", "</seed:think>"),
-    _Spelling("<think>", "</think>", lead="\n", trail="\n\n"),
+    _Spelling("<think>", "</think>", lead="\n"),
     _Spelling("Here is my thought process:", "Here is my response:"),
 )
 
@@ -35,13 +34,15 @@ class ReasoningEnds:
 
     start    what begins it
     end      what ends it
-    forced   what a model itself would write to end it, `end` among it
+    forced   what a model itself would write to end it, up to `end`
+    answer   behind what the answer begins: `end`, as a rule
     begun    whether the prompt has begun it
     """
 
     start: tuple[int, ...]
     end: tuple[int, ...]
     forced: tuple[int, ...]
+    answer: tuple[int, ...]
     begun: bool
 
 
@@ -60,10 +61,11 @@ class Thinking:
         return self.written.open
 
     @property
-    def ends(self) -> tuple[str, str, str]:
-        """How it is begun, ended, and ended as the model would."""
+    def ends(self) -> tuple[str, str, str, str]:
+        """ReasoningEnds' sequences, as they are spelled."""
         written = self.written
-        return written.open, written.close, written.lead + written.close + written.trail
+        opens = written.open + written.label
+        return opens, written.close, written.lead + written.close, written.close
 
     @classmethod
     def of(cls, tokens: Mapping[str, int], template: str, markers: Markers) -> Self | None:
