@@ -83,6 +83,9 @@ class ReplyFormat:
         begun, _ = reader.talk.start(prompt, self._spell(reader))
         return ReasoningEnds(start, end, forced, answer, begun)
 
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._vocabulary.encode(text))
+
     def _spell(self, reader: _Reader) -> Spell:
         symbols = reader.markers.symbols
         text_of = self._vocabulary.text_of
