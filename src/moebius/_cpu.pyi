@@ -324,6 +324,7 @@ class Experts:
         up_bias: Sequence[int],
         down_bias: Sequence[int],
         on_disk: bool = False,
+        interleaved: bool = False,
         alpha: float = 0.0,
         limit: float = 0.0,
     ) -> None: ...
