@@ -1,12 +1,13 @@
 """What it costs to count routers' choices, and what the live page's looks cost while one is open.
 
     .venv/bin/python benchmarks/live_page.py [--model bundled] [--sequences 1 32] [--steps 200]
-    [--threads 2] [--json FILE]
+    [--json FILE]
 
-Counting: two engines of one model, one of which has no tallies, make decoding steps in turn; a step
-is compared with the other engine's step beside it. Looks: the processor time of what an engine does
-for one frame (reading loads and statistics, encoding them) and of what the front does (the frame,
-as JSON), each of which happens once a second while a page is open.
+Counting: two engines of one model, one of which has no tallies, make decoding steps in turn, on one
+thread; a step's time on the processor is compared with that of the other engine's step beside it.
+Looks: what an engine does for one frame (reading loads and statistics, encoding them), and what the
+front does (the frame, as JSON), once a second while a page is open. Time on the processor is what
+other processes disturb least.
 """
 
 import argparse
@@ -48,12 +49,12 @@ class Uncounted(ExpertCounts):
             router.tally = None
 
 
-def engine_of(directory: Path, sequences: int, threads: int) -> Engine:
+def engine_of(directory: Path, sequences: int) -> Engine:
     config = EngineConfig(
         max_model_len=1024,
         max_num_seqs=sequences,
         kv_cache_memory_bytes=2**29,
-        threads=threads,
+        threads=1,
         enable_prefix_caching=False,
     )
     return load_engine(directory, config)
@@ -73,9 +74,9 @@ def fill(engine: Engine, sequences: int, steps: int) -> None:
 
 
 def timed(call: Callable[[], object]) -> float:
-    before = time.perf_counter()
+    before = time.process_time()
     call()
-    return time.perf_counter() - before
+    return time.process_time() - before
 
 
 def counting(counted: Engine, plain: Engine, sequences: int, steps: int) -> dict[str, float]:
@@ -134,14 +135,13 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     directory = resolve_model(args.model)
     most = max(args.sequences)
     with patch.object(runners, "ExpertCounts", Uncounted):
-        plain = engine_of(directory, most, args.threads)
-    with closing(plain), closing(engine_of(directory, most, args.threads)) as counted:
+        plain = engine_of(directory, most)
+    with closing(plain), closing(engine_of(directory, most)) as counted:
         rows = [counting(counted, plain, each, args.steps) for each in args.sequences]
         assert any(layer.tokens for layer in counted.expert_loads().layers)
         assert not any(layer.tokens for layer in plain.expert_loads().layers)
@@ -155,7 +155,7 @@ def main() -> None:
         f"a look: {found['engine_ms']:.2f} ms of a processor at the engine, "
         f"{found['front_ms']:.2f} at the front, a frame of {found['frame_bytes']:,.0f} bytes"
     )
-    record = {"model": args.model, "processor": processor(), "threads": args.threads}
+    record = {"model": args.model, "processor": processor(), "threads": 1}
     save(args.json, {**record, "steps": args.steps, "counting": rows, "look": found})
 
 
