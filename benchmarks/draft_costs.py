@@ -147,14 +147,14 @@ def main() -> None:
         make_dense(args.make_dense)
         return
     directory = resolve_model(args.model)
+    record = {"model": Path(args.model).name, "processor": processor(), "threads": 1}
     found = []
     for sequences in args.batches:
         rows = costs(directory, sequences, args.rows, args.rounds)
         found += rows
         told = "  ".join(f"{row['rows']:.0f}: {row['over_one_row']:.2f}" for row in rows)
         print(f"{sequences:>4} sequences, a row {rows[0]['ms']:.2f} ms; {told}", flush=True)
-    record = {"model": Path(args.model).name, "processor": processor(), "threads": 1}
-    save(args.json, {**record, "prompt": PROMPT, "costs": found})
+        save(args.json, {**record, "prompt": PROMPT, "rounds": args.rounds, "costs": found})
 
 
 if __name__ == "__main__":
