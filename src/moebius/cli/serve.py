@@ -47,7 +47,8 @@ class ServeOptions:
     metrics_api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="MOEBIUS_METRICS_API_KEY", help="The key that opens /metrics, and nothing else."
+            envvar="MOEBIUS_METRICS_API_KEY",
+            help="The key that opens /metrics and the live page, and nothing else.",
         ),
     ] = None
     served_model_name: Annotated[
