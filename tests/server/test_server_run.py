@@ -161,10 +161,10 @@ def test_an_address_that_others_reach_needs_a_key(host: str) -> None:
 
 
 def test_with_a_key_any_address_of_this_machine_will_do() -> None:
-    with reserve("0.0.0.0", 0, api_keys=("k",)):
+    with reserve("0.0.0.0", 0, open_to_all=False):
         pass
-    assert "cannot bind 192.0.2.1:0" in refused("192.0.2.1", 0, api_keys=("k",))
-    assert "cannot be resolved" in refused("no-such-host.invalid", 0, api_keys=("k",))
+    assert "cannot bind 192.0.2.1:0" in refused("192.0.2.1", 0, open_to_all=False)
+    assert "cannot be resolved" in refused("no-such-host.invalid", 0, open_to_all=False)
 
 
 def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
@@ -208,7 +208,7 @@ def test_an_address_that_the_machine_lacks_is_left_out_where_another_is_there(
 ) -> None:
     """As ::1 of localhost, on a machine without IPv6."""
     resolves_to(monkeypatch, "127.0.0.1", "192.0.2.1")
-    with reserve("some-name", 0, api_keys=("k",)) as sockets:
+    with reserve("some-name", 0, open_to_all=False) as sockets:
         assert [sock.getsockname()[0] for sock in sockets] == ["127.0.0.1"]
 
 
@@ -225,7 +225,7 @@ def test_addresses_of_ipv6_stand_in_brackets() -> None:
         first.listen()
         port = first.getsockname()[1]
         assert f"cannot bind [::1]:{port}: " in refused("::1", port)
-    with reserve("::", 0, api_keys=("k",)) as (both,):
+    with reserve("::", 0, open_to_all=False) as (both,):
         both.listen()
         for address in ("::1", "127.0.0.1"):
             socket.create_connection((address, both.getsockname()[1]), timeout=5).close()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class ServeOptions:
     """What `moebius serve` takes beside the engine's options."""
 
-    host: Annotated[str, "Address to bind; any but a loopback one needs --api-key."] = "127.0.0.1"
+    host: Annotated[str, "Address to bind; any but a loopback one needs API keys."] = "127.0.0.1"
     port: Annotated[int, "Port to bind; 0 takes a free one."] = 8000
     api_key: Annotated[
         list[str] | None,
@@ -44,10 +44,10 @@ class ServeOptions:
             envvar="MOEBIUS_API_KEY", help="A key that clients must send; may be repeated."
         ),
     ] = None
-    metrics_api_key: Annotated[
-        str | None,
+    api_keys: Annotated[
+        Path | None,
         typer.Option(
-            envvar="MOEBIUS_METRICS_API_KEY", help="The key that opens /metrics, and nothing else."
+            metavar="FILE", help="Keys with names, limits and weights; read again at SIGHUP."
         ),
     ] = None
     served_model_name: Annotated[
@@ -90,7 +90,7 @@ class ServeOptions:
         return ServerSettings(
             served_model_names=tuple(self.served_model_name or _names(model)),
             api_keys=tuple(self.api_key or ()),
-            metrics_api_key=self.metrics_api_key,
+            api_keys_file=self.api_keys,
             vllm_metric_names=self.vllm_metric_names,
             unknown_fields=self.unknown_fields,
             request_timeout=self.request_timeout,
@@ -99,6 +99,13 @@ class ServeOptions:
             max_connections=self.max_connections,
             cors_origins=tuple(self.cors_origin or ()),
         )
+
+
+def _check_keys(settings: ServerSettings) -> None:
+    """ConfigError where the key file is wrong, before the weights are read."""
+    from moebius.server.keys import KeyRing
+
+    KeyRing.of(settings)
 
 
 def _names(model: str) -> list[str]:
@@ -127,6 +134,7 @@ def serve(
 ) -> None:
     """Serve a model over OpenAI's API."""
     settings = options.settings(model)
+    _check_keys(settings)
     nodes.check(config)
     logs.to_stderr(options.log_level)
     if nodes.node_rank > 0:
@@ -135,7 +143,7 @@ def serve(
     from moebius.server.listen import reserve
 
     with (
-        reserve(options.host, options.port, api_keys=settings.api_keys) as sockets,
+        reserve(options.host, options.port, open_to_all=not settings.needs_key) as sockets,
         listening(nodes) as assembly,
     ):
         _serve_on(sockets, which.find(model), config, settings, options, assembly)

@@ -12,6 +12,7 @@ from moebius.front.assemble import SequenceAssembler
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import SamplingParams
+from moebius.request.share import NOBODY, Share
 from moebius.text import EncodedPrompt, Tokenizer
 
 
@@ -51,6 +52,7 @@ class ChoiceOpener:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
+        share: Share = NOBODY,
     ) -> Iterator[Choice]:
         """The `params.n` choices of one prompt. Raises RequestError.
 
@@ -78,6 +80,7 @@ class ChoiceOpener:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            share=share,
             generation_start=prompt.generation_start,
             hasher=self.hasher,
         )

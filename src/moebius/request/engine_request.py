@@ -8,6 +8,7 @@ from typing import Self
 from moebius.errors import ContextExceededError, RequestError, check_integer, check_number
 from moebius.request.hashes import BlockHasher, PromptHashes
 from moebius.request.params import LIMITS, SamplingParams, ServingLimits, check_asked, check_tokens
+from moebius.request.share import NOBODY, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class EngineRequest:
     max_tokens          resolved: most tokens to draw
     arrival, deadline   seconds on the engine's monotonic clock
     salt                separates the prefix caches of tenants
+    share               whose it is: those that wait take turns
     generation_start    how many leading tokens of the prompt come before the generation prompt, the
                         part that a chat template adds for the answer; None where that is not known
     output_ids          token ids that an earlier engine has drawn
@@ -37,6 +39,7 @@ class EngineRequest:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
+    share: Share = NOBODY
     generation_start: int | None = None
     output_ids: tuple[int, ...] = ()
     prompt_hashes: PromptHashes | None = None
@@ -65,6 +68,7 @@ class EngineRequest:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
+        share: Share = NOBODY,
         generation_start: int | None = None,
         output_ids: Sequence[int] = (),
         hasher: BlockHasher | None = None,
@@ -93,6 +97,7 @@ class EngineRequest:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            share=share,
             generation_start=generation_start,
             output_ids=tuple(output_ids),
         )
@@ -122,6 +127,7 @@ class EngineRequest:
             )
         if len(self.salt) > LIMITS.salt_bytes:
             raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
+        self.share.check()
         check_integer("generation_start", self.generation_start, 0, len(self.prompt_ids), none=True)
         room = limits.max_model_len - len(self.prompt_ids)
         unlimited = self.params.max_tokens is None

@@ -70,6 +70,11 @@ class Visit:
     facts: dict[str, object] = field(default_factory=dict)
     ignored: str | None = None
 
+    def name(self, key: str) -> None:
+        """Note by which key it came, where that has a name."""
+        if key:
+            self.facts["key"] = key
+
     def ignore(self, names: Sequence[str]) -> None:
         """Note the names of fields that were ignored; of a few of them as much as shows which they
         are."""

@@ -26,6 +26,7 @@ from moebius.server.capacity import BodyRoom
 from moebius.server.faults import Fault
 from moebius.server.formats import ChatFormat, CompletionFormat
 from moebius.server.gate import METRICS, body_of
+from moebius.server.keys import ApiKey, Caller
 from moebius.server.metrics import Spread
 from moebius.server.protocol import (
     TIMEOUT_HEADER,
@@ -178,6 +179,8 @@ class Api:
         limits = self.door.client.info.limits
         # Before the prompts are encoded, which may take long.
         check_asked(params, limits, asked.priority)
+        caller: Caller = request.scope["moebius.caller"]
+        check_priority(asked.priority, caller.key)
         return self.door.open(
             f"{asked.id_prefix}-{secrets.token_hex(12)}",
             asked.encode(self.tokenizer, limits.max_model_len),
@@ -187,6 +190,7 @@ class Api:
             timeout=timeout,
             priority=asked.priority,
             salt=_salt(request, asked),
+            caller=caller,
         )
 
     def tokenize(self, request: Request, asked: TokenizeRequest) -> Response:
@@ -240,6 +244,15 @@ def _permission(name: str, created: int) -> dict[str, Any]:
         "group": None,
         "is_blocking": False,
     }
+
+
+def check_priority(priority: int, key: ApiKey) -> None:
+    """RequestError where requests with this key must not bring a priority."""
+    if priority != 0 and not key.priority:
+        raise RequestError(
+            f"priority is {priority}; it must be 0 with this API key, which may bring none",
+            param="priority",
+        )
 
 
 def _json(value: object) -> Response:

@@ -15,6 +15,7 @@ from moebius.server.access import AccessLog
 from moebius.server.api import Api
 from moebius.server.faults import routing_fault
 from moebius.server.gate import Gate
+from moebius.server.keys import KeyRing
 from moebius.server.metrics import ServerMetrics, Spread
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import FrontDoor
@@ -38,8 +39,10 @@ def create_app(
     prefix_key: the launch's, which the engine was given; without it the engine hashes prompts.
     spread: how ranks share the model's experts.
 
-    app.state.front_door is its FrontDoor, app.state.access its AccessLog.
+    app.state.front_door is its FrontDoor, app.state.access its AccessLog, app.state.keys its
+    KeyRing. Raises ConfigError where the key file is wrong.
     """
+    keys = KeyRing.of(settings)
     metrics = ServerMetrics(
         client,
         settings.served_model_names[0],
@@ -67,10 +70,9 @@ def create_app(
         middleware=[
             Middleware(
                 Gate,
-                api_keys=settings.api_keys,
+                keys=keys,
                 access=access,
                 cors_origins=settings.cors_origins,
-                metrics_api_key=settings.metrics_api_key,
             )
         ],
         lifespan=lifespan,
@@ -78,6 +80,7 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.front_door = door
     app.state.access = access
+    app.state.keys = keys
     return app
 
 

@@ -53,6 +53,7 @@ REJECTIONS = (
     "invalid_request",
     "context_length",
     "overload",
+    "rate_limit",
     "draining",
     "deadline",
     "error",

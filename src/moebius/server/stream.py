@@ -18,6 +18,7 @@ from moebius.front.choices import ChoiceOpener
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
+from moebius.server.keys import OUTSIDER, Caller
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
 from moebius.text import EncodedPrompt
@@ -65,7 +66,12 @@ class Call:
     """
 
     def __init__(
-        self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[LiveChoice]
+        self,
+        door: "FrontDoor",
+        id: str,
+        params: SamplingParams,
+        choices: list[LiveChoice],
+        caller: Caller = OUTSIDER,
     ) -> None:
         self.id = id
         self.params = params
@@ -77,6 +83,8 @@ class Call:
         self.fault: Fault | None = None
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
+        self._caller = caller
+        self._queued: dict[str, int] = {}
         self._inbox: list[tuple[LiveChoice, StepOutput]] = []
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
@@ -104,12 +112,28 @@ class Call:
         return sum(choice.assembler.num_cached_tokens for choice in self.choices[:: self.params.n])
 
     async def __aenter__(self) -> Self:
-        self._door.admit(self)
+        self._queue()
+        try:
+            self._door.admit(self)
+        except BaseException:
+            self._leave_queue()
+            raise
         return self
+
+    def _queue(self) -> None:
+        """Count its prompts among what waits of its key's. Raises Fault where that is too much."""
+        tokens = {choice.request.id: choice.request.num_tokens for choice in self.choices}
+        self._caller.quota.queue(sum(tokens.values()), self._caller.key.limits)
+        self._queued = tokens
+
+    def _leave_queue(self) -> None:
+        self._caller.quota.leave_queue(sum(self._queued.values()))
+        self._queued = {}
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        self._leave_queue()
         self._end = self._how_it_ended(error)
         for choice in self.choices:
             if not choice.closed:
@@ -173,6 +197,7 @@ class Call:
             return
         if output.token_ids and not choice.closed:
             self._door.metrics.tokens(choice.times, len(output.token_ids), now)
+        self._caller.quota.leave_queue(self._queued.pop(choice.request.id, 0))
         self._inbox.append((choice, output))
         weight = _weight(output)
         self._waiting_bytes += weight
@@ -260,6 +285,7 @@ class FrontDoor:
         timeout: float = math.inf,
         priority: int = 0,
         salt: bytes = b"",
+        caller: Caller = OUTSIDER,
     ) -> Call:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
@@ -268,6 +294,7 @@ class FrontDoor:
                     there; default: now
         timeout     seconds that the client gives it, at most request_timeout
         priority, salt   as in EngineRequest
+        caller      whose it is: it counts among that one's, and takes turns with others'
         """
         if self.draining:
             raise DrainingError
@@ -285,6 +312,7 @@ class FrontDoor:
                 priority=priority,
                 deadline=deadline,
                 salt=salt,
+                share=caller.key.share,
             )
             for one in opened:
                 choices.append(
@@ -296,7 +324,7 @@ class FrontDoor:
                         times=SequenceTimes(now),
                     )
                 )
-        return Call(self, id, params, choices)
+        return Call(self, id, params, choices, caller)
 
     def admit(self, call: Call) -> None:
         """Submit a call's choices, all or none."""
