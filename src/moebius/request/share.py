@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from moebius.errors import RequestError, check_number
 
 MAX_ACCOUNT = 64
+MIN_WEIGHT = 0.1
 MAX_WEIGHT = 1000.0
 
 
@@ -27,7 +28,7 @@ class Share:
                 "characters",
                 param="account",
             )
-        check_number("weight", self.weight, 0, MAX_WEIGHT, open_low=True)
+        check_number("weight", self.weight, MIN_WEIGHT, MAX_WEIGHT)
 
 
 NOBODY = Share()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from moebius.errors import ConfigError
-from moebius.request.share import MAX_WEIGHT, Share
+from moebius.request.share import MAX_WEIGHT, MIN_WEIGHT, Share
 from moebius.server.quotas import UNLIMITED, Limits, Quota
 from moebius.server.settings import ServerSettings, check_key
 
@@ -222,8 +222,10 @@ class _Entry:
     def _weight(self) -> float:
         weight = self.table.get("weight", 1.0)
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not 0.01 <= weight <= MAX_WEIGHT:
-            raise ConfigError(f"{self.where}: weight must be a number from 0.01 to {MAX_WEIGHT:g}")
+        if not number or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise ConfigError(
+                f"{self.where}: weight must be a number from {MIN_WEIGHT} to {MAX_WEIGHT:g}"
+            )
         return float(weight)
 
     def _count(self, name: str) -> int | None:
