@@ -411,7 +411,7 @@ class Episode:
         if not request.asked.share.account or not mine:
             return False
         owned = sum(each.num_tokens for each in mine)
-        return len(mine) + 1 > 8 * requests or owned + size > 8 * tokens
+        return len(mine) + 1 > 8 * (requests - 1) or owned + size > 8 * (tokens - size)
 
     def _maybe_abort(self) -> None:
         """End some request by force: waiting, running, preempted or, to no effect, over."""

@@ -76,8 +76,8 @@ class Turns:
             return 0, 0
         size = request.num_tokens
         return (
-            _excess(len(lane.waiting) + 1, requests + 1),
-            _excess(lane.tokens + size, tokens + size),
+            _excess(len(lane.waiting) + 1, requests),
+            _excess(lane.tokens + size, tokens),
         )
 
     def push(self, request: Request) -> None:

@@ -79,7 +79,8 @@ class WaitingQueue:
         requests = self._count + 1 - self._max_requests
         tokens = self.num_tokens + request.num_tokens - self._max_tokens
         mine = self.turns.beyond_share(request, -requests, -tokens)
-        requests, tokens = max(requests, mine[0]), max(tokens, mine[1])
+        requests = max(requests, mine[0])
+        tokens = max(tokens, mine[1])
         if self._count and (requests > 0 or tokens > 0):
             raise OverloadError(
                 f"the queue is full: {self._count} of {self._max_requests} requests and "
