@@ -407,8 +407,6 @@ def test_what_an_operator_chooses_reaches_the_server(
     options = (
         "--unknown-fields",
         "warn",
-        "--request-timeout",
-        "9",
         "--api-keys",
         str(keys),
         "--api-key",
@@ -417,16 +415,15 @@ def test_what_an_operator_chooses_reaches_the_server(
     assert moebius(monkeypatch, *serve, *options) == 0
     monkeypatch.setenv("MOEBIUS_API_KEY", "one two")
     assert moebius(monkeypatch, *serve) == 0
-    names = ("unknown_fields", "request_timeout", "api_keys_file", "api_keys")
+    names = ("unknown_fields", "api_keys_file", "api_keys")
     assert [tuple(getattr(settings, name) for name in names) for settings in chosen] == [
-        ("refuse", 3600.0, None, ()),
-        ("warn", 9.0, keys, ("a",)),
-        ("refuse", 3600.0, None, ("one", "two")),
+        ("refuse", None, ()),
+        ("warn", keys, ("a",)),
+        ("refuse", None, ("one", "two")),
     ]
     capsys.readouterr()
     for option, value, word in (
         ("--unknown-fields", "ignore", "it must be one of refuse, warn"),
-        ("--request-timeout", "0", "positive number of seconds"),
         ("--api-keys", str(keys.with_name("none.toml")), "No such file"),
     ):
         assert word in refused(monkeypatch, capsys, *serve, option, value)

@@ -150,8 +150,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 @contextlib.contextmanager
 def listening(fake: FakeEngine, **options: Any) -> Iterator[tuple[int, Any]]:
     """A real server on a free port in a thread: (port, front door)."""
+    certificate = options.pop("certificate", None)
     app = create_app(fake, tokenizer(), GenerationDefaults(), settings(**options))
-    server = RealServer(app)
+    server = RealServer(app, certificate=certificate)
     with reserve("127.0.0.1", 0) as sockets:
         port = sockets[0].getsockname()[1]
         thread = threading.Thread(target=lambda: loop_guard.run(server.serve(sockets)), daemon=True)
