@@ -105,6 +105,7 @@ def events(raw: bytes) -> list[str]:
 async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterator[Server]:
     fake = fake or engine()
     spread = options.pop("spread", lambda: None)
+    spans = options.pop("spans", None)
     chosen = {name: options.pop(name) for name in ("tokenizer", "defaults") if name in options}
     app = create_app(
         fake,
@@ -112,6 +113,7 @@ async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterat
         chosen.get("defaults", GenerationDefaults()),
         settings(**options),
         spread=spread,
+        spans=spans,
     )
     transport = httpx.ASGITransport(loop_guard.apart(app), raise_app_exceptions=True)
     async with (

@@ -218,8 +218,10 @@ def load_app(
     from moebius.engine.wire import Launch
     from moebius.front.choices import draw_prefix_key
     from moebius.server.app import create_app
+    from moebius.server.spans import Spans
     from moebius.text import load_text
 
+    spans = Spans.from_environment()
     tokenizer, generation = load_text(model.path, model.tokenizer)
     key = draw_prefix_key()
     ends = generation.eos_ids
@@ -231,7 +233,13 @@ def load_app(
     )
     settings = options.settings(model.name)
     return create_app(
-        client, tokenizer, generation, settings, prefix_key=key, spread=processes.spread
+        client,
+        tokenizer,
+        generation,
+        settings,
+        prefix_key=key,
+        spread=processes.spread,
+        spans=spans,
     )
 
 

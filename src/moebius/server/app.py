@@ -1,5 +1,6 @@
 """The application: its parts, its start and its end. Errors are `gate.Gate`'s to answer."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -18,6 +19,7 @@ from moebius.server.gate import Gate
 from moebius.server.keys import KeyRing
 from moebius.server.metrics import ServerMetrics, Spread
 from moebius.server.settings import ServerSettings
+from moebius.server.spans import Spans
 from moebius.server.stream import FrontDoor
 from moebius.text import GenerationDefaults, Tokenizer
 
@@ -32,12 +34,14 @@ def create_app(
     *,
     prefix_key: bytes | None = None,
     spread: Spread = lambda: None,
+    spans: Spans | None = None,
 ) -> Starlette:
     """The server as an ASGI application. It starts `client` when it starts and closes it when it
     ends.
 
     prefix_key: the launch's, which the engine was given; without it the engine hashes prompts.
-    spread: how ranks share the model's experts.
+    spread: how ranks share the model's experts. spans: where requests leave theirs; the server
+    closes it when it ends.
 
     app.state.front_door is its FrontDoor, app.state.access its AccessLog, app.state.keys its
     KeyRing. Raises ConfigError where the key file is wrong.
@@ -61,9 +65,11 @@ def create_app(
         finally:
             api.executor.shutdown(wait=False, cancel_futures=True)
             await door.close(_CLOSE_SECONDS)
+            if spans is not None:
+                await asyncio.to_thread(spans.close)
 
     routes = api.routes()
-    access = AccessLog(metrics, [route.path for route in routes])
+    access = AccessLog(metrics, [route.path for route in routes], spans=spans)
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: _leave_to_gate},

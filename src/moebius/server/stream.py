@@ -162,6 +162,7 @@ class Call:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
+            **self.choices[0].times.told(),
         }
 
     async def next(self) -> News:
