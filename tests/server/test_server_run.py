@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -91,6 +92,44 @@ def test_the_first_signal_drains_with_the_port_open_and_ends_with_0(number: int)
         assert b"data: [DONE]" in rest(sock)
         out, err = child.communicate(timeout=20)
         assert (child.returncode, out, err) == (0, "ended\n", "")
+
+
+def test_a_hangup_has_the_keys_read_again_and_ends_nothing() -> None:
+    with process(step_seconds=0.02) as (child, port):
+        sock = streaming(port, max_tokens=20)
+        child.send_signal(signal.SIGHUP)
+        assert b"data: [DONE]" in rest(sock)
+        assert get(port, "/health/ready") == 200
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=20)
+        assert (child.returncode, out, err) == (0, "ended\n", "")
+
+
+def drained_under_load(seed: int) -> None:
+    """SIGTERM at a random time, with streams and short requests under way: what began ends whole,
+    what comes later is refused, and the exit code is 0."""
+    rng = random.Random(seed)
+    with process(step_seconds=0.005) as (child, port):
+        streams = [streaming(port, max_tokens=rng.randint(5, 120)) for _ in range(8)]
+        time.sleep(rng.random() * 0.3)
+        child.send_signal(signal.SIGTERM)
+        for sock in streams:
+            assert rest(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), seed
+        assert get(port, "/health/live") in (0, 200)
+        out, err = child.communicate(timeout=30)
+        assert (child.returncode, out, err) == (0, "ended\n", ""), seed
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_in_flight_ends_whole(seed: int) -> None:
+    drained_under_load(seed)
+
+
+@pytest.mark.signals
+@pytest.mark.timeout(3600)
+def test_what_is_in_flight_ends_whole_a_hundred_times() -> None:
+    for seed in range(100):
+        drained_under_load(seed)
 
 
 def test_what_outlasts_the_drain_time_is_told_so() -> None:
