@@ -14,6 +14,7 @@ from moebius.request.constraint import Constraint
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import SamplingParams
+from moebius.request.share import NOBODY, Share
 from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer
 
 
@@ -62,6 +63,7 @@ class ChoiceOpener:
         salt: bytes = b"",
         expected: Expected | None = None,
         constraint: Constraint | None = None,
+        share: Share = NOBODY,
     ) -> Iterator[Choice]:
         """The `params.n` choices of one prompt. Raises RequestError.
 
@@ -94,6 +96,7 @@ class ChoiceOpener:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            share=share,
             generation_start=prompt.generation_start,
             hasher=self.hasher,
             constraint=constraint,

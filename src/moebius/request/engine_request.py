@@ -9,6 +9,7 @@ from moebius.errors import ContextExceededError, RequestError, check_integer, ch
 from moebius.request.constraint import Constraint
 from moebius.request.hashes import BlockHasher, PromptHashes
 from moebius.request.params import LIMITS, SamplingParams, ServingLimits, check_asked, check_tokens
+from moebius.request.share import NOBODY, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class EngineRequest:
     max_tokens          resolved: most tokens to draw
     arrival, deadline   seconds on the engine's monotonic clock
     salt                separates the prefix caches of tenants
+    share               whose it is: those that wait take turns
     generation_start    how many leading tokens of the prompt come before the generation prompt, the
                         part that a chat template adds for the answer; None where that is not known
     output_ids          token ids that an earlier engine has drawn
@@ -39,6 +41,7 @@ class EngineRequest:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
+    share: Share = NOBODY
     generation_start: int | None = None
     output_ids: tuple[int, ...] = ()
     prompt_hashes: PromptHashes | None = None
@@ -68,6 +71,7 @@ class EngineRequest:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
+        share: Share = NOBODY,
         generation_start: int | None = None,
         output_ids: Sequence[int] = (),
         hasher: BlockHasher | None = None,
@@ -97,6 +101,7 @@ class EngineRequest:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            share=share,
             generation_start=generation_start,
             output_ids=tuple(output_ids),
             constraint=constraint,
@@ -127,6 +132,7 @@ class EngineRequest:
             )
         if len(self.salt) > LIMITS.salt_bytes:
             raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
+        self.share.check()
         check_integer("generation_start", self.generation_start, 0, len(self.prompt_ids), none=True)
         if self.constraint is not None:
             self.constraint.check(limits.vocab_size)

@@ -29,6 +29,7 @@ from moebius.server.docs import HEADERS, page
 from moebius.server.faults import Fault
 from moebius.server.formats import CompletionFormat
 from moebius.server.gate import DOCS, LIVE, METRICS, OPENAPI, body_of
+from moebius.server.keys import ApiKey, Caller
 from moebius.server.live import LiveFeed, LiveStream
 from moebius.server.methods import route
 from moebius.server.metrics import Spread
@@ -256,6 +257,8 @@ class Api:
             expected = asked.conversation.expected(replies)
         # Before the prompts are encoded, which may take long.
         check_asked(params, limits, asked.priority)
+        caller: Caller = request.scope["moebius.caller"]
+        check_priority(asked.priority, caller.key)
         if isinstance(asked, ChatRequest):
             most = limits.max_model_len
             prompts = [asked.conversation.prompt(self.tokenizer, replies, at_most=most)]
@@ -271,6 +274,7 @@ class Api:
             timeout=timeout,
             priority=asked.priority,
             salt=_salt(request, asked),
+            caller=caller,
         )
 
     def tokenize(self, request: Request, asked: TokenizeRequest) -> Response:
@@ -313,6 +317,15 @@ def _described() -> bytes:
 @cache
 def _documented() -> str:
     return page(document())
+
+
+def check_priority(priority: int, key: ApiKey) -> None:
+    """RequestError where requests with this key must not bring a priority."""
+    if priority != 0 and not key.priority:
+        raise RequestError(
+            f"priority is {priority}; it must be 0 with this API key, which may bring none",
+            param="priority",
+        )
 
 
 def _json(value: object) -> Response:
