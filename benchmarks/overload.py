@@ -6,9 +6,9 @@
 `moebius serve` runs in a process of its own, with two keys of a key file.
 
 flood    clients ask one after the other, enough of them that the batch is full: the peak, in
-         answers a second. Then requests come in an open loop at ten times that rate: how many answers a
-         second are whole (goal: 95 % of the peak), how long a refusal takes (99 % within 50 ms),
-         and how long after the last of them an answer is as quick as before (5 s).
+         answers a second. Then requests come in an open loop at ten times that rate: how many
+         answers a second are whole (goal: 95 % of the peak), how long a refusal takes (99 % within
+         50 ms), and how long after the last of them an answer is as quick as before (5 s).
 keys     one request alone: how long it takes. Then again, with another key, beside 500 that were
          asked for just before: how long it waits for its place (twice its time alone at the most).
 readers  the time between tokens of 20 streams, alone and beside 500 clients that read a byte a
@@ -118,7 +118,8 @@ async def flood(url: str, seconds: float, rng: random.Random) -> dict[str, Any]:
         async def one_after_the_other(until: float) -> None:
             nonlocal done
             while time.perf_counter() < until:
-                done += (await ask(client, "crowd", prompt(rng))).status == 200
+                asked = await ask(client, "crowd", prompt(rng))
+                done += asked.status == 200
 
         until = time.perf_counter() + seconds
         await asyncio.gather(*(one_after_the_other(until) for _ in range(24)))
