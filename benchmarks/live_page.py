@@ -85,7 +85,9 @@ def counting(counted: Engine, plain: Engine, sequences: int, steps: int) -> dict
         fill(engine, sequences, steps)
         for _ in range(10):
             engine.step()
-    ratios, with_, without = [], [], []
+    ratios = []
+    with_ = []
+    without = []
     for i in range(steps):
         pair = (counted, plain) if i % 2 else (plain, counted)
         seconds = {id(engine): timed(engine.step) for engine in pair}
@@ -107,13 +109,16 @@ def looks(engine: Engine) -> dict[str, float]:
     """Milliseconds of one processor for a look, at the median."""
 
     def at_engine() -> tuple[EngineStats, ExpertLoads]:
-        stats, loads = engine.stats(), engine.expert_loads()
+        stats = engine.stats()
+        loads = engine.expert_loads()
         wire.encode(wire.Loads(loads))
         wire.encode(wire.Stats(stats))
         return stats, loads
 
     heard = Heard("ready", 0, [(1.0, 1)] * 40, [(1.0, 1)] * 40, {}, {})
-    engines, fronts, sizes = [], [], []
+    engines = []
+    fronts = []
+    sizes = []
     for _ in range(LOOKS):
         before = time.thread_time()
         look = Look(*at_engine(), None)
