@@ -63,10 +63,7 @@ def create_app(
         try:
             yield
         finally:
-            api.executor.shutdown(wait=False, cancel_futures=True)
-            await door.close(_CLOSE_SECONDS)
-            if spans is not None:
-                await asyncio.to_thread(spans.close)
+            await _close(api, spans)
 
     routes = api.routes()
     access = AccessLog(metrics, [route.path for route in routes], spans=spans)
@@ -88,6 +85,13 @@ def create_app(
     app.state.access = access
     app.state.keys = keys
     return app
+
+
+async def _close(api: Api, spans: Spans | None) -> None:
+    api.executor.shutdown(wait=False, cancel_futures=True)
+    await api.door.close(_CLOSE_SECONDS)
+    if spans is not None:
+        await asyncio.to_thread(spans.close)
 
 
 async def _leave_to_gate(request: Request, error: Exception) -> Response:
