@@ -96,9 +96,11 @@ def test_the_first_signal_drains_with_the_port_open_and_ends_with_0(number: int)
 
 def test_a_hangup_has_the_keys_read_again_and_ends_nothing() -> None:
     with process(step_seconds=0.02) as (child, port):
-        sock = streaming(port, max_tokens=20)
-        child.send_signal(signal.SIGHUP)
-        assert b"data: [DONE]" in rest(sock)
+        with streaming(port, max_tokens=20) as sock:
+            child.send_signal(signal.SIGHUP)
+            received = b""
+            while b"data: [DONE]" not in received:
+                received += sock.recv(65536)
         assert get(port, "/health/ready") == 200
         child.send_signal(signal.SIGTERM)
         out, err = child.communicate(timeout=20)

@@ -48,11 +48,7 @@ def create_app(
     KeyRing. Raises ConfigError where the key file is wrong.
     """
     keys = KeyRing.of(settings)
-    metrics = ServerMetrics(
-        client,
-        settings.served_model_names[0],
-        spread=spread,
-    )
+    metrics = ServerMetrics(client, settings.served_model_names[0], spread=spread)
     hasher = None if prefix_key is None else client.info.hasher(prefix_key)
     opener = ChoiceOpener(tokenizer, client.info, hasher, replies)
     door = FrontDoor(client, opener, metrics, settings)
@@ -64,11 +60,7 @@ def create_app(
         try:
             yield
         finally:
-            api.executor.shutdown(wait=False, cancel_futures=True)
-            api.grammars.close()
-            await door.close(_CLOSE_SECONDS)
-            if spans is not None:
-                await asyncio.to_thread(spans.close)
+            await _close(api, spans)
 
     routes = api.routes()
     access = AccessLog(metrics, [route.path for route in routes], spans=spans)
@@ -90,6 +82,14 @@ def create_app(
     app.state.access = access
     app.state.keys = keys
     return app
+
+
+async def _close(api: Api, spans: Spans | None) -> None:
+    api.executor.shutdown(wait=False, cancel_futures=True)
+    api.grammars.close()
+    await api.door.close(_CLOSE_SECONDS)
+    if spans is not None:
+        await asyncio.to_thread(spans.close)
 
 
 async def _leave_to_gate(request: Request, error: Exception) -> Response:
