@@ -75,12 +75,7 @@ class ChoiceOpener:
         are wanted. `expected`: which tools such a reply may call. constraint: what its tokens are
         held to; None: to what the parameters ask for.
         """
-        if self.info.start_ids and params.prompt_logprobs is not None:
-            raise RequestError(
-                "prompt_logprobs, and logprobs with echo, are not supported with this model: an "
-                "encoder reads the prompt, and gives its tokens no probabilities",
-                param="prompt_logprobs",
-            )
+        self._check_scores(params)
         if constraint is None:
             reasoning = None if continues else Reasoning.of(self.tokenizer, prompt)
             constraint = constraint_of(params, self.tokenizer, reasoning)
@@ -111,6 +106,14 @@ class ChoiceOpener:
             yield Choice(
                 request,
                 SequenceAssembler(self.tokenizer, params, prompt_ids=context, reply=reply),
+            )
+
+    def _check_scores(self, params: SamplingParams) -> None:
+        if self.info.start_ids and params.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs, and logprobs with echo, are not supported with this model: an "
+                "encoder reads the prompt, and gives its tokens no probabilities",
+                param="prompt_logprobs",
             )
 
 
