@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moebius.server.access import AccessLog
 from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors
+from moebius.server.dialects import refusal_of, with_own_id
 from moebius.server.faults import Fault, fault_of
 from moebius.server.limits import HTTP_LIMITS
 from moebius.server.page import PAGE_PATHS
@@ -32,8 +33,8 @@ _OF_OPERATORS = (METRICS, LIVE)
 
 
 class Gate:
-    """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's
-    shape.
+    """Refuses by itself what needs no route, and turns every exception into an error, of the shape
+    that the route's clients know.
 
     It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is
     open), and scope["moebius.visit"], to which an answer adds what the request's log line shall say
@@ -64,7 +65,7 @@ class Gate:
         visit = scope["moebius.visit"] = self._access.open(scope)
 
         async def watched(message: Message) -> None:
-            await send(visit.answered(message))
+            await send(with_own_id(visit.answered(message), visit))
 
         try:
             _check_framing(scope)
@@ -83,7 +84,8 @@ class Gate:
             visit.fault = fault_of(error)
             if visit.status is not None:
                 raise RuntimeError("a response broke off") from None
-            await visit.fault.response()(scope, receive, watched)
+            answer = refusal_of(visit.path)(visit.fault, visit.id)
+            await answer(scope, receive, watched)
         finally:
             self._access.close(visit)
 
@@ -93,15 +95,23 @@ def _tenant(scope: Scope, digests: list[bytes]) -> bytes:
     Fault."""
     if not digests or scope["raw_path"] in _OPEN_PATHS or scope["raw_path"] in _PAGE_PATHS:
         return b""
-    shown = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, key = (shown[0] if len(shown) == 1 else b"").partition(b" ")
-    digest = _digest(key.strip())
-    # Every key is compared, whichever matches, so that the time taken says nothing.
-    matches = [hmac.compare_digest(digest, known) for known in digests]
-    if scheme.lower() != b"bearer" or not any(matches):
-        message = "this server needs an API key that it knows, as `Authorization: Bearer KEY`"
-        raise Fault(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-    return digest
+    for digest in map(_digest, _shown_keys(scope)):
+        # Every key is compared, whichever matches, so that the time taken says nothing.
+        if any([hmac.compare_digest(digest, known) for known in digests]):
+            return digest
+    message = "this server needs an API key that it knows, as `Authorization: Bearer KEY`"
+    raise Fault(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _shown_keys(scope: Scope) -> list[bytes]:
+    """As OpenAI's clients show one, and as Anthropic's do."""
+    bearers = [value for name, value in scope["headers"] if name == b"authorization"]
+    keys = [value for name, value in scope["headers"] if name == b"x-api-key"]
+    shown = [keys[0].strip()] if len(keys) == 1 else []
+    scheme, _, token = (bearers[0] if len(bearers) == 1 else b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        shown.insert(0, token.strip())
+    return shown
 
 
 def _digest(key: bytes) -> bytes:
