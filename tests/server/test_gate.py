@@ -49,7 +49,7 @@ def test_every_route_but_four_needs_a_key_on_the_raw_path() -> None:
                 {"Authorization": "Bearer "},
                 {"Authorization": "Basic key-one"},
                 {"Authorization": "key-one"},
-                {"X-Api-Key": "key-one"},
+                {"X-Api-Key": "wrong"},
             ):
                 response = await server.http.request(method, path, headers=headers)
                 assert response.status_code == 401, (path, headers)
