@@ -48,6 +48,8 @@ from moebius.server.protocol import (
     TokenizeRequest,
     parse,
 )
+from moebius.server.responses import Responses
+from moebius.server.responses_bodies import read_responses
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import Call, FrontDoor
 from moebius.text import Expected, GenerationDefaults, Tokenizer
@@ -99,6 +101,7 @@ class Api:
             *page_routes(),
             route("/version", self.version),
             *self.messages_routes(),
+            *self.responses_routes(),
             *self.ollama_routes(),
             route(OPENAPI, self.openapi),
             route(DOCS, self.docs),
@@ -131,11 +134,22 @@ class Api:
     def messages_routes(self) -> list[Route]:
         """Anthropic's API."""
         messages = Messages(self._begin, self.tokenizer, self.door.opener.format)
-        context = self.door.client.info.limits.max_model_len
-        count = partial(messages.count, context=context)
+        count = partial(messages.count, context=self.door.client.info.limits.max_model_len)
         return [
             route("/v1/messages", self.posted(read_messages, messages.answer), ["POST"]),
             route("/v1/messages/count_tokens", self.posted(read_count, count), ["POST"]),
+        ]
+
+    def responses_routes(self) -> list[Route]:
+        """OpenAI's Responses API."""
+        responses = Responses(self._begin, self.tokenizer, self.door.opener.format)
+        count = partial(responses.count, context=self.door.client.info.limits.max_model_len)
+        counted = self.posted(read_responses, count)
+        kept = ["GET", "POST", "DELETE"]
+        return [
+            route("/v1/responses", self.posted(read_responses, responses.answer), ["POST"]),
+            route("/v1/responses/input_tokens", counted, ["POST"]),
+            route("/v1/responses/{id:path}", responses.kept, kept),
         ]
 
     async def models(self, request: Request) -> Response:

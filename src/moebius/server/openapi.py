@@ -17,6 +17,7 @@ from moebius.server.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
+from moebius.server.responses_bodies import ResponsesBody
 
 Json = dict[str, Any]
 
@@ -87,6 +88,8 @@ OPERATIONS = (
         "post", "/v1/messages", "Answer a chat, as Anthropic does", MessagesBody, streams=True
     ),
     Operation("post", "/v1/messages/count_tokens", "Count a prompt's tokens", CountTokensBody),
+    Operation("post", "/v1/responses", "Answer, as a response", ResponsesBody, streams=True),
+    Operation("post", "/v1/responses/input_tokens", "Count a prompt's tokens", ResponsesBody),
     Operation("post", "/tokenize", "The token ids of a text or a chat", TokenizeRequest),
     Operation("post", "/detokenize", "The text of token ids", DetokenizeRequest),
     Operation("get", "/v1/models", "The models that are served"),
