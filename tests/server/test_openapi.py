@@ -17,7 +17,7 @@ from moebius.server.protocol import ChatRequest, CompletionRequest
 from server.serving import MODEL, Server, run
 
 DOCUMENT = document()
-NOT_TOLD = {"/v1/models/", "/v1/embeddings", *PAGE_PATHS} - {"/"}
+NOT_TOLD = {"/v1/models/", "/v1/embeddings", "/v1/responses/{id}", *PAGE_PATHS} - {"/"}
 """Routes that are there for clients who write them otherwise, or to say that there is none; and the
 files of the live page."""
 

@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from moebius.server.access import Visit
 from moebius.server.faults import Fault, fault_of
-from moebius.server.formats import Format
 from moebius.server.stream import Call, ClientGone, News
 
 _STREAM_HEADERS = [
@@ -30,9 +29,25 @@ _SMALL = 64 * 1024
 Made = TypeVar("Made")
 
 
-def event(data: bytes) -> bytes:
+def event(data: bytes, name: str | None = None) -> bytes:
     """One server-sent event. JSON holds no line break, so one line suffices."""
-    return b"data: " + data + b"\n\n"
+    named = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return named + b"data: " + data + b"\n\n"
+
+
+class Formatter(Protocol):
+    """How one call's outputs become JSON."""
+
+    id: str
+
+    def chunks(self, news: News, /) -> Iterable[object]:
+        """What a stream sends."""
+
+    def closing(self) -> Iterable[object]:
+        """What a stream sends when all choices are finished."""
+
+    def whole(self) -> Iterable[bytes]:
+        """The response that is not streamed, in pieces."""
 
 
 class Answer(Response):
@@ -47,7 +62,7 @@ class Answer(Response):
     keep_alive: ClassVar = _KEEP_ALIVE
     done: ClassVar = _DONE
 
-    def __init__(self, call: Call, formatter: Format, stream: bool) -> None:
+    def __init__(self, call: Call, formatter: Formatter, stream: bool) -> None:
         self.call = call
         self.formatter = formatter
         self.stream = stream
@@ -69,13 +84,13 @@ class Answer(Response):
                 visit.facts["answer"] = self.formatter.id
             visit.fault = self.call.fault
 
-    def framed(self, data: bytes) -> bytes:
-        """A piece of JSON as a part of the stream."""
-        return event(data)
+    def framed(self, chunk: object) -> bytes:
+        """A chunk as a part of the stream."""
+        return event(msgspec.json.encode(chunk))
 
-    def told(self, fault: Fault) -> bytes:
-        """What an error inside the stream says, as JSON."""
-        return fault.body()
+    def told(self, fault: Fault) -> object:
+        """What an error inside the stream says."""
+        return msgspec.Raw(fault.body())
 
     async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
         while not self.call.finished:
@@ -97,7 +112,7 @@ class Answer(Response):
         return self._framed(self.formatter.chunks(news))
 
     def _framed(self, chunks: Iterable[object]) -> bytes:
-        return b"".join(self.framed(msgspec.json.encode(chunk)) for chunk in chunks)
+        return b"".join(map(self.framed, chunks))
 
     async def _stream(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -134,6 +149,17 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": data, "more_body": more})
         finally:
             self.call.sending = False
+
+
+class NamedEvents(Answer):
+    """A stream whose every event says by its name, too, which `type` it is of; it ends without a
+    word."""
+
+    done = b""
+
+    def framed(self, chunk: object) -> bytes:
+        assert isinstance(chunk, dict)
+        return event(msgspec.json.encode(chunk), chunk["type"])
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -31,6 +31,8 @@ from moebius.server.formats import CompletionFormat
 from moebius.server.gate import DOCS, LIVE, METRICS, OPENAPI, body_of
 from moebius.server.keys import ApiKey, Caller
 from moebius.server.live import LiveFeed, LiveStream
+from moebius.server.messages import Messages
+from moebius.server.messages_bodies import read_count, read_messages
 from moebius.server.methods import route
 from moebius.server.metrics import Spread
 from moebius.server.models import card, listing
@@ -48,6 +50,8 @@ from moebius.server.protocol import (
     TokenizeRequest,
     parse,
 )
+from moebius.server.responses import Responses
+from moebius.server.responses_bodies import read_responses
 from moebius.server.settings import ServerSettings
 from moebius.server.stream import Call, FrontDoor
 from moebius.text import Expected, GenerationDefaults, Tokenizer
@@ -59,6 +63,8 @@ _SMALL_BODY = 16 * 1024
 
 Asked = TypeVar("Asked", bound=Body)
 Made = TypeVar("Made")
+Read = Callable[[Mapping[str, Any], Callable[[Sequence[str]], None] | None], Asked]
+"""What a body asks for, from its fields; the function gets the names of those that nobody knows."""
 
 
 @dataclass(eq=False)
@@ -79,13 +85,13 @@ class Api:
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
-        completions = self.posted(CompletionRequest, self.generate)
-        chat = self.posted(ChatRequest, self.generate)
+        completions = self.posted(reader(CompletionRequest), self.generate)
+        chat = self.posted(reader(ChatRequest), self.generate)
         return [
             route("/v1/completions", completions, ["POST"]),
             route("/v1/chat/completions", chat, ["POST"]),
-            route("/tokenize", self.posted(TokenizeRequest, self.tokenize), ["POST"]),
-            route("/detokenize", self.posted(DetokenizeRequest, self.detokenize), ["POST"]),
+            route("/tokenize", self.posted(reader(TokenizeRequest), self.tokenize), ["POST"]),
+            route("/detokenize", self.posted(reader(DetokenizeRequest), self.detokenize), ["POST"]),
             route("/v1/models", self.models),
             route("/v1/models/", self.models),
             route("/v1/models/{id:path}", self.model),
@@ -98,6 +104,8 @@ class Api:
             route(LIVE, self.live_stream),
             *page_routes(),
             route("/version", self.version),
+            *self.messages_routes(),
+            *self.responses_routes(),
             *self.ollama_routes(),
             route(OPENAPI, self.openapi),
             route(DOCS, self.docs),
@@ -122,9 +130,30 @@ class Api:
         return [
             route("/api/version", version),
             route("/api/tags", tags),
-            route("/api/show", self.posted(OllamaShow, show), ["POST"]),
-            route("/api/chat", self.posted(OllamaChat, ollama.chat), ["POST"]),
-            route("/api/generate", self.posted(OllamaGenerate, ollama.generate), ["POST"]),
+            route("/api/show", self.posted(reader(OllamaShow), show), ["POST"]),
+            route("/api/chat", self.posted(reader(OllamaChat), ollama.chat), ["POST"]),
+            route("/api/generate", self.posted(reader(OllamaGenerate), ollama.generate), ["POST"]),
+        ]
+
+    def messages_routes(self) -> list[Route]:
+        """Anthropic's API."""
+        messages = Messages(self._begin, self.tokenizer, self.door.opener.format)
+        count = partial(messages.count, context=self.door.client.info.limits.max_model_len)
+        return [
+            route("/v1/messages", self.posted(read_messages, messages.answer), ["POST"]),
+            route("/v1/messages/count_tokens", self.posted(read_count, count), ["POST"]),
+        ]
+
+    def responses_routes(self) -> list[Route]:
+        """OpenAI's Responses API."""
+        responses = Responses(self._begin, self.tokenizer, self.door.opener.format)
+        count = partial(responses.count, context=self.door.client.info.limits.max_model_len)
+        counted = self.posted(read_responses, count)
+        kept = ["GET", "POST", "DELETE"]
+        return [
+            route("/v1/responses", self.posted(read_responses, responses.answer), ["POST"]),
+            route("/v1/responses/input_tokens", counted, ["POST"]),
+            route("/v1/responses/{id:path}", responses.kept, kept),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -183,25 +212,26 @@ class Api:
         return Response(text, headers=HEADERS, media_type="text/html")
 
     def posted(
-        self, kind: type[Asked], answer: Callable[[Request, Asked], Response]
+        self, read: Read[Asked], answer: Callable[[Request, Asked], Response]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """A route that reads the body, parses it as `kind` and answers: on a thread where that
+        """A route that takes the body, reads what it asks for and answers: on a thread where that
         takes long."""
 
-        def read(request: Request, body: bytes) -> Asked:
+        def taken(request: Request, body: bytes) -> Asked:
             visit: Visit = request.scope["moebius.visit"]
             ignore = visit.ignore if self.settings.unknown_fields == "warn" else None
-            asked = parse(kind, decode_body(body), ignore)
-            self._check_model(asked.model)
+            asked = read(decode_body(body), ignore)
+            if not asked.any_model:
+                self._check_model(asked.model)
             return asked
 
         async def route(request: Request) -> Response:
             async with body_of(request, self.settings.body_timeout, self.room) as body:
                 if len(body) <= _SMALL_BODY:
-                    asked = read(request, body)
+                    asked = taken(request, body)
                     await self._check_grammar(request, asked)
                     return answer(request, asked)
-                asked = await self._on_thread(request, partial(read, request, body))
+                asked = await self._on_thread(request, partial(taken, request, body))
                 await self._check_grammar(request, asked)
                 return await self._on_thread(request, partial(answer, request, asked))
 
@@ -264,6 +294,9 @@ class Api:
             prompts = [asked.conversation.prompt(self.tokenizer, replies, at_most=most)]
         else:
             prompts = asked.encode(self.tokenizer, limits.max_model_len)
+        room = limits.max_model_len - len(prompts[0].ids)
+        if asked.clamps and params.max_tokens is not None and params.max_tokens > room:
+            params = params.with_(max_tokens=None)
         return self.door.open(
             f"{asked.id_prefix}-{secrets.token_hex(12)}",
             prompts,
@@ -307,6 +340,11 @@ class Api:
             served = " or ".join(map(repr, self.settings.served_model_names))
             message = f"the model {name[:200]!r} is not served here; use {served}"
             raise RequestError(message, param="model", code="model_not_found")
+
+
+def reader(kind: type[Asked]) -> Read[Asked]:
+    """Takes a body as a record of this kind."""
+    return partial(parse, kind)
 
 
 @cache

@@ -46,7 +46,7 @@ class BatchCall(BaseModel):
 
     custom_id: str = Field(min_length=1)
     method: Literal["POST"] = "POST"
-    url: Literal["/v1/completions", "/v1/chat/completions"]
+    url: Literal["/v1/completions", "/v1/chat/completions", "/v1/responses"]
     body: dict[str, Any]
 
     @property

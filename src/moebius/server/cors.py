@@ -10,7 +10,7 @@ from moebius.server.faults import Fault
 # How long a browser may remember the answer to a preflight.
 _MAX_AGE = 600
 # What a page's script may read of a response, besides its body.
-_EXPOSED = "Retry-After, WWW-Authenticate, X-Request-Id"
+_EXPOSED = "Retry-After, WWW-Authenticate, X-Request-Id, Request-Id"
 
 
 class Cors:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moebius.server.access import AccessLog
 from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors
+from moebius.server.dialects import refusal_of, with_own_id
 from moebius.server.faults import Fault, fault_of
 from moebius.server.keys import OUTSIDER, Caller, Door, KeyRing
 from moebius.server.limits import HTTP_LIMITS
@@ -32,8 +33,8 @@ _OF_OPERATORS = (METRICS, LIVE)
 
 
 class Gate:
-    """Refuses by itself what needs no route, and turns every exception into an error of OpenAI's
-    shape.
+    """Refuses by itself what needs no route, and turns every exception into an error, of the shape
+    that the route's clients know.
 
     It sets scope["moebius.caller"], the Caller whose key was shown; scope["moebius.tenant"], what
     keeps that one's prefix cache apart (b"" where the server is open); and scope["moebius.visit"],
@@ -84,7 +85,7 @@ class Gate:
         visit = scope["moebius.visit"] = self._access.open(scope)
 
         async def watched(message: Message) -> None:
-            await send(visit.answered(message))
+            await send(with_own_id(visit.answered(message), visit))
 
         try:
             _check_framing(scope)
@@ -106,7 +107,8 @@ class Gate:
             visit.fault = fault_of(error)
             if visit.status is not None:
                 raise RuntimeError("a response broke off") from None
-            await visit.fault.response()(scope, receive, watched)
+            answer = refusal_of(visit.path)(visit.fault, visit.id)
+            await answer(scope, receive, watched)
         finally:
             self._access.close(visit)
 

@@ -109,11 +109,11 @@ class OllamaAnswer(Answer):
     keep_alive = b""  # a line that is no object would end a client
     done = b""
 
-    def framed(self, data: bytes) -> bytes:
-        return data + b"\n"
+    def framed(self, chunk: object) -> bytes:
+        return msgspec.json.encode(chunk) + b"\n"
 
-    def told(self, fault: Fault) -> bytes:
-        return msgspec.json.encode({"error": fault.message})
+    def told(self, fault: Fault) -> object:
+        return {"error": fault.message}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope["moebius.visit"]

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 import moebius
 from moebius.server.fields import HARMLESS
+from moebius.server.messages_bodies import CountTokensBody, MessagesBody
 from moebius.server.ollama_bodies import OllamaChat, OllamaGenerate, OllamaShow
 from moebius.server.protocol import (
     ChatRequest,
@@ -16,6 +17,7 @@ from moebius.server.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
+from moebius.server.responses_bodies import ResponsesBody
 
 Json = dict[str, Any]
 
@@ -82,6 +84,12 @@ class Operation:
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "Answer a chat", ChatRequest, streams=True),
     Operation("post", "/v1/completions", "Complete a text", CompletionRequest, streams=True),
+    Operation(
+        "post", "/v1/messages", "Answer a chat, as Anthropic does", MessagesBody, streams=True
+    ),
+    Operation("post", "/v1/messages/count_tokens", "Count a prompt's tokens", CountTokensBody),
+    Operation("post", "/v1/responses", "Answer, as a response", ResponsesBody, streams=True),
+    Operation("post", "/v1/responses/input_tokens", "Count a prompt's tokens", ResponsesBody),
     Operation("post", "/tokenize", "The token ids of a text or a chat", TokenizeRequest),
     Operation("post", "/detokenize", "The text of token ids", DetokenizeRequest),
     Operation("get", "/v1/models", "The models that are served"),
@@ -180,8 +188,8 @@ def _schemas(model: type[BaseModel]) -> Json:
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     others: Json = schema.pop("$defs", {})
     fields: Json = schema["properties"]
-    for name in fields.keys() & _SHAPES.keys():
-        fields[name] = _SHAPES[name]
+    if issubclass(model, GenerationRequest | TokenizeRequest):
+        fields |= {name: _SHAPES[name] for name in fields.keys() & _SHAPES.keys()}
     if issubclass(model, GenerationRequest):
         ignored: Json = {"description": "Accepted, and without effect."}
         fields |= {name: ignored for name in sorted(HARMLESS)}

@@ -62,6 +62,9 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
+    any_model: ClassVar[bool] = False
+    """Whether the model that is served answers by whatever name it is called."""
+
     model: str | None = None
 
 
@@ -83,6 +86,8 @@ class GenerationRequest(StructuredFields, Body):
     prompt_param: ClassVar[str]
     continues: ClassVar[bool]
     """Whether the answer's text continues the prompt's, rather than standing alone."""
+    clamps: ClassVar[bool] = False
+    """Whether more tokens than there is room for behind the prompt mean as many as there is."""
 
     stream: bool = False
     stream_options: Annotated[StreamOptions | None, BeforeValidator(without_nulls)] = None
@@ -351,6 +356,11 @@ class ChatRequest(GenerationRequest):
         return top if self.logprobs else None
 
 
+def counted_up_to(context: int) -> int:
+    """The most tokens of a prompt that is not to be answered, with a model of this context."""
+    return max(context, min(_COUNTED * context, HTTP_LIMITS.json_values))
+
+
 class TokenizeRequest(Body):
     """Text (`prompt`) or a chat (`messages`) to count; `add_special_tokens` concerns text only."""
 
@@ -367,7 +377,7 @@ class TokenizeRequest(Body):
         beyond."""
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
-        most = max(context, min(_COUNTED * context, HTTP_LIMITS.json_values))
+        most = counted_up_to(context)
         try:
             if self.messages is None:
                 return tokenizer.encode(self.prompt or "", self.add_special_tokens, at_most=most)

@@ -151,11 +151,58 @@ def normalise_messages(
     """Messages as the template with these facts takes them; keys that are null are left out.
 
     The role `developer` becomes `system` where the template does not know it, for most would drop
-    it silently. Raises RequestError naming the message.
+    it silently. A system message in the middle becomes a user's where the template would not show
+    it in its place. Raises RequestError naming the message.
     """
     if not messages:
         raise _wrong("messages", "there must be at least one message")
-    return [_normal(message, facts, f"messages[{i}]") for i, message in enumerate(messages)]
+    found = [_normal(message, facts, f"messages[{i}]") for i, message in enumerate(messages)]
+    if facts.late_system or not any(message["role"] in _SYSTEM for message in found[1:]):
+        return found
+    return _with_system_in_front(found, facts)
+
+
+_SYSTEM = ("system", "developer")
+
+
+def _with_system_in_front(messages: list[dict[str, Any]], facts: TemplateFacts) -> list[Any]:
+    """What is said to the system behind the first turn is said by the user, in the same place.
+
+    Put into the front, it would change what every later turn begins with, and nothing of a
+    conversation would be found in the prefix cache. Turns of one role that come to stand together
+    are joined, since many templates want them to alternate.
+    """
+    found: list[dict[str, Any]] = []
+    moved = False
+    for message in messages:
+        role = message["role"]
+        leads = all(before["role"] in _SYSTEM for before in found)
+        late = role in _SYSTEM and not leads
+        if late:
+            role = "user"
+        joins = bool(found) and found[-1]["role"] == role
+        if joins and (late or moved or (role in _SYSTEM and leads)):
+            found[-1] = {**found[-1], **_joined(found[-1], message, role in facts.parts)}
+        else:
+            content = _as(message["content"], parts=role in facts.parts)
+            found.append({**message, "role": role, "content": content} if late else message)
+        moved = late
+    return found
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any], parts: bool) -> Mapping[str, Any]:
+    """The content of two turns as one's."""
+    if parts:
+        return {"content": [*_as(one["content"], parts=True), *_as(other["content"], parts=True)]}
+    texts = (_as(each["content"], parts=False) for each in (one, other))
+    return {"content": "\n\n".join(texts)}
+
+
+def _as(content: Any, *, parts: bool) -> Any:
+    """Normalised content as a list of parts, or as one text."""
+    if parts:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _normal(message: object, facts: TemplateFacts, param: str) -> dict[str, Any]:

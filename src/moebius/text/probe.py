@@ -20,6 +20,8 @@ _SECONDS = 2.0
 _KEY = "probekey"
 _VALUE = "probevalue"
 _TEXT = "probetext"
+_BEFORE = "probebefore"
+_BEHIND = "probebehind"
 _OBJECT = {_KEY: _VALUE}
 _JSON = f'{{"{_KEY}": "{_VALUE}"}}'
 _CALL_ID = "probe0001"  # nine letters and digits, which Mistral's templates insist on
@@ -57,6 +59,8 @@ class TemplateFacts:
     any_arguments     whether text that is no JSON will do for arguments
     parts             the roles whose content must be a list of parts, not a string
     developer         whether it knows OpenAI's role `developer`
+    late_system       whether it shows a system message in its place wherever that is; else it
+                      refuses one that is not the first, leaves it out, or moves it
     """
 
     no_content: NoContent = "empty"
@@ -64,6 +68,7 @@ class TemplateFacts:
     any_arguments: bool = False
     parts: frozenset[str] = frozenset()
     developer: bool = False
+    late_system: bool = True
 
 
 def probe(render: Render, source: str) -> TemplateFacts:
@@ -83,11 +88,22 @@ def probe(render: Render, source: str) -> TemplateFacts:
         any_arguments=as_text == _SHOWN,
         parts=frozenset(role for role in roles if _wants_parts(tried, role)),
         developer="developer" in source and _shows_developer(tried),
+        late_system=_shows_late_system(tried),
     )
 
 
 def _shows_developer(tried: "_Trial") -> bool:
     return _TEXT in tried([{"role": "developer", "content": _TEXT}, _USER])
+
+
+def _shows_late_system(tried: "_Trial") -> bool:
+    """Behind a reply, and before the turn that comes next."""
+    for content in (_TEXT, [{"type": "text", "text": _TEXT}]):
+        late = {"role": "system", "content": content}
+        text = tried([_USER, {**_REPLY, "content": _BEFORE}, late, {**_USER, "content": _BEHIND}])
+        if _BEFORE in text and _TEXT in text and _BEHIND in text:
+            return text.index(_BEFORE) < text.index(_TEXT) < text.index(_BEHIND)
+    return False
 
 
 class _Trial:

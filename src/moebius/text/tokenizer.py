@@ -11,7 +11,7 @@ from typing import Any, Self
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
-from moebius.errors import ContextLengthError, RequestError, TokenizerError
+from moebius.errors import ContextExceededError, RequestError, TokenizerError
 from moebius.files import read_json, read_text
 from moebius.text.bound import TokenBound
 from moebius.text.chat import ChatTemplate, load_templates, normalise_messages
@@ -361,7 +361,7 @@ class Tokenizer:
             return
         fewest = self.fewest_tokens(text)
         if fewest > at_most:
-            raise _too_long(f"at least {fewest}", at_most, param)
+            raise ContextExceededError(at_most, fewest, at_least=True, param=param)
 
     def spelling(self, token_id: int) -> str | None:
         """What the vocabulary calls a token; None for an id without one."""
@@ -394,7 +394,7 @@ def _encoded(
 ) -> list[int]:
     encoding = _library(backend.encode_batch_fast, text, param)
     if at_most is not None and len(encoding) > at_most:
-        raise _too_long(str(len(encoding)), at_most, param)
+        raise ContextExceededError(at_most, len(encoding), param=param)
     ids: list[int] = encoding.ids
     return ids
 
@@ -412,14 +412,6 @@ def _library(encode_batch: Callable[..., list[Encoding]], text: str, param: str)
         raise RequestError(
             f"{param}: the tokenizer cannot encode this text: {error}", param=param
         ) from error
-
-
-def _too_long(tokens: str, at_most: int, param: str) -> ContextLengthError:
-    return ContextLengthError(
-        f"This model's maximum context length is {at_most} tokens. However, your {param} resulted "
-        f"in {tokens} tokens. Please reduce the length of the {param}.",
-        param=param,
-    )
 
 
 def _check_unicode(text: str, param: str) -> None:
