@@ -31,7 +31,7 @@ from moebius.models.store.load import load_decoder
 from moebius.ops import LOWEST, Shaping
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
-from moebius.request.constraint import Constraint, Grammar
+from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams, ServingLimits
@@ -449,3 +449,23 @@ def test_a_mask_is_a_function_of_the_tokens_read() -> None:
             allowed = [token for token in np.flatnonzero(bits).tolist() if token != END]
             drawn.append(rng.choice(allowed))
             assert matcher.consume_token(drawn[-1])
+
+
+def test_reasoning_ends_at_its_budget_and_all_else_is_as_without() -> None:
+    """What was drawn before is the same; what comes behind is what the model says behind these
+    tokens, which a replay gives back."""
+    start, end = tuple(TOKENIZER.encode("<")), tuple(TOKENIZER.encode("\n>"))
+    free, _ = answer(None, max_tokens=30)
+    for begun in (True, False):
+        first = 0 if begun else 4
+        opener = start if begun else tuple(free[:4])  # which are said once
+        budget = ReasoningBudget(6, opener, end, begun=begun)
+        held, last = answer(Constraint(budget=budget), max_tokens=30)
+        cut = first + 6
+        assert held[:cut] == free[:cut]
+        assert tuple(held[cut : cut + len(end)]) == end != tuple(free[cut : cut + len(end)])
+        told = held[: cut + len(end)]
+        again, _ = answer(None, max_tokens=30, output_ids=tuple(told))
+        assert again == held[len(told) :] and last.finish_reason is FinishReason.LENGTH
+    longer = ReasoningBudget(40, start, end, begun=True)
+    assert answer(Constraint(budget=longer), max_tokens=30)[0] == free

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from moebius.request.constraint import Constraint
 from moebius.text import Tokenizer
 from server.fake_engine import FakeEngine, constant
 from server.serving import MODEL, Server, listening, run
@@ -190,7 +191,8 @@ def test_tools_that_must_not_be_called_are_shown_and_their_marker_is_banned() ->
         auto, none = server.engine.requests
         assert none.prompt_ids == auto.prompt_ids
         [starter] = ids("<tool_call>")
-        assert none.params.logit_bias == {5: 1.0, starter: -100.0}
+        assert none.constraint == Constraint(bad_words=((starter,),))
+        assert none.params.logit_bias == {5: 1.0} and auto.constraint is None
         (choice,) = body["choices"]
         assert choice["finish_reason"] == "stop" and "tool_calls" not in choice["message"]
 

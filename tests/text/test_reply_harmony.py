@@ -112,3 +112,20 @@ def test_history_has_no_reasoning(tokenizer: Tokenizer) -> None:
 def test_other_formats_are_none(template: str) -> None:
     assert harmony_tokenizer().replies.tools == "harmony"
     assert harmony_tokenizer(template).replies.tools is None
+
+
+def test_where_reasoning_ends(tokenizer: Tokenizer) -> None:
+    """The answer is behind a head of `final`, which models spell in several ways, and has one where
+    there was no reasoning, too."""
+    prompt = tokenizer.chat_prompt(USER)
+    ends = tokenizer.replies.reasoning_ends(prompt)
+    assert ends is not None and ends.headed and ends.state == "ahead"
+    assert tokenizer.decode(ends.start, False) == "<|channel|>analysis<|message|>"
+    assert {tokenizer.decode(head, False) for head in ends.answers} == {
+        f"<|channel|>final{kind}<|message|>"
+        for kind in ("", " <|constrain|>json", "<|constrain|>json", " json")
+    }
+    for head, state in (("analysis", "begun"), ("final", "over")):
+        begun = tokenizer.encode(f"<|start|>assistant<|channel|>{head}<|message|>To be", False)
+        left = tokenizer.replies.reasoning_ends(EncodedPrompt(begun))
+        assert left is not None and left.state == state

@@ -192,10 +192,12 @@ def test_where_reasoning_ends() -> None:
     ends = tokenizer.replies.reasoning_ends(prompt)
     [opens], [closes] = (tokenizer.encode(marker, False) for marker in MARKERS[2:])
     assert ends is not None
-    assert (ends.start, ends.end, ends.answer) == ((opens,), (closes,), (closes,))
-    assert ends.forced == tuple(tokenizer.encode("\n</think>", False)) and not ends.begun
-    begun = EncodedPrompt([*prompt.ids, opens], len(prompt.ids))
-    found = tokenizer.replies.reasoning_ends(begun)
-    assert found is not None and found.begun
+    assert (ends.start, ends.end, ends.answers) == ((opens,), (closes,), ((closes,),))
+    assert ends.forced == tuple(tokenizer.encode("\n</think>", False))
+    assert (ends.state, ends.begun, ends.headed) == ("ahead", False, False)
+    for behind, state in (([opens], "begun"), ([opens, closes], "over")):
+        for start in (len(prompt.ids), None):
+            left = tokenizer.replies.reasoning_ends(EncodedPrompt([*prompt.ids, *behind], start))
+            assert left is not None and left.state == state
     assert family((), SAYS).replies.reasoning_ends(prompt) is None
     assert family().replies.reasoning_ends(prompt) is None

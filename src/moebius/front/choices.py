@@ -9,7 +9,7 @@ from itertools import chain
 from moebius.engine.client import EngineInfo
 from moebius.errors import RequestError
 from moebius.front.assemble import SequenceAssembler
-from moebius.front.constraints import Reasoning, constraint_of
+from moebius.front.constraints import ReplyRules, constraint_of
 from moebius.request.constraint import Constraint
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
@@ -77,8 +77,10 @@ class ChoiceOpener:
         """
         self._check_scores(params)
         if constraint is None:
-            reasoning = None if continues else Reasoning.of(self.tokenizer, prompt)
-            constraint = constraint_of(params, self.tokenizer, reasoning)
+            rules = None
+            if not continues:
+                rules = ReplyRules.of(self.format, prompt, expected or Expected())
+            constraint = constraint_of(params, self.tokenizer, rules)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         first = EngineRequest.create(
             next(ids),

@@ -4,83 +4,87 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from moebius.request.constraint import Constraint, Grammar
+from moebius.errors import RequestError
+from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.params import SamplingParams
-from moebius.text import EncodedPrompt, Tokenizer
+from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer
 from moebius.text.grammar import checked_grammar
+from moebius.text.replies import ReasoningEnds
 
 TokenIds = tuple[int, ...]
 
-_MARKS = (
-    ("<think>", "</think>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-)
-# What a reply to a prompt begins with is looked for in so many of its last tokens.
-_TAIL = 32
-_CALL_MARKS = ("<tool_call>", "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "[TOOL_CALLS]")
-_FINAL_HEADS = (
-    "<|channel|>final<|message|>",
-    "<|channel|>final <|constrain|>json<|message|>",
-    "<|channel|>final<|constrain|>json<|message|>",
-)
-
 
 @dataclass(frozen=True, slots=True)
-class Reasoning:
-    """What a model says to itself before its answer, as token ids.
+class ReplyRules:
+    """What a reply to a chat is held to beside its parameters.
 
-    ends     the sequences that end it, any of them
-    openers  those that begin it where the prompt has not
-    banned   what would end it without an answer
+    ends     where its reasoning ends; None: it has none, or none that tokens tell
+    calls    tokens that begin a tool call: no reply may, while its reasoning lasts, where its
+             answer is to be in a grammar
+    banned   tokens that it may never have
+    budget   most tokens of its reasoning
     """
 
-    ends: tuple[TokenIds, ...]
-    openers: TokenIds = ()
+    ends: ReasoningEnds | None = None
+    calls: TokenIds = ()
     banned: TokenIds = ()
+    budget: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, prompt: EncodedPrompt) -> Self | None:
-        """Of the reply to this prompt; None where it is an answer from its first token on."""
-        calls = [tokenizer.added_id(mark) for mark in _CALL_MARKS]
-        banned = tuple(token for token in calls if token is not None)
-        if tokenizer.replies.tools == "harmony":
-            heads = (tokenizer.encode(head, add_special_tokens=False) for head in _FINAL_HEADS)
-            return cls(tuple(map(tuple, heads)), banned=banned)
-        tail = prompt.ids[-_TAIL:]
-        if prompt.generation_start is not None:
-            tail = prompt.ids[max(prompt.generation_start, len(prompt.ids) - _TAIL) :]
-        for start, end in _MARKS:
-            opener = tokenizer.added_id(start)
-            closer = tokenizer.added_id(end)
-            if opener is None or closer is None or not tokenizer.template_mentions(end):
-                continue
-            last = next((token for token in reversed(tail) if token in (opener, closer)), None)
-            if last == closer:
-                return None
-            return cls(((closer,),), () if last == opener else (opener,), banned)
-        return None
+    def of(cls, replies: ReplyFormat, prompt: EncodedPrompt, expected: Expected) -> Self:
+        """Of the reply to this prompt."""
+        starters = replies.starter_ids
+        return cls(
+            replies.reasoning_ends(prompt),
+            calls=starters,
+            banned=starters if expected.silent else (),
+            budget=expected.budget,
+        )
+
+    def behind_reasoning(self, grammar: Grammar) -> Grammar:
+        """The grammar of the answer, which begins where the reasoning ends."""
+        ends = self.ends
+        if ends is None or ends.state == "over":
+            return grammar
+        opener = () if ends.headed or ends.begun else ends.start[:1]
+        return Grammar(grammar.text, ends.answers, opener, self.calls)
+
+    def reasoning_budget(self) -> ReasoningBudget | None:
+        """RequestError where nothing could end the reasoning at it."""
+        if self.budget is None:
+            return None
+        ends = self.ends
+        if ends is None:
+            raise RequestError(
+                "thinking_token_budget needs a model whose reasoning is between tokens of its "
+                "vocabulary, and this one has no such; leave it out",
+                param="thinking_token_budget",
+            )
+        return ReasoningBudget(self.budget, ends.start, ends.end, ends.forced, ends.begun)
 
 
 def constraint_of(
-    params: SamplingParams, tokenizer: Tokenizer, reasoning: Reasoning | None = None
+    params: SamplingParams, tokenizer: Tokenizer, rules: ReplyRules | None = None
 ) -> Constraint | None:
     """What these parameters hold a request's tokens to; None: to nothing.
 
-    reasoning: what comes before the answer. RequestError for a grammar that cannot be compiled.
+    rules: what a reply is held to beside; None: this is none. RequestError for a grammar that
+    cannot be compiled.
     """
+    rules = rules or ReplyRules()
     grammar = None
     if params.structured is not None:
         checked = checked_grammar(params.structured)
-        grammar = Grammar(checked.text(behind_reasoning=reasoning is not None))
-        if reasoning is not None:
-            grammar = Grammar(grammar.text, reasoning.ends, reasoning.openers, reasoning.banned)
+        behind = rules.ends is not None and rules.ends.state != "over"
+        grammar = rules.behind_reasoning(Grammar(checked.text(behind_reasoning=behind)))
     words = dict.fromkeys(
         ids for word in params.bad_words for ids in _spellings(word, tokenizer) if ids
     )
-    if grammar is None and not words:
+    words |= dict.fromkeys((token,) for token in rules.banned)
+    budget = rules.reasoning_budget()
+    if grammar is None and not words and budget is None:
         return None
-    return Constraint(grammar, tuple(words))
+    return Constraint(grammar, tuple(words), budget)
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> Iterator[TokenIds]:

@@ -17,8 +17,6 @@ Messages = Sequence[Mapping[str, Any]]
 _RESERVED = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 )
-# What bans a token: no logit outweighs it.
-_BAN = -100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +124,10 @@ class Conversation:
     def expected(self, replies: ReplyFormat) -> Expected:
         """What is to be looked for in the reply. RequestError where the model's format of tool
         calls is not known."""
+        budget = self.reasoning.budget
         if not self.tools or self.choice.mode == "none":
-            return Expected()
+            silent = bool(self.tools) and self._shows_tools(replies)
+            return Expected(silent=silent, budget=budget)
         if replies.tools is None:
             raise RequestError(
                 "tools: no format is known in which this model calls them; leave them out, send "
@@ -139,28 +139,20 @@ class Conversation:
             tools={tool.name: tool.parameters for tool in self.tools},
             barred=frozenset(tool.name for tool in self.tools if not self.choice.allows(tool.name)),
             parallel=self.parallel,
+            budget=budget,
         )
 
     def params(self, params: SamplingParams, replies: ReplyFormat) -> SamplingParams:
         """How the reply's tokens are drawn, where the client wants them drawn so.
 
         The one place for what holds a reply to its tools: a grammar in the model's own format is to
-        be made here, of tools, choice and format (`required`, a named one, `strict`), and what ends
-        the reasoning at its budget (ReplyFormat.reasoning_ends). RequestError for what is not
-        supported.
+        be made here, of tools, choice and format (`required`, a named one, `strict`). RequestError
+        for what is not supported.
         """
-        if self.reasoning.budget is not None:
-            raise RequestError(
-                "thinking_token_budget is not supported yet; leave it out",
-                param="thinking_token_budget",
-            )
         if self.choice.mode == "required":
             raise RequestError(
                 "tool_choice: a reply that must call a tool needs a grammar of the model's format, "
                 'which is not supported yet; use "auto" or "none"',
                 param="tool_choice",
             )
-        if self.tools and self.choice.mode == "none" and replies.starter_id is not None:
-            bias = {**params.logit_bias, replies.starter_id: _BAN}
-            return params.with_(logit_bias=bias)
         return params

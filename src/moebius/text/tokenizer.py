@@ -186,9 +186,6 @@ class Tokenizer:
         """The id of a token that was added to the vocabulary, by its text."""
         return self._added_ids.get(text)
 
-    def template_mentions(self, text: str) -> bool:
-        return any(text in source for source in self.templates.values())
-
     def fewest_tokens(self, text: str) -> int:
         """At least so many ids `encode` makes of a text, known without tokenising; 0: unknown."""
         return self._bound.fewest(text)

@@ -75,13 +75,24 @@ class ReplyFormat:
         """Where the reasoning of a reply to this prompt begins and ends; None where the model has
         none, or its markers are no tokens, which it may spell in several ways."""
         reader = self._plain
-        spelled = reader.talk.ends
+        border = reader.talk.border
         symbols = reader.markers.symbols.values()
-        if spelled is None or not all(marker in symbols for marker in reader.talk.border):
+        if border is None or not all(marker in symbols for marker in reader.talk.border_markers):
             return None
-        start, end, forced, answer = map(self._ids, spelled)
-        begun, _ = reader.talk.start(prompt, self._spell(reader))
-        return ReasoningEnds(start, end, forced, answer, begun)
+        return ReasoningEnds(
+            start=self._ids(border.start),
+            end=self._ids(border.end),
+            forced=self._ids(border.forced),
+            answers=tuple(map(self._ids, border.answers)),
+            headed=border.headed,
+            state=reader.talk.state(prompt, self._spell(reader)),
+        )
+
+    @property
+    def starter_ids(self) -> tuple[int, ...]:
+        """Tokens that begin calls."""
+        ids = map(self._calling.markers.id_of, self._calling.talk.starters)
+        return tuple(token_id for token_id in ids if token_id is not None)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._vocabulary.encode(text))

@@ -16,6 +16,7 @@ from moebius.text.prompts import EncodedPrompt
 from moebius.text.replies.call_ids import call_id
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import SYMBOLS, Markers, Reading, Spell
+from moebius.text.replies.thinking import Border, State
 
 START = "<|start|>"
 CHANNEL = "<|channel|>"
@@ -25,6 +26,13 @@ CONSTRAIN = "<|constrain|>"
 STOPS = ("<|return|>", "<|call|>")
 NAME = "harmony"
 EFFORTS = ("low", "medium", "high")
+# As models spell the beginning of an answer; of one in JSON they may say so.
+FINAL_HEADS = (
+    f"{CHANNEL}final{MESSAGE}",
+    f"{CHANNEL}final {CONSTRAIN}json{MESSAGE}",
+    f"{CHANNEL}final{CONSTRAIN}json{MESSAGE}",
+    f"{CHANNEL}final json{MESSAGE}",
+)
 
 _RECIPIENT = re.compile(rf"\bto=([^\s{SYMBOLS}]+)")
 _FUNCTIONS = "functions."
@@ -62,15 +70,17 @@ class HarmonyReply:
 
     reasoning = f"{CHANNEL}analysis"
     call_id = staticmethod(call_id)
-    ends = (
-        f"{CHANNEL}analysis{MESSAGE}",
-        END,
-        END,
-        f"{CHANNEL}final{MESSAGE}",
+    border = Border(
+        start=f"{CHANNEL}analysis{MESSAGE}",
+        end=END,
+        forced=END,
+        answers=FINAL_HEADS,
+        headed=True,
     )
+    starters: tuple[str, ...] = ()
 
     @property
-    def border(self) -> tuple[str, ...]:
+    def border_markers(self) -> tuple[str, ...]:
         """The markers of these, as a source has them."""
         return (self._start, self._channel, self._message)
 
@@ -81,6 +91,15 @@ class HarmonyReply:
             if spell(prompt.ids[at : at + 1]) == self._start:
                 return False, spell(prompt.ids[at:])
         return False, ""
+
+    def state(self, prompt: EncodedPrompt, spell: Spell) -> State:
+        """Where the prompt leaves the reasoning: it may have begun the message that this is in, or
+        the answer's."""
+        _, begun = self.start(prompt, spell)
+        head, message, _ = begun.rpartition(self._message)
+        if not message:
+            return "ahead"
+        return "begun" if self._analysis.search(head) else "over"
 
     def _body(self, reply: ReplyParser, head: str) -> Reading[str]:
         """Read a message whose head was this; the marker behind it.

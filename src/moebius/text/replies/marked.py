@@ -5,7 +5,7 @@ from moebius.text.prompts import EncodedPrompt
 from moebius.text.replies.call_ids import call_id
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import Reading, Spell
-from moebius.text.replies.thinking import Thinking
+from moebius.text.replies.thinking import Border, State, Thinking
 from moebius.text.replies.tools import ToolFormat
 
 # Of a prompt's tokens, a marker that begins the answer, and line breaks behind it, are among the
@@ -23,27 +23,39 @@ class MarkedReply:
         self.reasoning = None if thinking is None else thinking.spelling
 
     @property
-    def ends(self) -> tuple[str, str, str, str] | None:
-        """ReasoningEnds' sequences, as they are spelled."""
-        return None if self._thinking is None else self._thinking.ends
+    def border(self) -> Border | None:
+        """What it writes round its reasoning."""
+        return None if self._thinking is None else self._thinking.border
 
     @property
-    def border(self) -> tuple[str, ...]:
+    def border_markers(self) -> tuple[str, ...]:
         """The markers of these, as a source has them."""
         return () if self._thinking is None else (self._thinking.open, self._thinking.close)
 
+    @property
+    def starters(self) -> tuple[str, ...]:
+        """The markers that begin calls."""
+        return () if self._tools is None else self._tools.starters
+
     def start(self, prompt: EncodedPrompt, spell: Spell) -> tuple[bool, str]:
-        """Whether the reply begins with reasoning, and the part of it that its prompt has begun.
+        """Whether the reply begins with reasoning, and the part of it that its prompt has begun."""
+        return self.state(prompt, spell) == "begun", ""
+
+    def state(self, prompt: EncodedPrompt, spell: Spell) -> State:
+        """Where the prompt leaves the reasoning.
 
         What counts is the last marker in what the template has added for the answer. Where that is
         not known, it is one that the prompt ends with: what is before it may be a user's.
         """
         thinking = self._thinking
         if thinking is None:
-            return False, ""
+            return "ahead"
         if prompt.generation_start is not None:
-            return thinking.begun_by(spell(prompt.ids[prompt.generation_start :])), ""
-        return spell(prompt.ids[-_TAIL:]).rstrip().endswith(thinking.open), ""
+            return thinking.left_by(spell(prompt.ids[prompt.generation_start :]))
+        tail = spell(prompt.ids[-_TAIL:]).rstrip()
+        if tail.endswith((thinking.open, thinking.close)):
+            return thinking.left_by(tail)
+        return "ahead"
 
     def __call__(self, reply: ReplyParser) -> Reading[None]:
         tools = self._tools

@@ -30,11 +30,16 @@ class Expected:
                  call is looked for
     barred       those of them that this reply may not call
     parallel     whether a reply may make more than one call
+    silent       the tools are shown to the model all the same where no call is looked for, so that
+                 it has to be kept from beginning one
+    budget       most tokens of its reasoning
     """
 
     tools: Mapping[str, Schema] | None = None
     barred: frozenset[str] = frozenset()
     parallel: bool = True
+    silent: bool = False
+    budget: int | None = None
 
 
 class _ReplyEnds(Exception):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 from moebius.text.replies.source import Markers
 
@@ -28,22 +28,46 @@ _SPELLINGS = (
 )
 
 
+State = Literal["begun", "over", "ahead"]
+"""Where a prompt leaves a reply's reasoning; ahead: the reply may begin with it."""
+
+
 @dataclass(frozen=True, slots=True)
-class ReasoningEnds:
-    """Token ids round a reply's reasoning: for what is to begin behind it, or to end it.
+class Border:
+    """What a format writes round its reasoning.
 
     start    what begins it
     end      what ends it
     forced   what a model itself would write to end it, up to `end`
-    answer   behind what the answer begins: `end`, as a rule
-    begun    whether the prompt has begun it
+    answers  behind which the answer begins: any of them
+    headed   an answer without reasoning is behind one of these, too
+    """
+
+    start: str
+    end: str
+    forced: str
+    answers: tuple[str, ...]
+    headed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningEnds:
+    """A Border in token ids: for what is to begin behind a reply's reasoning, or to end it.
+
+    state    where the prompt leaves it
     """
 
     start: tuple[int, ...]
     end: tuple[int, ...]
     forced: tuple[int, ...]
-    answer: tuple[int, ...]
-    begun: bool
+    answers: tuple[tuple[int, ...], ...]
+    headed: bool
+    state: State
+
+    @property
+    def begun(self) -> bool:
+        """Whether the prompt has begun it."""
+        return self.state == "begun"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +85,14 @@ class Thinking:
         return self.written.open
 
     @property
-    def ends(self) -> tuple[str, str, str, str]:
-        """ReasoningEnds' sequences, as they are spelled."""
+    def border(self) -> Border:
         written = self.written
-        opens = written.open + written.label
-        return opens, written.close, written.lead + written.close, written.close
+        return Border(
+            start=written.open + written.label,
+            end=written.close,
+            forced=written.lead + written.close,
+            answers=(written.close,),
+        )
 
     @classmethod
     def of(cls, tokens: Mapping[str, int], template: str, markers: Markers) -> Self | None:
@@ -82,7 +109,10 @@ class Thinking:
                 )
         return None
 
-    def begun_by(self, tail: str) -> bool:
-        """Whether a prompt that ends like this has begun the reasoning: whether the last marker in
-        it is an opener."""
-        return tail.rfind(self.open) > tail.rfind(self.close)
+    def left_by(self, tail: str) -> State:
+        """Where a prompt that ends like this leaves the reasoning: what its last marker says."""
+        opened = tail.rfind(self.open)
+        closed = tail.rfind(self.close)
+        if opened == closed:
+            return "ahead"  # there is none
+        return "begun" if opened > closed else "over"

@@ -1,0 +1,131 @@
+"""What a reply is held to beside its parameters: where its grammar begins, and its budget of
+reasoning."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from typing import Any
+
+import pytest
+
+from moebius.engine.client import EngineInfo
+from moebius.errors import RequestError
+from moebius.front.choices import ChoiceOpener
+from moebius.front.conversation import Conversation, ReasoningSettings
+from moebius.front.tools import Tool, ToolChoice
+from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
+from moebius.request.params import SamplingParams, ServingLimits
+from moebius.request.structured import StructuredOutput
+from moebius.text import EncodedPrompt, Tokenizer
+from text.harmony import harmony_tokenizer
+from text.replies import family
+
+USER = {"role": "user", "content": "hello"}
+MARKERS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+QWEN = family(MARKERS, "<tool_call> <think> </think>")
+HARMONY = harmony_tokenizer()
+
+
+def ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, False))
+
+
+def constraint(
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    params: SamplingParams | None = None,
+    prompt: EncodedPrompt | None = None,
+) -> Constraint | None:
+    """What the engine is given."""
+    replies = tokenizer.replies
+    info = EngineInfo(ServingLimits(tokenizer.vocab_size, 4096), frozenset({1}), 4, 64, "fp")
+    (choice,) = ChoiceOpener(tokenizer, info).open(
+        prompt or conversation.prompt(tokenizer, replies),
+        conversation.params(params or SamplingParams(), replies),
+        (f"r{i}" for i in count()),
+        continues=False,
+        arrival=0.0,
+        expected=conversation.expected(replies),
+    )
+    return choice.request.constraint
+
+
+def grammar(tokenizer: Tokenizer, behind: str | None = None, **structured: Any) -> Grammar:
+    """That of a reply to a prompt that goes on like this."""
+    chat = Conversation([USER])
+    prompt = chat.prompt(tokenizer, tokenizer.replies)
+    if behind is not None:
+        prompt = EncodedPrompt([*prompt.ids, *ids(tokenizer, behind)], prompt.generation_start)
+    params = SamplingParams(structured=StructuredOutput(**structured or {"regex": "a"}))
+    found = constraint(tokenizer, chat, params, prompt)
+    assert found is not None and found.grammar is not None
+    return found.grammar
+
+
+def test_a_grammar_begins_behind_the_reasoning() -> None:
+    opens, closes = ids(QWEN, "<think>"), ids(QWEN, "</think>")
+    calls = ids(QWEN, "<tool_call>")
+    free = grammar(QWEN)
+    assert (free.after, free.openers, free.banned) == ((closes,), opens, calls)
+    begun = grammar(QWEN, "<think>\n")
+    assert (begun.after, begun.openers, begun.banned) == ((closes,), (), calls)
+    over = grammar(QWEN, "<think>\n\n</think>\n\n")
+    assert (over.after, over.openers, over.banned) == ((), (), ())
+    # Between them there may be line breaks, which nobody wants in front of an answer.
+    assert len(json.loads(free.text)["grammars"]) == len(json.loads(begun.text)["grammars"]) == 2
+    assert len(json.loads(over.text)["grammars"]) == 1
+
+
+def test_a_grammar_of_harmonys_begins_behind_the_answers_head() -> None:
+    heads = tuple(
+        ids(HARMONY, f"<|channel|>final{kind}<|message|>")
+        for kind in ("", " <|constrain|>json", "<|constrain|>json", " json")
+    )
+    for behind in (None, "<|channel|>analysis<|message|>Hm"):
+        found = grammar(HARMONY, behind)
+        assert (set(found.after), found.openers) == (set(heads), ())
+    assert grammar(HARMONY, "<|channel|>final<|message|>To be").after == ()
+
+
+def test_a_grammar_begins_at_once_where_no_token_tells_the_end_of_reasoning() -> None:
+    for tokenizer in (family(), family((), "<think> </think>")):
+        assert grammar(tokenizer).after == ()
+
+
+def budgeted(tokenizer: Tokenizer, behind: str = "") -> ReasoningBudget:
+    chat = Conversation([USER], reasoning=ReasoningSettings(budget=5))
+    prompt = chat.prompt(tokenizer, tokenizer.replies)
+    prompt = EncodedPrompt([*prompt.ids, *ids(tokenizer, behind)], prompt.generation_start)
+    found = constraint(tokenizer, chat, prompt=prompt)
+    assert found is not None and found.grammar is None and found.budget is not None
+    assert found.budget.tokens == 5
+    return found.budget
+
+
+def test_a_budget_forces_what_the_model_itself_would_write() -> None:
+    opens, closes = ids(QWEN, "<think>"), ids(QWEN, "</think>")
+    for behind, begun in (("", False), ("<think>\n", True)):
+        found = budgeted(QWEN, behind)
+        assert (found.start, found.end, found.begun) == (opens, closes, begun)
+        assert found.closing == ids(QWEN, "\n</think>")
+    found = budgeted(HARMONY)
+    assert found.start == ids(HARMONY, "<|channel|>analysis<|message|>")
+    assert found.end == found.closing == ids(HARMONY, "<|end|>")
+
+
+def test_a_budget_needs_reasoning_between_tokens() -> None:
+    chat = Conversation([USER], reasoning=ReasoningSettings(budget=5))
+    for tokenizer in (family(), family((), "<think> </think>")):
+        with pytest.raises(RequestError, match="between tokens") as raised:
+            constraint(tokenizer, chat)
+        assert raised.value.param == "thinking_token_budget"
+
+
+def test_a_marker_that_may_not_be_written_is_banned() -> None:
+    tools = (Tool("now"),)
+    silent = Conversation([USER], tools, ToolChoice("none"))
+    assert constraint(QWEN, silent) == Constraint(bad_words=(ids(QWEN, "<tool_call>"),))
+    # Where no one token begins a call, the tools are not shown at all.
+    assert constraint(family((), "<function_calls>"), silent) is None
+    assert constraint(QWEN, Conversation([USER], tools)) is None
