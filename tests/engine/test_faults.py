@@ -16,8 +16,8 @@ import pytest
 
 from engine.collector import Collector
 from engine.test_engine import ask, engine, make, prompts, tokens
+from moebius.engine import constraints, prompt_scores
 from moebius.engine import engine as loop
-from moebius.engine import prompt_scores
 from moebius.engine.engine import Engine
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.outputs import Outputs
@@ -95,7 +95,7 @@ PER_REQUEST: list[tuple[Any, str]] = [
     (WaitingQueue, "push"),
     (Engine, "_score"),
     (Outputs, "news"),
-    (loop, "sample"),
+    (constraints, "sample"),
     (prompt_scores, "token_logprobs"),
     (loop, "build_batch"),
     (Runner, "execute"),

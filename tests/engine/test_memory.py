@@ -347,8 +347,8 @@ def test_states_are_planned_for_all_that_may_run() -> None:
     assert made.states == slots * 5000
     assert made.num_blocks == (10**6 - made.states) // 1000
     rows = {name: (amount, remark) for name, amount, remark in made.rows()}
-    # 14,672 tokens, of which a prompt's fill 4 of the 8 slots for snapshots: in chunks of 2,048.
-    assert made.max_model_len == 917 * 16
+    # 14,720 tokens, of which a prompt's fill 4 of the 8 slots for snapshots: in chunks of 2,048.
+    assert made.max_model_len == 920 * 16
     words = "16 slots of 4.9 KiB: 4 sequences, 2 snapshots each, and one every 4,096 tokens"
     assert rows["states"] == ("78.1 KiB", words)
     alone = windowed_plan(CacheSizes((), 0, state=5000), max_num_seqs=4)
