@@ -121,7 +121,7 @@ class Api:
             return _json(ollama.tags(info.fingerprint))
 
         def show(request: Request, asked: OllamaShow) -> Response:
-            return _json(ollama.show(asked, info.limits.max_model_len))
+            return _json(ollama.show(asked, info.limits.max_model_len, self.door.opener.format))
 
         return [
             route("/api/version", version),
