@@ -42,11 +42,36 @@ void set_groups(Matrix& w, Address scales, int scale_type, int block_columns, Ad
     w.groups.zeros = w.zeros->data();
 }
 
+// Which column each is, int32: all of them.
+void set_order(Matrix& w, Address order) {
+    if (!has_planes(w.format)) throw std::invalid_argument("columns of codes with scales beside them alone have an order of their own");
+    const int32_t* from = array<const int32_t>(order);
+    w.order = std::make_shared<const std::vector<int32_t>>(from, from + w.columns);
+    std::vector<bool> seen(w.columns);
+    for (int32_t column : *w.order) {
+        if (column < 0 || column >= w.columns || seen[column]) throw std::invalid_argument("an order of columns has to name each of them once");
+        seen[column] = true;
+    }
+}
+
+// Numbers the orders of matrices that the same rows meet, those that are equal alike.
+template <class Each> void number_orders(const std::vector<Each*>& matrices) {
+    int numbers = 0;
+    for (size_t i = 0; i < matrices.size(); i++) {
+        Matrix& w = *matrices[i];
+        if (!w.order) continue;
+        for (size_t j = 0; j < i && !w.order_number; j++)
+            if (matrices[j]->order && *matrices[j]->order == *w.order) w.order = matrices[j]->order, w.order_number = matrices[j]->order_number;
+        if (!w.order_number) w.order_number = ++numbers;
+    }
+}
+
 // scales: of FP8 float32, of which a copy is kept.
 Matrix make_matrix(int format, int rows, int columns, Address data, Address scales, int block_rows, int block_columns, int scale_type,
-                   Address zeros, bool copy_zeros, Address biases) {
+                   Address zeros, bool copy_zeros, Address biases, Address order) {
     Matrix w{Format(format), rows, columns, array<const void>(data)};
     if (has_planes(w.format)) set_groups(w, scales, scale_type, block_columns, zeros, copy_zeros, biases);
+    if (order) set_order(w, order);
     if (w.format != FP8) return w;
     if (!scales || block_rows < 1 || block_columns < 1) throw std::invalid_argument("codes of FP8 need scales, and the sizes of their blocks");
     w.block_rows = block_rows, w.block_columns = block_columns;
@@ -82,7 +107,13 @@ Experts make_experts(int dtype, int hidden, int width, const Activation& activat
     require_experts(Dtype(dtype), gate.size(), down, hidden, width, down_bias);
     bool holes = false;
     for (const Matrix& w : gate) holes |= w.data == nullptr;
-    return {Dtype(dtype), hidden, width, activation, gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk, interleaved};
+    Experts e{Dtype(dtype), hidden, width, activation, gate, up, down, pointers(gate_bias), pointers(up_bias), pointers(down_bias), holes, on_disk, interleaved};
+    for (size_t i = 0; i < e.gate.size(); i++) {
+        if (e.up.empty()) number_orders<Matrix>({&e.gate[i]});
+        else number_orders<Matrix>({&e.gate[i], &e.up[i]});
+        number_orders<Matrix>({&e.down[i]});
+    }
+    return e;
 }
 
 // Throws std::invalid_argument for a sequence whose tokens its table has no blocks for, or a row that sees no key.
@@ -113,6 +144,9 @@ Linear make_linear(int dtype, const Matrices& weights, const Addresses& biases) 
         l.layers.push_back({weights[i], array<const void>(biases.at(i)), l.out});
         l.out += weights[i].rows;
     }
+    std::vector<Matrix*> all;
+    for (Linear::Layer& layer : l.layers) all.push_back(&layer.weight);
+    number_orders(all);
     return l;
 }
 
@@ -332,10 +366,10 @@ NB_MODULE(_cpu, m) {
     m.def("reads", [](int dtype, int format) { return reads(Dtype(dtype), Format(format)); },
           "Whether products of a dtype read matrices of a format where they lie.", "dtype"_a, "format"_a);
     nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, int format, int rows, int columns, Address data, Address scales,
-                                                      int block_rows, int block_columns, int scale_type, Address zeros, bool copy_zeros, Address biases) {
-        new (self) Matrix(make_matrix(format, rows, columns, data, scales, block_rows, block_columns, scale_type, zeros, copy_zeros, biases));
+                                                      int block_rows, int block_columns, int scale_type, Address zeros, bool copy_zeros, Address biases, Address order) {
+        new (self) Matrix(make_matrix(format, rows, columns, data, scales, block_rows, block_columns, scale_type, zeros, copy_zeros, biases, order));
     }, nb::kw_only(), "format"_a, "rows"_a, "columns"_a, "data"_a, "scales"_a = 0, "block_rows"_a = 1, "block_columns"_a = 1,
-       "scale_type"_a = 0, "zeros"_a = 0, "copy_zeros"_a = false, "biases"_a = 0);
+       "scale_type"_a = 0, "zeros"_a = 0, "copy_zeros"_a = false, "biases"_a = 0, "order"_a = 0);
     nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, int dtype, const Matrices& weights, const Addresses& biases) {
         new (self) Linear(make_linear(dtype, weights, biases));
     }, nb::kw_only(), "dtype"_a, "weights"_a, "biases"_a);

@@ -19,6 +19,10 @@ constexpr size_t CHUNK = 128 << 10;  // bytes of weights that one item reads, at
 int divided_up(int a, int b) { return (a + b - 1) / b; }
 int rounded_up(int a, int b) { return divided_up(a, b) * b; }
 
+template <class T> void take_columns(const T* from, const std::vector<int32_t>& order, T* to) {
+    for (size_t i = 0; i < order.size(); i++) to[i] = from[order[i]];
+}
+
 struct Level {
     const char* name;
     const Kernels* (*kernels)();
@@ -89,7 +93,7 @@ size_t Ops::scratch_bytes() const {
 size_t Ops::most_scratch_bytes(int widest, const CacheShape& shape, int context) const {
     const size_t product = size_t(ROW_BLOCK) * MOST_COLUMNS * 2, attention = attention_need(shape);
     size_t of_a_thread = (std::max(product, attention) + Scratch::SPARE) * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + 64;
-    of_a_thread += most_widened_bytes(widest);
+    of_a_thread += most_widened_bytes(widest) + widest * sizeof(float) + 64;
     if (!float_activations_) for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) of_a_thread += ROW_BLOCK * QuantisedShape(size, widest).row_bytes() + 64;
     const size_t splits = std::min((few_items() - 1) * most_splits(context), wave() - 1 + most_splits(context));
     of_a_thread += most_panel_bytes(widest);
@@ -158,7 +162,7 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
         const BlockSize size = block_size(w.format);
         const BlockKernels& kernels = *kernels_->blocks;
         const void* rows = packed(s.packed[1 + size], first, m * QuantisedShape(size, k).row_bytes(),
-                                  [&](void* to) { kernels.quantise[dtype][size](x, m, k, to); });
+                                  [&](void* to) { quantise(dtype, size, x, m, k, w.order.get(), s, to); }, 0, w.order.get());
         return kernels.product[w.format - DENSE_FORMATS](rows, m, w.row(column), columns, w.blocks(), w.groups_from(column), next, c, columns);
     }
     if (ordered_) return kernels_->ordered[dtype][w.format](x, m, w.row(column), columns, k, c, columns);
@@ -166,6 +170,20 @@ void Ops::product(Dtype dtype, const void* const* x, int first, int m, const Mat
     if (!kernels_->pack[dtype]) return kernel(x, m, w.row(column), k, columns, k, next, c, columns);
     const void* const rows[] = {packed(s.packed[0], first, packed_bytes(m, k), [&](void* to) { kernels_->pack[dtype](x, m, k, to); })};
     kernel(rows, m, w.row(column), k, columns, k, next, c, columns);
+}
+
+void Ops::quantise(Dtype dtype, BlockSize size, const void* const* x, int m, int k, const std::vector<int32_t>* order, Scratch& s,
+                   void* to) const {
+    const auto kernel = kernels_->blocks->quantise[dtype][size];
+    if (!order) return kernel(x, m, k, to);
+    if (s.ordered.size() < k * size_of(dtype) + 64) Scratch::renew(s.ordered, k * size_of(dtype) + 64);
+    void* row = Scratch::aligned(s.ordered.data());
+    const void* const rows[] = {row};
+    for (int i = 0; i < m; i++) {
+        if (dtype == F32) take_columns(static_cast<const uint32_t*>(x[i]), *order, static_cast<uint32_t*>(row));
+        else take_columns(static_cast<const uint16_t*>(x[i]), *order, static_cast<uint16_t*>(row));
+        kernel(rows, 1, k, at(to, i * QuantisedShape(size, k).row_bytes()));
+    }
 }
 
 // One item for each expert, block of its rows and chunk of columns; experts without rows cost nothing.
@@ -361,14 +379,14 @@ void Ops::embed(Dtype dtype, const Matrix& table, const int64_t* ids, int rows, 
     // One item, which the pool computes as all others: with subnormal numbers flushed, whoever calls.
     pool_.run(rows > 0 ? 1 : 0, [&](int, int thread) {
         const auto scaled = kernels_->scaled_row[dtype];
-        float* wide = table.format >= DENSE_FORMATS ? scratch_[thread].need(table.columns) : nullptr;
+        float* wide = table.format >= DENSE_FORMATS ? scratch_[thread].need(2 * size_t(table.columns)) : nullptr;
         for (int t = 0; t < rows; t++) {
             if (ids[t] < 0 || ids[t] >= table.rows) throw std::out_of_range("token id " + std::to_string(ids[t]) + " is none of " + std::to_string(table.rows));
             const void* row = table.row(ids[t]);
             if (as_it_lies) std::copy_n(static_cast<const char*>(row), row_bytes, at(out, t * row_bytes));
             else if (!wide) scaled[table.format](row, multiplier, table.columns, at(out, t * row_bytes));
             else {
-                widen_row(table, ids[t], wide);
+                widen_row(table, ids[t], wide, wide + table.columns);
                 scaled[F32_MATRIX](wide, multiplier, table.columns, at(out, t * row_bytes));
             }
         }

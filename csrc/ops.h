@@ -32,6 +32,10 @@ struct Matrix {
     // Of blocks of codes alone. Zero points that had to be unpacked are held here.
     GroupScales groups = {};
     std::shared_ptr<const std::vector<int8_t>> zeros = nullptr;
+    // Of columns that lie in an order of their own, which one each is; and a number that matrices beside it have too where
+    // theirs is the same, 0 where there is none.
+    std::shared_ptr<const std::vector<int32_t>> order = nullptr;
+    int order_number = 0;
 
     size_t row_bytes() const { return size_t(blocks()) * FORMAT_SIZES[format].bytes; }
     size_t bytes() const { return rows * row_bytes(); }
@@ -271,11 +275,13 @@ private:
             std::vector<char> bytes;
             uint64_t call = 0;
             int first = 0, columns = 0;
+            const void* order = nullptr;
         };
         // And beside FP8, packed block by block.
         Packed packed[1 + BLOCK_SIZES], unquantised[2], in_blocks;
         std::vector<char> panels;  // of one item
         std::vector<char> widened;  // rows of weights
+        std::vector<char> ordered;  // a row of x in a matrix' order
 
         static constexpr size_t SPARE = 16;  // floats, for alignment
         float* need(size_t n) {
@@ -291,7 +297,7 @@ private:
             size_t sum = floats.capacity() * sizeof(float);
             for (const Packed& each : packed) sum += each.bytes.capacity();
             for (const Packed& each : unquantised) sum += each.bytes.capacity();
-            return sum + in_blocks.bytes.capacity() + panels.capacity() + widened.capacity();
+            return sum + in_blocks.bytes.capacity() + panels.capacity() + widened.capacity() + ordered.capacity();
         }
         template <class T> static T* aligned(T* p) { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
     };
@@ -305,8 +311,13 @@ private:
         PanelRows rows;
         int column, columns;
     };
-    struct Tiled {  // where rows lie in tiles for one format
+    struct Kind {  // of what rows are laid in tiles for
         Format format;
+        int order_number;
+        bool operator==(const Kind& other) const { return format == other.format && order_number == other.order_number; }
+    };
+    struct Tiled {  // where rows lie in tiles for one kind
+        Kind kind;
         size_t at, row_bytes;
     };
     struct Attend {  // some queries of one sequence, with some query heads of one kv head
@@ -352,14 +363,18 @@ private:
     void product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, const void* next, float* c,
                  int columns, Scratch& scratch);
     // What `pack` makes of the rows from `first` of this call's, in so many bytes; made anew where `packed` has others.
-    // columns: of a block, of what is packed block by block.
-    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack, int columns = 0) {
+    // columns: of a block, of what is packed block by block. order: that of the columns, where they have one of their own.
+    template <class Pack> const void* packed(Scratch::Packed& packed, int first, size_t bytes, const Pack& pack, int columns = 0,
+                                             const void* order = nullptr) {
         if (packed.bytes.size() < bytes + 64) Scratch::renew(packed.bytes, bytes + 64), packed.call = 0;
         void* to = Scratch::aligned(packed.bytes.data());
-        if (packed.call != calls_ || packed.first != first || packed.columns != columns) pack(to);
-        packed.call = calls_, packed.first = first, packed.columns = columns;
+        if (packed.call != calls_ || packed.first != first || packed.columns != columns || packed.order != order) pack(to);
+        packed.call = calls_, packed.first = first, packed.columns = columns, packed.order = order;
         return to;
     }
+    // m rows of x, quantised, their columns in this order, or as they lie.
+    void quantise(Dtype dtype, BlockSize size, const void* const* x, int m, int k, const std::vector<int32_t>* order, Scratch& scratch,
+                  void* to) const;
 
     // Many rows and weights in blocks (panel_ops.cpp).
     const PanelKernels& panels() const { return *kernels_->blocks->panels; }
@@ -369,8 +384,10 @@ private:
     size_t panel_bytes(const Matrix& w) const;
     char* panel_room(size_t bytes, int thread);
     char* tiles_of(const Tiled& tiled, int row);
-    template <class RowAt> void lay_in_tiles(Dtype dtype, const std::vector<Format>& formats, int k, const RowAt& row_at);
-    void lay_tile(Dtype dtype, BlockSize size, const void* const* x, const PanelRows& tile, int k, Scratch::Packed& room);
+    template <class RowAt, class MatricesOf>
+    void lay_in_tiles(Dtype dtype, const std::vector<Kind>& kinds, int k, const RowAt& row_at, const MatricesOf& matrices_of);
+    template <class Matrices>
+    void lay_tile(Dtype dtype, BlockSize size, const void* const* x, const PanelRows& tile, int k, const Matrices& matrices, Scratch& scratch);
     template <class Matrices> void plan_panels(const PanelRows& rows, const Matrices& matrices);
     void cut_panel_products();
     char* unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const;
@@ -405,12 +422,13 @@ private:
                       int columns, Scratch& scratch);
     void widened_product(Dtype dtype, const void* const* x, int first, int m, const Matrix& w, int column, float* c, int columns,
                          Scratch& scratch);
-    void widen_row(const Matrix& w, int64_t row, float* to) const;
+    // room: of as many columns, where these lie in an order of their own.
+    void widen_row(const Matrix& w, int64_t row, float* to, float* room) const;
     // m rows of x as float32: rows of k, one behind the other, and where each lies.
     void as_floats(Dtype dtype, const void* const* x, int first, int m, int k, Scratch& scratch, const void** rows);
-    // For WIDENED_ROWS of k float32 numbers.
+    // For WIDENED_ROWS of k float32 numbers, and one more.
     static void* widened_room(int k, Scratch& scratch);
-    static size_t widened_bytes(int k) { return size_t(WIDENED_ROWS) * k * sizeof(float); }
+    static size_t widened_bytes(int k) { return size_t(WIDENED_ROWS + 1) * k * sizeof(float); }
     static size_t most_widened_bytes(int widest) {
         return size_t(ROW_BLOCK) * widest * sizeof(float) + packed_bytes(ROW_BLOCK, widest) + widened_bytes(widest) + 3 * 64;
     }

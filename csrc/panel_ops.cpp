@@ -19,8 +19,9 @@ constexpr size_t CHUNK = 192 << 10;  // bytes of unpacked panels, which stay in 
 constexpr int LEAST_BATCH = 512;     // rows for which unpacking a panel costs a hundredth of its products
 constexpr int STRETCH = 16;          // rows, the largest tile of any instruction set: where batches are cut
 
-void add_format(Format format, std::vector<Format>& formats) {
-    if (std::find(formats.begin(), formats.end(), format) == formats.end()) formats.push_back(format);
+template <class Kind> void add_kind(const Matrix& w, std::vector<Kind>& kinds) {
+    const Kind kind{w.format, w.order_number};
+    if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
 }
 
 }  // namespace
@@ -45,15 +46,17 @@ size_t Ops::most_panel_bytes(int widest) const {
     return 2 * std::max(one, std::min(CHUNK / 2, one * (MOST_COLUMNS / panels().panel))) + 64;
 }
 
-template <class RowAt> void Ops::lay_in_tiles(Dtype dtype, const std::vector<Format>& formats, int k, const RowAt& row_at) {
+// matrices_of(weights) says with which matrices the rows of these weights will be multiplied.
+template <class RowAt, class MatricesOf>
+void Ops::lay_in_tiles(Dtype dtype, const std::vector<Kind>& kinds, int k, const RowAt& row_at, const MatricesOf& matrices_of) {
     const PanelKernels& kernels = panels();
     const PanelRows& last = panel_rows_.back();
     const size_t rows = last.tiled + rows_of_tiles(last.count, kernels.tile);
     tiled_.clear();
     size_t bytes = 0;
-    for (Format format : formats) {
-        const size_t row_bytes = k / FORMAT_SIZES[format].elements * kernels.of(format).row_bytes;
-        tiled_.push_back({format, bytes, row_bytes});
+    for (const Kind& kind : kinds) {
+        const size_t row_bytes = k / FORMAT_SIZES[kind.format].elements * kernels.of(kind.format).row_bytes;
+        tiled_.push_back({kind, bytes, row_bytes});
         bytes += rows * row_bytes;
     }
     if (tiles_.size() < bytes + 64) Scratch::renew(tiles_, bytes + 64);
@@ -65,28 +68,33 @@ template <class RowAt> void Ops::lay_in_tiles(Dtype dtype, const std::vector<For
         const PanelRows& tile = panel_tiles_[item];
         const void* x[STRETCH];
         for (int i = 0; i < tile.count; i++) x[i] = row_at(tile.first + i);
-        for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) lay_tile(dtype, size, x, tile, k, scratch_[thread].packed[1 + size]);
+        const auto& matrices = matrices_of(tile.weights);
+        for (BlockSize size : {BY_32, BY_256, PAIRS_BY_32}) lay_tile(dtype, size, x, tile, k, matrices, scratch_[thread]);
     });
 }
 
-// For all formats of one size of blocks, which share what is quantised.
-void Ops::lay_tile(Dtype dtype, BlockSize size, const void* const* x, const PanelRows& tile, int k, Scratch::Packed& room) {
+// For all formats of one size of blocks, which share what is quantised where columns lie alike.
+template <class Matrices>
+void Ops::lay_tile(Dtype dtype, BlockSize size, const void* const* x, const PanelRows& tile, int k, const Matrices& matrices, Scratch& scratch) {
     if (k % QuantisedShape::elements_of(size)) return;
     const QuantisedShape shape(size, k);
+    Scratch::Packed& room = scratch.packed[1 + size];
     QuantisedRow rows[STRETCH];
-    bool quantised = false;
+    int quantised = -1;
     for (const Tiled& to : tiled_) {
-        if (block_size(to.format) != size) continue;
-        if (!quantised) {
+        if (block_size(to.kind.format) != size) continue;
+        const auto w = std::find_if(matrices.begin(), matrices.end(), [&](const Matrix* each) { return each->order_number == to.kind.order_number; });
+        if (w == matrices.end()) continue;  // of other experts
+        if (quantised != to.kind.order_number) {
             const size_t bytes = STRETCH * shape.row_bytes() + 64;
             if (room.bytes.size() < bytes) Scratch::renew(room.bytes, bytes);
             room.call = 0;
             void* at = Scratch::aligned(room.bytes.data());
-            kernels_->blocks->quantise[dtype][size](x, tile.count, k, at);
+            quantise(dtype, size, x, tile.count, k, (*w)->order.get(), scratch, at);
             for (int i = 0; i < tile.count; i++) rows[i] = QuantisedRow(at, i, shape);
-            quantised = true;
+            quantised = to.kind.order_number;
         }
-        panels().of(to.format).pack(rows, tile.count, shape.blocks, tiles_of(to, tile.tiled));
+        panels().of(to.kind.format).pack(rows, tile.count, shape.blocks, tiles_of(to, tile.tiled));
     }
 }
 
@@ -132,7 +140,7 @@ char* Ops::unpack_panels(const PanelProduct& p, const Matrix& w, char* to) const
 // c[i][j] of m rows from `row` on in tiles, and unpacked columns of w.
 void Ops::panel_product(const PanelProduct& p, const Matrix& w, const char* unpacked, int row, int m, const Stretch& next,
                         float* c) {
-    const Tiled& tiled = *std::find_if(tiled_.begin(), tiled_.end(), [&](const Tiled& t) { return t.format == w.format; });
+    const Tiled& tiled = *std::find_if(tiled_.begin(), tiled_.end(), [&](const Tiled& t) { return t.kind == Kind{w.format, w.order_number}; });
     panels().of(w.format).product(tiles_of(tiled, row), m, unpacked, p.columns, w.blocks(), next, c, p.columns);
 }
 
@@ -177,15 +185,16 @@ char* Ops::panel_room(size_t bytes, int thread) {
 
 void Ops::linear_by_panels(const Linear& l, const void* x, int rows, void* out, bool wide) {
     const size_t row_bytes = l.in * size_of(l.dtype);
-    std::vector<Format> formats;
+    std::vector<Kind> kinds;
+    std::vector<const Matrix*> all;
     for (const Linear::Layer& layer : l.layers)
-        if (by_panels(rows, {layer.weight.format})) add_format(layer.weight.format, formats);
-    if (formats.empty()) return;
+        if (by_panels(rows, {layer.weight.format})) add_kind(layer.weight, kinds), all.push_back(&layer.weight);
+    if (kinds.empty()) return;
     const auto matrices_of = [&](int layer) { return std::array{&l.layers[layer].weight}; };
-    const int most = batch_rows(formats.size());
+    const int most = batch_rows(kinds.size());
     for (int first = 0; first < rows; first += most) {
         panel_rows_.assign(1, {0, first, std::min(most, rows - first), 0});
-        lay_in_tiles(l.dtype, formats, l.in, [&](int i) { return at(x, i * row_bytes); });
+        lay_in_tiles(l.dtype, kinds, l.in, [&](int i) { return at(x, i * row_bytes); }, [&](int) -> const auto& { return all; });
         panel_products_.clear();
         PanelRows batch = panel_rows_[0];
         for (; batch.weights < int(l.layers.size()); batch.weights++)
@@ -229,13 +238,13 @@ template <class Takes, class Run> void Ops::each_panel_batch(size_t formats, con
 // Products of the experts that `takes`, with the matrices that matrices_of(expert) says; row_at(i) is the i-th sorted pair's row.
 template <class Takes, class MatricesOf, class RowAt, class Store>
 void Ops::experts_by_panels(Dtype dtype, const Takes& takes, const MatricesOf& matrices_of, const RowAt& row_at, const Store& store) {
-    std::vector<Format> formats;
+    std::vector<Kind> kinds;
     for (int e = 0; e + 1 < int(starts_.size()); e++)
         if (takes(e))
-            for (const Matrix* w : matrices_of(e)) add_format(w->format, formats);
-    if (formats.empty()) return;
-    each_panel_batch(formats.size(), takes, [&] {
-        lay_in_tiles(dtype, formats, matrices_of(panel_rows_[0].weights)[0]->columns, row_at);
+            for (const Matrix* w : matrices_of(e)) add_kind(*w, kinds);
+    if (kinds.empty()) return;
+    each_panel_batch(kinds.size(), takes, [&] {
+        lay_in_tiles(dtype, kinds, matrices_of(panel_rows_[0].weights)[0]->columns, row_at, matrices_of);
         panel_products_.clear();
         for (const PanelRows& r : panel_rows_) plan_panels(r, matrices_of(r.weights));
         cut_panel_products();

@@ -8,8 +8,12 @@
 
 namespace moebius {
 
-void Ops::widen_row(const Matrix& w, int64_t row, float* to) const {
-    if (w.format != FP8) return kernels_->blocks->widened[w.format - DENSE_FORMATS](w.row(row), w.blocks(), w.groups_from(row), to);
+void Ops::widen_row(const Matrix& w, int64_t row, float* to, float* room) const {
+    if (w.format != FP8) {
+        kernels_->blocks->widened[w.format - DENSE_FORMATS](w.row(row), w.blocks(), w.groups_from(row), w.order ? room : to);
+        for (int i = 0; w.order && i < w.columns; i++) to[(*w.order)[i]] = room[i];
+        return;
+    }
     constexpr int PIECE = 512;
     const Fp8Kernels& fp8 = kernels_->fp8[F32];
     uint16_t halves[PIECE];
@@ -58,7 +62,7 @@ void Ops::widened_product(Dtype dtype, const void* const* x, int first, int m, c
     float* panel = static_cast<float*>(widened_room(k, s));
     for (int j = 0; j < columns; j += WIDENED_ROWS) {
         const int some = std::min(WIDENED_ROWS, columns - j);
-        for (int i = 0; i < some; i++) widen_row(w, column + j + i, panel + size_t(i) * k);
+        for (int i = 0; i < some; i++) widen_row(w, column + j + i, panel + size_t(i) * k, panel + size_t(WIDENED_ROWS) * k);
         kernels_->product[F32][F32_MATRIX](rows, m, panel, k, some, k, nullptr, c + j, columns);
     }
 }

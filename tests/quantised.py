@@ -183,6 +183,7 @@ KINDS: dict[str, Kind] = {
     "pack-4-ordered": Kind(
         compressed("pack-quantized", args(4, 16, actorder="group")),
         packed_integers(4, 16, BF16, ordered=True),
+        repacked=True,
         formats={"int4_ordered[16,bfloat16]"},
     ),
     "int-quantized": Kind(

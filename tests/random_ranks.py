@@ -27,7 +27,7 @@ from moebius.moe.ranks import ExpertRank
 from moebius.ops.cpu import CpuOps
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
-from random_schedules import Answer, Schedule, Seen, Wish, note, parts, request_of
+from random_schedules import Answer, Schedule, Seen, Wish, constraints, note, parts, request_of
 
 MOST_TOKENS = 2048
 """Of a step, in any random schedule."""
@@ -96,7 +96,10 @@ def engines_of(
         engines = []
         for rank, decoder in enumerate(decoders):
             assert decoder.ranks is not None
-            made = RankEngine(*parts(decoder, schedules[rank]), use=decoder.ranks.join)
+            runner, scheduler, info = parts(decoder, schedules[rank])
+            made = RankEngine(
+                runner, scheduler, info, use=decoder.ranks.join, constraints=constraints(info)
+            )
             made.on_parted = _fail
             exchange = SharedMemoryExchange(segment.place, spec, rank, epoch, timeout=SECONDS)
             made.join(exchange, 0)

@@ -3,14 +3,20 @@ bits are the same."""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from moebius.engine.client import EngineInfo, StepOutput, TokenLogprob
 from moebius.engine.config import EngineConfig
+from moebius.engine.constraints import Constraints
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, lay_out
 from moebius.engine.runner import Runner
@@ -23,16 +29,56 @@ from moebius.nn.linear import Weighted, WeightList
 from moebius.nn.rope import RopeConfig
 from moebius.ops import LayerCache, Matrix, Ops
 from moebius.ops.config import RouterConfig
+from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.scheduler import Scheduler, StepPlan
 from moebius.schedule.states import StatePool
+from moebius.text import Tokenizer
 from ops.formats.blocks import random_matrix
 
 MAX_MODEL_LEN = 256
+
+
+@cache
+def byte_tokens() -> Tokenizer:
+    """Ids 0 to 255 stand for a byte each, in the order of GPT-2's alphabet."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({each: i for i, each in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+def _grammar(**body: object) -> str:
+    return json.dumps({"grammars": [body]})
+
+
+OBJECT = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer"},
+        "b": {"type": "array", "items": {"type": "boolean"}, "minItems": 20},
+    },
+    "required": ["a", "b"],
+}
+# What every few of the wishes are held to. Grammars are longer than any answer, so that what runs
+# beside what is the same as without them.
+CONSTRAINTS: tuple[Constraint | None, ...] = (
+    None,
+    None,
+    Constraint(Grammar(_grammar(json_schema=OBJECT))),
+    None,
+    Constraint(Grammar(_grammar(lark_grammar="start: /[a-z]{2,5}(,[0-9]{1,3}){30}/"))),
+    Constraint(
+        Grammar(_grammar(lark_grammar="start: /(ab|cd){30};/"), after=((70, 71),)),
+        budget=ReasoningBudget(4, start=(), end=(70, 71), begun=True),
+    ),
+    Constraint(bad_words=(*((token,) for token in range(0, 200, 2)), (1, 3))),
+)
 # Models with windows: model type and what differs from its plainest configuration. In the last two
 # some layers see all, so that there are several block tables; of unequal numbers of layers.
 WINDOWED: dict[str, tuple[str, dict[str, object]]] = {
@@ -128,6 +174,7 @@ class Wish:
     prompt: tuple[int, ...]
     params: SamplingParams
     seed: int
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +219,7 @@ class Seen:
 
 def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
     """Prompts of 1 to 150 tokens, some with a common beginning; greedy and drawn; some score their
-    prompt."""
+    prompt; some are held to a grammar, behind reasoning or not, or kept from some words."""
     common = [rng.randrange(vocab_size) for _ in range(90)]
     made = []
     for i in range(count):
@@ -192,6 +239,7 @@ def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
                 tuple(common[: rng.choice((0, 0, 40, 90))] + own),
                 params,
                 rng.getrandbits(60),
+                CONSTRAINTS[i % len(CONSTRAINTS)],
             )
         )
     return made
@@ -253,7 +301,22 @@ class PoisonedStates(StatePool):
 
 def build(decoder: Decoder, schedule: Schedule) -> Engine:
     """An engine around a decoder that is already loaded."""
-    return Engine(*parts(decoder, schedule))
+    runner, scheduler, info = parts(decoder, schedule)
+    return Engine(runner, scheduler, info, constraints=constraints(info))
+
+
+def constraints(info: EngineInfo) -> Constraints:
+    """What such an engine holds tokens to: grammars over one token a byte."""
+    return Patient(byte_tokens, info.limits.vocab_size, info.eos_ids)
+
+
+class Patient(Constraints):
+    """Waits for every grammar and every mask, so that a schedule does not depend on the clock."""
+
+    def fill(self, plan: StepPlan, requests: Mapping[str, Request]) -> None:
+        wait([each.grammar for each in self._followers.values() if each.grammar is not None])
+        super().fill(plan, requests)
+        wait(self._finding)
 
 
 def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, EngineInfo]:
@@ -311,6 +374,7 @@ def request_of(wish: Wish, engine: Engine) -> Request:
             engine.info.limits,
             arrival=engine.clock(),
             seed=wish.seed,
+            constraint=wish.constraint,
         ),
         engine.info.start_ids,
     )

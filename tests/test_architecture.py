@@ -67,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
         "front",
     },
     "llm": {"errors", "logs", "files", "request", "text", "engine", "front", "cluster", "models"},
-    "server": {"errors", "files", "request", "text", "engine", "front"},
+    "server": {"__version__", "errors", "files", "request", "text", "engine", "front"},
     "bench": {
         "errors",
         "files",
@@ -281,6 +281,8 @@ READS = ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop
 # nobody sets them by hand.
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 TORCHRUN |= {"TORCH_NCCL_BLOCKING_WAIT"}
+# OpenTelemetry's own, which a host sets for all programs; whoever has no collector knows none.
+TORCHRUN |= {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME"}
 
 
 def test_options_are_counted() -> None:

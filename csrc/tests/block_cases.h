@@ -81,6 +81,44 @@ template <class T> void test_block_products(Ops& ops, Ops& portable, Format form
     }
 }
 
+// Columns in an order of their own: the bits of the same matrix without one where rows of x are put into that order first. Beside
+// it lie one with the same order, one with another and one with none.
+template <class T> void test_ordered_columns(Ops& ops, Format format) {
+    const int blocks = uniform(1, 5), k = blocks * FORMAT_SIZES[format].elements, outputs = one_of({1, 5, 16, 33}), rows = one_of({1, 3, 7, 9, 26});
+    std::vector<Blocks> weights;
+    for (int i = 0; i < 4; i++) weights.emplace_back(format, outputs, blocks);
+    std::vector<int32_t> orders[2];
+    for (std::vector<int32_t>& order : orders) {
+        for (int i = 0; i < k; i++) order.insert(order.begin() + uniform(0, i), i);
+        order.shrink_to_fit();
+    }
+    Linear l{Number<T>::dtype, k, 4 * outputs, {}};
+    const int numbers[] = {1, 2, 0, 1};
+    for (int i = 0; i < 4; i++) {
+        Matrix w = weights[i].matrix;
+        w.order_number = numbers[i];
+        if (numbers[i]) w.order = std::make_shared<const std::vector<int32_t>>(orders[numbers[i] - 1]);
+        l.layers.push_back({w, nullptr, i * outputs});
+    }
+    const std::vector<T> x = draw<T>(size_t(rows) * k);
+    std::vector<float> out(size_t(rows) * l.out), alone(size_t(rows) * outputs);
+    ops.linear(l, x.data(), rows, out.data(), true);
+    for (int i = 0; i < 4; i++) {
+        std::vector<T> taken = x;
+        for (size_t at = 0; numbers[i] && at < taken.size(); at++) taken[at] = x[at / k * k + orders[numbers[i] - 1][at % k]];
+        ops.linear({Number<T>::dtype, k, outputs, {{weights[i].matrix, nullptr, 0}}}, taken.data(), rows, alone.data(), true);
+        for (int row = 0; row < rows; row++)
+            check(std::memcmp(&alone[size_t(row) * outputs], &out[size_t(row) * l.out + i * outputs], outputs * sizeof(float)) == 0,
+                  "%s: row %d of %d x %d is another in an order of its own", FORMAT_SIZES[format].name, row, rows, k);
+    }
+    std::vector<T> embedded(k), plain(k);
+    const int64_t id = outputs - 1;
+    ops.embed(Number<T>::dtype, l.layers[0].weight, &id, 1, 1.5f, embedded.data());
+    ops.embed(Number<T>::dtype, weights[0].matrix, &id, 1, 1.5f, plain.data());
+    for (int i = 0; i < k; i++)
+        check(std::memcmp(&embedded[orders[0][i]], &plain[i], sizeof(T)) == 0, "%s: column %d is embedded elsewhere", FORMAT_SIZES[format].name, i);
+}
+
 template <class T> void test_block_rows(Ops& ops, Ops& portable, Format format) {
     const Blocks table(format, 7, uniform(1, 3));
     const int columns = table.matrix.columns;
@@ -144,6 +182,7 @@ template <class T> void test_blocks(Ops& ops, Ops& portable) {
     for (int format = DENSE_FORMATS; format < FORMATS; format++) {
         test_block_products<T>(ops, portable, Format(format));
         test_block_rows<T>(ops, portable, Format(format));
+        if (has_planes(Format(format))) test_ordered_columns<T>(ops, Format(format));
     }
     test_block_experts<T>(ops);
 }

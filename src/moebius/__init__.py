@@ -6,13 +6,21 @@ The public names are below; what imports torch is imported when it is first aske
 from typing import TYPE_CHECKING, Any
 
 from moebius.request.params import SamplingParams
+from moebius.request.structured import StructuredOutput
 
 if TYPE_CHECKING:
     from moebius.front.results import CompletionOutput, RequestOutput
     from moebius.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutput",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

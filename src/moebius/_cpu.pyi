@@ -22,6 +22,7 @@ class Matrix:
         zeros: int = 0,
         copy_zeros: bool = False,
         biases: int = 0,
+        order: int = 0,
     ) -> None: ...
 
 class _Call:
@@ -323,6 +324,7 @@ class Experts:
         up_bias: Sequence[int],
         down_bias: Sequence[int],
         on_disk: bool = False,
+        interleaved: bool = False,
         alpha: float = 0.0,
         limit: float = 0.0,
     ) -> None: ...

@@ -7,6 +7,7 @@
     │   ├── TokenizerError           tokenizer.json or chat template missing or broken
     │   └── MemoryPlanError          the model, its cache or its workspace does not fit
     ├── RequestError  (ValueError)   one request is wrong: HTTP 400, names the field in `param`
+    │   ├── ConstraintError          its grammar, or what else holds its tokens, cannot be followed
     │   └── ContextLengthError       prompt (plus max_tokens) beyond what model or cache can hold
     │       └── ContextExceededError the model's context, in the words that clients look for
     ├── OverloadError                refused for now: HTTP 503, `retry_after` seconds
@@ -105,6 +106,10 @@ class RequestError(MoebiusError, ValueError, wire_code="request"):
     @property
     def facts(self) -> dict[str, Fact]:
         return {"param": self.param, "code": self.code}
+
+
+class ConstraintError(RequestError, wire_code="constraint"):
+    """What a request's tokens are held to cannot be followed, or not any further."""
 
 
 class ContextLengthError(RequestError, wire_code="context_length"):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from os import PathLike
-from pathlib import Path
 from typing import Any, Self
 
 from moebius import logs
@@ -202,20 +201,32 @@ class LLM:
         replies = self.tokenizer.replies.with_tools(tool_format)
         key = draw_prefix_key()
         self._engines: EngineProcesses | None = None
-        self.client = self._start(model.path, key)
+        self.client = self._start(model, key)
         info = self.client.info
         self._opener = ChoiceOpener(self.tokenizer, info, info.hasher(key), replies)
         self._sessions = Sessions(self.client)
         self._ids = count()
 
-    def _start(self, model: Path, key: bytes) -> EngineClient:
+    def _start(self, model: ModelSource, key: bytes) -> EngineClient:
         """The engine on this thread, or one in a process for each rank."""
         if self.config.ranks == 1:
-            engine = load_engine(model, self.config, eos_ids=self.defaults.eos_ids, prefix_key=key)
+            own = self.tokenizer
+            engine = load_engine(
+                model.path,
+                self.config,
+                eos_ids=self.defaults.eos_ids,
+                prefix_key=key,
+                tokenizer=lambda: own,
+            )
             return InlineClient(engine)
-        check_ranks(model, self.config)
+        check_ranks(model.path, self.config)
         message = Launch(
-            str(model.absolute()), self.config, key, self.defaults.eos_ids, logs.level()
+            str(model.path.absolute()),
+            self.config,
+            key,
+            self.defaults.eos_ids,
+            logs.level(),
+            tokenizer="" if model.tokenizer is None else str(model.tokenizer.absolute()),
         )
         # That they cannot be started any more, all that is asked ends with: no reason to end here.
         self._engines = EngineProcesses(self.config.ranks, on_give_up=lambda: None)

@@ -60,7 +60,7 @@ class ReplicaOptions:
 
 
 # Serve has the door: what opens it and holds its connections is said to Serve.
-_DOOR = ("host", "port", "max_connections", "keep_alive_timeout")
+_DOOR = ("host", "port", "tls_cert", "tls_key")
 _SERVE = tuple(name for name in ServeOptions.__dataclass_fields__ if name not in _DOOR)
 
 
@@ -120,6 +120,7 @@ def app(args: dict[str, Any]) -> "Application":
         if connected:
             _check_cluster(arguments)
         cpus = _cpus_of_a_node() if connected else machine.threads()
+    settings = arguments.options.settings(arguments.model)
     threads = arguments.config.threads or max(1, cpus // ranks)
     deployment = serve.deployment(
         serve.ingress(_application_here)(Replica),
@@ -133,7 +134,7 @@ def app(args: dict[str, Any]) -> "Application":
         },
         health_check_period_s=_CHECK_SECONDS,
         health_check_timeout_s=_CHECK_SECONDS,
-        graceful_shutdown_timeout_s=arguments.options.drain_timeout + _DRAIN_MARGIN,
+        graceful_shutdown_timeout_s=settings.drain_timeout + _DRAIN_MARGIN,
     )
     named: dict[str, Any] = {"model": lasting_name(arguments.model), "threads": threads}
     if arguments.which.tokenizer is not None:

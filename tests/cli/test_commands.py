@@ -394,9 +394,11 @@ def test_chat_keeps_the_conversation(
 
 
 def test_what_an_operator_chooses_reaches_the_server(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen: list[ServerSettings] = []
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[alice]\nkey = "secret"\n')
     monkeypatch.setattr(
         "moebius.cli.serve._serve_on", lambda *given, **options: chosen.append(given[3])
     )
@@ -405,31 +407,26 @@ def test_what_an_operator_chooses_reaches_the_server(
     options = (
         "--unknown-fields",
         "warn",
-        "--request-timeout",
-        "9",
-        "--metrics-api-key",
-        "scraper",
+        "--api-keys",
+        str(keys),
         "--api-key",
         "a",
     )
     assert moebius(monkeypatch, *serve, *options) == 0
-    monkeypatch.setenv("MOEBIUS_METRICS_API_KEY", "of-the-environment")
     monkeypatch.setenv("MOEBIUS_API_KEY", "one two")
     assert moebius(monkeypatch, *serve) == 0
-    names = ("unknown_fields", "request_timeout", "metrics_api_key", "api_keys")
+    names = ("unknown_fields", "api_keys_file", "api_keys")
     assert [tuple(getattr(settings, name) for name in names) for settings in chosen] == [
-        ("refuse", 3600.0, None, ()),
-        ("warn", 9.0, "scraper", ("a",)),
-        ("refuse", 3600.0, "of-the-environment", ("one", "two")),
+        ("refuse", None, ()),
+        ("warn", keys, ("a",)),
+        ("refuse", None, ("one", "two")),
     ]
     capsys.readouterr()
     for option, value, word in (
         ("--unknown-fields", "ignore", "it must be one of refuse, warn"),
-        ("--request-timeout", "0", "positive number of seconds"),
-        ("--metrics-api-key", "a b", "without spaces"),
+        ("--api-keys", str(keys.with_name("none.toml")), "No such file"),
     ):
         assert word in refused(monkeypatch, capsys, *serve, option, value)
-    # Whoever may read the metrics is not whoever may generate.
     monkeypatch.delenv("MOEBIUS_API_KEY")
     assert "give an --api-key" in refused(monkeypatch, capsys, *serve, "--host", "0.0.0.0")
 

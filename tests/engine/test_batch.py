@@ -11,7 +11,7 @@ from moebius.ops.steps import StateInputs, StepInputs
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from schedule.making import make_request, make_scheduler, step
 
-GROUPS = CacheGroups((GroupSpec(), GroupSpec(4)), StateSpec(9, scratch=1, interval=2), 3)
+GROUPS = CacheGroups((GroupSpec(), GroupSpec(4)), StateSpec(9, scratch=1, interval=2))
 
 
 def test_each_group_has_slots_and_a_table_of_its_own() -> None:

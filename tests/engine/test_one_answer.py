@@ -23,6 +23,7 @@ from moebius.models.store.load import load_decoder
 from moebius.nn.packed import PackedPast
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
+from moebius.request.constraint import Constraint, Grammar
 from moebius.schedule.groups import CacheGroups
 from moebius.schedule.request import SamplingParams
 from ops.formats.blocks import BLOCKS
@@ -75,6 +76,24 @@ def test_preemption_and_warm_caches_are_among_the_schedules() -> None:
     seen = answers(bundled(2), asked, Schedule(8, MAX_MODEL_LEN // 8, 64, 300, True, (0,) * 64, 2))
     assert seen.preemptions > 0 and seen.prefix_hits > 0
     assert all(found == expected for found in seen.rounds)
+
+
+def test_answers_that_end_with_their_grammars_are_one_answer() -> None:
+    """Wherever in a batch, a chunk or a cache a request's grammar comes to its end."""
+    word = Constraint(Grammar("start: /[a-z]{1,6};/"))
+    decoder = bundled(2)
+    rng = random.Random(3)
+    asked = [
+        replace(wish, constraint=word if i % 2 else wish.constraint)
+        for i, wish in enumerate(wishes(20, decoder.config.vocab_size, rng))
+    ]
+    expected = {wish.id: alone(decoder, wish) for wish in asked}
+    ended = [wish for wish in asked if len(expected[wish.id][0]) < (wish.params.max_tokens or 0)]
+    assert len(ended) > 2
+    for _ in range(3):
+        schedule = random_schedule(len(asked), rng)
+        for found in answers(decoder, asked, schedule).rounds:
+            assert found == expected, schedule
 
 
 def _differs(decoder: Decoder, asked: list[Wish], schedule: Schedule) -> bool:

@@ -27,6 +27,7 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import (
     ChannelClosedError,
     ChannelError,
+    ConstraintError,
     ContextExceededError,
     ContextLengthError,
     EngineError,
@@ -192,6 +193,7 @@ FIELDS: dict[type[MoebiusError], dict[str, Any]] = {
         "at_least": True,
         "param": "messages",
     },
+    ConstraintError: {"param": "structured_outputs", "code": "some_code"},
     OverloadError: {"retry_after": 7.5},
     EngineError: {"error_id": "0badcafe"},
     EngineLostError: {"error_id": "0badcafe"},
@@ -381,7 +383,7 @@ def fields_of(schema: Any) -> Any:
 
 
 # Of version 5. Where a record has changed: raise wire.VERSION, and put here what the test found.
-LAYOUT = "47f16ab208d3eecc"
+LAYOUT = "8bf084d98796dbf7"
 
 
 def test_a_record_that_changes_needs_another_version() -> None:

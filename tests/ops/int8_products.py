@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moebius.ops import Matrix
+from moebius.ops.formats import format_named
 from ops.formats.blocks import BLOCKS, HALVES_AT
 
 Floats = npt.NDArray[np.float32]
@@ -155,6 +156,11 @@ def _half(blocks: Tensor, at: int) -> Floats:
 
 def product(x_TI: Tensor, matrix: Matrix) -> Product:
     """x w^T as the kernels compute it, in float32."""
+    if "_ordered" in matrix.format.name:
+        *planes, columns_I = matrix.planes
+        as_stored = format_named(matrix.format.name.replace("_ordered", ""))
+        x_TI = x_TI[:, columns_I.long()]
+        matrix = Matrix(as_stored, matrix.shape, tuple(planes))
     x, w = quantised(x_TI, elements_of(matrix)), unpacked(matrix)
     rows, count = x.scales.shape
     codes = x.codes.reshape(rows, count, *w.codes.shape[2:])

@@ -33,6 +33,9 @@ NAMES = [
     "affine4[32,bfloat16]",
     "affine4[64,float32]",
     "affine8[96,float16]",
+    "int4_ordered[64,float16]",
+    "int4_ordered[32,bfloat16,words zeros]",
+    "int8_words_ordered[96,float32]",
 ]
 # (rows, outputs, columns): all groups above divide them; one has more blocks than are found at once.
 SHAPES = [(1, 35, 192), (2, 7, 576), (14, 16, 192), (5, 17, 1152), (1, 3, 192 * 45)]
@@ -49,6 +52,8 @@ def random_matrix(name: str, rows: int, columns: int, spread: float = 0.02) -> M
             planes.append((torch.randn(shape) * spread).to(dtype))
         elif name == "mxfp4_planes" and number == 1:
             planes.append(torch.randint(112, 125, shape, dtype=dtype))
+        elif "_ordered" in name and shape == (columns,):
+            planes.append(torch.randperm(columns).to(dtype))
         elif dtype == torch.int8 and number == 2:
             planes.append(torch.randint(-8, 9, shape, dtype=dtype))
         else:
@@ -144,11 +149,20 @@ def test_beside_blocks_and_plain_numbers(dtype: torch.dtype) -> None:
             assert torch.equal(bits(ops.linear(part, together)), bits(torch.cat(alone, dim=1)))
 
 
-def test_experts_are_their_products() -> None:
-    gate, up, down = (
-        [random_matrix(name, 192, 192, 0.01) for _ in range(5)]
-        for name in ("mxfp4_planes", "int4[32,bfloat16,words zeros]", "int8[0,float16]")
-    )
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("mxfp4_planes", "int4[32,bfloat16,words zeros]", "int8[0,float16]"),
+        ("int4_ordered[32,float16]", "int4_ordered[64,float16]", "int4_ordered[32,float16]"),
+        ("int4[32,float16]", "int8_words_ordered[96,float32]", "int4_ordered[0,float16]"),
+    ],
+    ids=["kinds", "ordered", "ordered beside others"],
+)
+def test_experts_are_their_products(names: tuple[str, str, str]) -> None:
+    gate, up, down = ([random_matrix(name, 192, 192, 0.01) for _ in range(5)] for name in names)
+    # Of one expert alone gate and up have one order.
+    if "_ordered" in gate[2].format.name:
+        gate[2].planes[-1].copy_(up[2].planes[-1])
     ids = torch.stack([torch.randperm(5)[:2] for _ in range(70)])
     x, share = torch.randn(70, 192), torch.rand(70, 2)
     for isa in LEVELS:
@@ -173,6 +187,29 @@ def test_activations_that_stay_as_they_are(name: str) -> None:
     for isa in LEVELS:
         found = logits(CpuOps(1, isa, "float"), x, matrix)
         assert (found - exact).abs().max() < 2.0**-18 * exact.abs().max()
+
+
+def test_layers_of_one_input_have_orders_of_their_own() -> None:
+    """Two of the three have the same one; alone and beside each other they have the same bits."""
+    matrices = [random_matrix("int4_ordered[32,float16]", 35, 192) for _ in range(3)]
+    matrices[2].planes[-1].copy_(matrices[0].planes[-1])
+    x = activations(21, 192, torch.bfloat16)
+    for isa in LEVELS:
+        ops = level(isa, 2)
+        together = ops.prepare_linear(*((each, None) for each in matrices), dtype=torch.bfloat16)
+        for rows in (1, 7, 21):
+            part = x[:rows]
+            alone = [logits(ops, part, each).to(torch.bfloat16) for each in matrices]
+            assert torch.equal(bits(ops.linear(part, together)), bits(torch.cat(alone, dim=1)))
+
+
+@pytest.mark.parametrize("columns", [[0, 1, 1], [0, 1, 192], [-1, 0, 1]])
+def test_an_order_names_every_column_once(columns: list[int]) -> None:
+    matrix = random_matrix("int4_ordered[32,float16]", 8, 192)
+    matrix.planes[-1].copy_(torch.arange(192, dtype=torch.int32))
+    matrix.planes[-1][:3] = torch.tensor(columns, dtype=torch.int32)
+    with pytest.raises(ValueError, match="name each of them once"):
+        logits(level(LEVELS[0], 1), torch.randn(1, 192), matrix)
 
 
 @pytest.mark.parametrize("name", ["int4[16,float16]", "int8[32,float16,int8 zeros]"])

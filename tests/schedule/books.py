@@ -12,6 +12,7 @@ from moebius.schedule.groups import NO_BLOCK
 from moebius.schedule.places import Places
 from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.waiting import WaitingQueue
 
 
 def check_pool(pool: BlockPool, requests: Collection[Request]) -> None:
@@ -97,6 +98,19 @@ def _check_states(pool: BlockPool, requests: Collection[Request]) -> None:
     check_places(states, owned)
 
 
+def _check_queue(queue: WaitingQueue, waiting: Collection[Request]) -> None:
+    """Each owner's requests that wait are listed once, in the order of service."""
+    by_owner: dict[str, list[Request]] = {}
+    for request in sorted(waiting, key=lambda request: request.order):
+        by_owner.setdefault(request.asked.share.account, []).append(request)
+    listed: dict[str, list[Request]] = {}
+    for request in queue:
+        listed.setdefault(request.asked.share.account, []).append(request)
+    assert listed == by_owner and len(queue) == len(waiting), (
+        "I7: the waiting requests are not those listed, or out of order"
+    )
+
+
 def check_books(scheduler: Scheduler) -> None:
     """Recompute the books from the requests; AssertionError names the broken invariant, by its
     number in schedule/checker.py."""
@@ -104,12 +118,13 @@ def check_books(scheduler: Scheduler) -> None:
     queue, requests = scheduler._waiting, scheduler.requests.values()
     running = [r for r in requests if r.status is RequestStatus.RUNNING]
     waiting = [r for r in requests if r.status is not RequestStatus.RUNNING]
-    for name, listed, true in (
-        ("running", scheduler._running, running),
-        ("waiting", list(queue), waiting),
-    ):
-        true.sort(key=lambda request: request.order)
-        assert listed == true, f"I7: the {name} requests are not those listed, or out of order"
+    running.sort(key=lambda request: request.order)
+    assert scheduler._running == running, (
+        "I7: the running requests are not those listed, or out of order"
+    )
+    _check_queue(queue, waiting)
+    owners = {request.asked.share.account for request in requests}
+    assert len(queue.turns) == len(owners), "I12: an owner outlived its requests, or is lost"
     assert not any(request.finished for request in waiting), (
         "I10: a finished request is still in the books"
     )

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -41,6 +41,7 @@ from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 from schedule.books import check_books
 from schedule.snapshot_watch import SnapshotWatch
+from schedule.turn_watch import TurnWatch
 
 
 class Violation(AssertionError):
@@ -132,6 +133,7 @@ class Checker:
         self._truth: dict[bytes, list[int]] = {}
         self._sharers: Counter[bytes] = Counter()
         self._snapshots = SnapshotWatch(self)
+        self._turns = TurnWatch(self.broken)
 
     def broken(self, invariant: str, message: str) -> NoReturn:
         raise Violation(invariant, message, seed=self.seed, step=self.step)
@@ -143,6 +145,7 @@ class Checker:
         expected, reason = self.solo(request, secret)
         track = Track(request, secret, [], expected, reason, outputs=len(request.output_ids))
         self.tracks[request.id] = track
+        self._turns.waits(request)
         self._learn(track)
 
     def solo(self, request: Request, secret: int) -> tuple[list[int], FinishReason]:
@@ -176,16 +179,16 @@ class Checker:
             if track.request.asked.deadline is not None and track.request.asked.deadline <= now:
                 self.broken("I8", f"{track.request.id} is unfinished after its deadline")
         self._check_victims(plan)
-        started = self._check_chunks(plan)
-        self._check_reasons(plan, started)
+        self._turns.planned(plan)
+        self._check_chunks(plan)
+        self._check_reasons(plan)
         self._snapshots.planned(plan)
         for track in self.tracks.values():
             request = track.request
             track.blocks = sum(map(len, request.tables)) - sum(request.num_passed)
 
-    def _check_chunks(self, plan: StepPlan) -> list[Request]:
-        """Each chunk goes on where the last one ended, within a step's bounds; returns the requests
-        that started."""
+    def _check_chunks(self, plan: StepPlan) -> None:
+        """Each chunk goes on where the last one ended, within a step's bounds."""
         config = self.scheduler.config
         if plan.num_tokens > config.max_num_batched_tokens:
             self.broken("budget", f"{plan.num_tokens} tokens of {config.max_num_batched_tokens}")
@@ -194,14 +197,12 @@ class Checker:
             plan.chunks
         ):
             self.broken("budget", f"{running} sequences of {config.max_num_seqs}")
-        started = []
         for chunk in plan.chunks:
             track = self.tracks.get(chunk.request_id)
             if track is None or track.request.status is not RequestStatus.RUNNING:
                 self.broken("I10", f"{chunk.request_id} is computed, but does not run")
             request = track.request
             if track.start is None:
-                started.append(request)
                 self._check_hit(request, chunk.start)
             elif chunk.start != track.start:
                 self.broken(
@@ -224,7 +225,6 @@ class Checker:
                 self.broken("I10", f"{request.id} samples at the wrong time")
             self._check_tables(chunk, request)
             track.start = chunk.end
-        return started
 
     def _check_tables(self, chunk: Chunk, request: Request) -> None:
         """Each group has the blocks that the chunk reads and writes, and none before its window."""
@@ -296,10 +296,10 @@ class Checker:
             self.broken("I9", f"{victims[-1].request.id} was preempted without need")
         for track in victims:
             track.start = None
+            self._turns.waits(track.request)
 
-    def _check_reasons(self, plan: StepPlan, started: Iterable[Request]) -> None:
-        """Every unfinished request has a chunk or a true reason (I7); the first gets on, none is
-        overtaken (I8)."""
+    def _check_reasons(self, plan: StepPlan) -> None:
+        """Every unfinished request has a chunk or a true reason (I7); the first gets on (I8)."""
         computed = {chunk.request_id for chunk in plan.chunks}
         if self.tracks.keys() != self.scheduler.requests.keys():
             self.broken(
@@ -317,17 +317,12 @@ class Checker:
         ]
         if running and min(running, key=lambda r: r.order).id not in computed:
             self.broken("I8", "the first running request gets nothing")
-        blocked = []
         for request_id, reason in plan.waiting.items():
             track = self.tracks[request_id]
             if reason == "prefix_in_flight":
                 self._check_in_flight(track, plan)
-            elif track.request.status is not RequestStatus.RUNNING:
-                blocked.append(track.request.order)
             if reason == "no_seats" and len(running) < self.scheduler.config.max_num_seqs:
                 self.broken("I7", f"{request_id} waits for a seat that is there")
-        if blocked and any(request.order > min(blocked) for request in started):
-            self.broken("I8", "a waiting request was overtaken")
 
     def _check_in_flight(self, waiting: Track, plan: StepPlan) -> None:
         """Some chunk of this plan moves towards a block that the waiting request can use; or, with
@@ -462,6 +457,7 @@ class Checker:
             return position
         if track.request.status is not RequestStatus.PREEMPTED:
             self.broken("I4", f"{track.request.id} goes on with a state that cannot be undone")
+        self._turns.waits(track.request)
         return None
 
     def updated(
@@ -514,6 +510,7 @@ class Checker:
             self._failed.add(request.id)
             self._snapshots.withdrawn()
         self.ends[request.id] = reason
+        self._turns.ended(request)
         del self.tracks[request.id]
 
     def books(self) -> None:

@@ -15,10 +15,10 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
-from schedule import seeded_snapshot_bugs, seeded_source_bugs
+from schedule import seeded_snapshot_bugs, seeded_source_bugs, seeded_turn_bugs
 from schedule.seeding import BUGS, bug
 
-__all__ = ["BUGS", "seeded_snapshot_bugs", "seeded_source_bugs"]
+__all__ = ["BUGS", "seeded_snapshot_bugs", "seeded_source_bugs", "seeded_turn_bugs"]
 
 
 def live(hit: Hit) -> list[int]:
@@ -759,7 +759,8 @@ class _(Scheduler):
 @bug("the queue is first come, first served, whatever the priority")
 class _(Scheduler):
     def _serve_waiting(self, draft):
-        self._waiting._requests.sort(key=lambda r: (r.asked.arrival, r.id))
+        for lane in self._waiting.turns._lanes.values():
+            lane.waiting.sort(key=lambda r: (r.asked.arrival, r.id))
         super()._serve_waiting(draft)
 
 

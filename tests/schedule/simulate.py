@@ -5,7 +5,7 @@ checked at each step.
 configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, the layers of each family of
 models: windows, recurrent states with few slots, both; slots a request; prompts that an encoder
 reads) and workload (shared
-prefixes, turns of chats, tenants, priorities, deadlines, aborts in every state, failed steps,
+prefixes, turns of chats, tenants, owners, priorities, deadlines, aborts in every state, failed steps,
 numerical failures, several tokens a step), ending when all is drained. A violation names the invariant, the episode's seed and the step,
 and comes again from that seed.
 """
@@ -26,6 +26,7 @@ from moebius.errors import OverloadError, RequestError
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams, ServingLimits
+from moebius.request.share import Share
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
@@ -146,6 +147,21 @@ def most_blocks(window: int, chunk: int, size: int) -> int:
     )
 
 
+class Owners:
+    """Whose requests are: those of one, or of several who take turns."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        several = [Share("a", 0.5), Share("b", 1.0), Share("c", 3.0), Share()]
+        self._shares = rng.choice(([Share()], several[:2], several))
+
+    def draw(self) -> Share:
+        """One of them brings most requests."""
+        if self._rng.random() < 0.5:
+            return self._shares[0]
+        return self._rng.choice(self._shares)
+
+
 class Episode:
     """One random configuration and workload, from one seed."""
 
@@ -185,6 +201,8 @@ class Episode:
         self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4, priorities=True)
         self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest)] for _ in range(3)]
         self.done: list[str] = []
+        # Of its own, so that what else happens does not depend on it.
+        self.owners = Owners(Random(f"owners {seed}"))
         self.turns: list[Request] = []
 
     def run(self, steps: int) -> Stats:
@@ -328,6 +346,7 @@ class Episode:
                 priority=rng.randrange(mood.priorities),
                 deadline=self.now + rng.random() * 2 if rng.random() < mood.deadline else None,
                 salt=salt,
+                share=self.owners.draw(),
                 generation_start=generation_start,
             ),
             self.start_ids,
@@ -378,12 +397,20 @@ class Episode:
         return needed > pool.num_blocks
 
     def _full(self, request: Request) -> bool:
-        queue = [t.request.num_tokens for t in self.checker.tracks.values() if t.start is None]
-        config = self.config
-        too_many = len(queue) >= config.max_queue_requests
-        return bool(queue) and (
-            too_many or sum(queue) + request.num_tokens > config.max_queue_tokens
-        )
+        """Whether the queue has no room: for anybody, or beside what its owner has there."""
+        queue = [t.request for t in self.checker.tracks.values() if t.start is None]
+        if not queue:
+            return False
+        mine = [each for each in queue if each.asked.share.account == request.asked.share.account]
+        requests = self.config.max_queue_requests - len(queue)
+        tokens = self.config.max_queue_tokens - sum(each.num_tokens for each in queue)
+        size = request.num_tokens
+        if requests < 1 or tokens < size:
+            return True
+        if not request.asked.share.account or not mine:
+            return False
+        owned = sum(each.num_tokens for each in mine)
+        return len(mine) + 1 > 8 * (requests - 1) or owned + size > 8 * (tokens - size)
 
     def _maybe_abort(self) -> None:
         """End some request by force: waiting, running, preempted or, to no effect, over."""

@@ -604,7 +604,7 @@ def test_old_deadlines_do_no_harm_and_are_forgotten():
     ("harm", "invariant"),
     [
         (lambda s: s._running.append(s._running[0]), "I7: the running"),
-        (lambda s: s._waiting._requests.reverse(), "I7: the waiting"),
+        (lambda s: s._waiting.turns._lanes[""].waiting.reverse(), "I7: the waiting"),
         (lambda s: setattr(s.requests["b"], "status", RequestStatus.FINISHED), "I10"),
         (lambda s: setattr(s._waiting, "num_tokens", 1), "I12: the queue"),
     ],

@@ -105,6 +105,7 @@ def events(raw: bytes) -> list[str]:
 async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterator[Server]:
     fake = fake or engine()
     spread = options.pop("spread", lambda: None)
+    spans = options.pop("spans", None)
     chosen = {name: options.pop(name) for name in ("tokenizer", "defaults") if name in options}
     app = create_app(
         fake,
@@ -112,6 +113,7 @@ async def serving(fake: FakeEngine | None = None, **options: Any) -> AsyncIterat
         chosen.get("defaults", GenerationDefaults()),
         settings(**options),
         spread=spread,
+        spans=spans,
     )
     transport = httpx.ASGITransport(loop_guard.apart(app), raise_app_exceptions=True)
     async with (
@@ -150,10 +152,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 @contextlib.contextmanager
 def listening(fake: FakeEngine, **options: Any) -> Iterator[tuple[int, Any]]:
     """A real server on a free port in a thread: (port, front door)."""
+    certificate = options.pop("certificate", None)
     spread = options.pop("spread", lambda: None)
     text = options.pop("tokenizer", None) or tokenizer()
     app = create_app(fake, text, GenerationDefaults(), settings(**options), spread=spread)
-    server = RealServer(app)
+    server = RealServer(app, certificate=certificate)
     with reserve("127.0.0.1", 0) as sockets:
         port = sockets[0].getsockname()[1]
         thread = threading.Thread(target=lambda: loop_guard.run(server.serve(sockets)), daemon=True)

@@ -170,7 +170,7 @@ def test_unknown_fields_are_ignored_with_a_line_where_the_operator_says_so(
         bad = {**GOOD[path], "zzz": 1, "model": 5}
         check_error(await server.post(path, bad), status=400, param="model")
         if path in (COMPLETIONS, CHAT):
-            for known in ({"best_of": 2}, {"guided_json": {}}, {"timeout": 0}):
+            for known in ({"best_of": 2}, {"guided_json": 3}, {"timeout": 0}):
                 response = await server.post(path, {**GOOD[path], "zzz": 1, **known})
                 check_error(response, status=400, param=next(iter(known)))
 

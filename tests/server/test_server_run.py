@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -93,6 +94,46 @@ def test_the_first_signal_drains_with_the_port_open_and_ends_with_0(number: int)
         assert (child.returncode, out, err) == (0, "ended\n", "")
 
 
+def test_a_hangup_has_the_keys_read_again_and_ends_nothing() -> None:
+    with process(step_seconds=0.02) as (child, port):
+        with streaming(port, max_tokens=20) as sock:
+            child.send_signal(signal.SIGHUP)
+            received = b""
+            while b"data: [DONE]" not in received:
+                received += sock.recv(65536)
+        assert get(port, "/health/ready") == 200
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=20)
+        assert (child.returncode, out, err) == (0, "ended\n", "")
+
+
+def drained_under_load(seed: int) -> None:
+    """SIGTERM at a random time, with streams and short requests under way: what began ends whole,
+    what comes later is refused, and the exit code is 0."""
+    rng = random.Random(seed)
+    with process(step_seconds=0.005) as (child, port):
+        streams = [streaming(port, max_tokens=rng.randint(5, 120)) for _ in range(8)]
+        time.sleep(rng.random() * 0.3)
+        child.send_signal(signal.SIGTERM)
+        for sock in streams:
+            assert rest(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), seed
+        assert get(port, "/health/live") in (0, 200)
+        out, err = child.communicate(timeout=30)
+        assert (child.returncode, out, err) == (0, "ended\n", ""), seed
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_in_flight_ends_whole(seed: int) -> None:
+    drained_under_load(seed)
+
+
+@pytest.mark.signals
+@pytest.mark.timeout(3600)
+def test_what_is_in_flight_ends_whole_a_hundred_times() -> None:
+    for seed in range(100):
+        drained_under_load(seed)
+
+
 def test_what_outlasts_the_drain_time_is_told_so() -> None:
     with process(step_seconds=0.02, drain_timeout=0.3) as (child, port):
         sock = streaming(port, max_tokens=400)
@@ -161,10 +202,10 @@ def test_an_address_that_others_reach_needs_a_key(host: str) -> None:
 
 
 def test_with_a_key_any_address_of_this_machine_will_do() -> None:
-    with reserve("0.0.0.0", 0, api_keys=("k",)):
+    with reserve("0.0.0.0", 0, open_to_all=False):
         pass
-    assert "cannot bind 192.0.2.1:0" in refused("192.0.2.1", 0, api_keys=("k",))
-    assert "cannot be resolved" in refused("no-such-host.invalid", 0, api_keys=("k",))
+    assert "cannot bind 192.0.2.1:0" in refused("192.0.2.1", 0, open_to_all=False)
+    assert "cannot be resolved" in refused("no-such-host.invalid", 0, open_to_all=False)
 
 
 def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
@@ -208,7 +249,7 @@ def test_an_address_that_the_machine_lacks_is_left_out_where_another_is_there(
 ) -> None:
     """As ::1 of localhost, on a machine without IPv6."""
     resolves_to(monkeypatch, "127.0.0.1", "192.0.2.1")
-    with reserve("some-name", 0, api_keys=("k",)) as sockets:
+    with reserve("some-name", 0, open_to_all=False) as sockets:
         assert [sock.getsockname()[0] for sock in sockets] == ["127.0.0.1"]
 
 
@@ -225,7 +266,7 @@ def test_addresses_of_ipv6_stand_in_brackets() -> None:
         first.listen()
         port = first.getsockname()[1]
         assert f"cannot bind [::1]:{port}: " in refused("::1", port)
-    with reserve("::", 0, api_keys=("k",)) as (both,):
+    with reserve("::", 0, open_to_all=False) as (both,):
         both.listen()
         for address in ("::1", "127.0.0.1"):
             socket.create_connection((address, both.getsockname()[1]), timeout=5).close()

@@ -119,7 +119,13 @@ async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], 
 
     tokenizer, defaults = load_text(model.path, model.tokenizer)
     key = draw_prefix_key()
-    engine = load_engine(model.path, config, eos_ids=defaults.eos_ids, prefix_key=key)
+    engine = load_engine(
+        model.path,
+        config,
+        eos_ids=defaults.eos_ids,
+        prefix_key=key,
+        tokenizer=lambda: tokenizer,
+    )
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     # A batch was written for some model's name; here there is but one model.
     asked = [str(call.body["model"]) for call in calls if call.body.get("model")]

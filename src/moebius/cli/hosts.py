@@ -136,6 +136,7 @@ def serve_ranks(options: HostOptions, model: "ModelSource", config: EngineConfig
         node=options.node_rank,
         nodes=options.nnodes,
         address=options.address(),
+        tokenizer=model.tokenizer,
     )
     with ended_by_signals():
         Node(hello, options.endpoint(), key, options.rdzv_timeout).run()
@@ -171,7 +172,14 @@ class Assembly:
 
         options = self._options
         address = options.address()
-        own = host_hello(model.path, config, node=0, nodes=options.nnodes, address=address)
+        own = host_hello(
+            model.path,
+            config,
+            node=0,
+            nodes=options.nnodes,
+            address=address,
+            tokenizer=model.tokenizer,
+        )
         self._cluster = Cluster(self._listener, own, options.rdzv_timeout)
         found = self._cluster.assemble()
         hosts = ManyHosts(self._cluster, found, exact_isa=options.isa == "exact")

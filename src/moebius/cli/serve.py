@@ -12,6 +12,7 @@ import typer
 
 from moebius import logs, machine
 from moebius.cli import options as o
+from moebius.cli.config_file import bounds, set_defaults
 from moebius.cli.hosts import Assembly, HostOptions, serve_ranks
 from moebius.cli.ranks import listening
 from moebius.engine.config import EngineConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from moebius.engine.load import Prepared
     from moebius.engine.wire import Planned
     from moebius.models.hub import ModelSource
+    from moebius.server.tls import Certificate
     from moebius.text import GenerationDefaults
 
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 class ServeOptions:
     """What `moebius serve` takes beside the engine's options."""
 
-    host: Annotated[str, "Address to bind; any but a loopback one needs --api-key."] = "127.0.0.1"
+    host: Annotated[str, "Address to bind; any but a loopback one needs API keys."] = "127.0.0.1"
     port: Annotated[int, "Port to bind; 0 takes a free one."] = 8000
     api_key: Annotated[
         list[str] | None,
@@ -44,10 +46,10 @@ class ServeOptions:
             envvar="MOEBIUS_API_KEY", help="A key that clients must send; may be repeated."
         ),
     ] = None
-    metrics_api_key: Annotated[
-        str | None,
+    api_keys: Annotated[
+        Path | None,
         typer.Option(
-            envvar="MOEBIUS_METRICS_API_KEY", help="The key that opens /metrics, and nothing else."
+            metavar="FILE", help="Keys with names, limits and weights; read again at SIGHUP."
         ),
     ] = None
     served_model_name: Annotated[
@@ -65,25 +67,37 @@ class ServeOptions:
         UnknownFields,
         "refuse: a request with a field that nobody knows fails; warn: it is ignored and logged.",
     ] = "refuse"
-    request_timeout: Annotated[float, "Seconds after which a request is given up."] = 3600.0
-    drain_timeout: Annotated[float, "Seconds that running requests get to finish at SIGTERM."] = (
-        30.0
-    )
-    keep_alive_timeout: Annotated[
-        int, "Seconds that a connection may rest between two requests."
-    ] = 75
-    max_connections: Annotated[int, "Most connections at once."] = 2048
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM with the certificate's chain: serve over TLS."),
+    ] = None
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM with its key; default: in the same file."),
+    ] = None
     cors_origin: Annotated[
         list[str] | None,
         "Web pages from this origin may call the server; may be repeated; *: from any.",
     ] = None
     log_level: Annotated[str, "debug, info, warning or error."] = "info"
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            is_eager=True,
+            callback=set_defaults,
+            help="TOML with these options, for what the command line does not give; and bounds.",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.generation_config not in ("auto", "none"):
             raise ConfigError(
                 f"--generation-config is {self.generation_config!r}; use auto or none"
             )
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ConfigError("--tls-key needs --tls-cert, the certificate that it is the key of")
         if self.log_level not in logs.LEVELS:
             raise ConfigError(
                 f"--log-level is {self.log_level!r}; use one of {', '.join(logs.LEVELS)}"
@@ -94,14 +108,24 @@ class ServeOptions:
         return ServerSettings(
             served_model_names=tuple(self.served_model_name or _names(model)),
             api_keys=tuple(self.api_key or ()),
-            metrics_api_key=self.metrics_api_key,
+            api_keys_file=self.api_keys,
             unknown_fields=self.unknown_fields,
-            request_timeout=self.request_timeout,
-            drain_timeout=self.drain_timeout,
-            keep_alive_timeout=self.keep_alive_timeout,
-            max_connections=self.max_connections,
             cors_origins=tuple(self.cors_origin or ()),
+            **bounds(self.config_file),
         )
+
+    def certificate(self) -> "Certificate | None":
+        """What TLS is spoken with, if it is. Raises ConfigError."""
+        from moebius.server.tls import Certificate
+
+        return None if self.tls_cert is None else Certificate(self.tls_cert, self.tls_key)
+
+
+def _check_keys(settings: ServerSettings) -> None:
+    """ConfigError where the key file is wrong, before the weights are read."""
+    from moebius.server.keys import KeyRing
+
+    KeyRing.of(settings)
 
 
 def _names(model: str) -> list[str]:
@@ -130,6 +154,8 @@ def serve(
 ) -> None:
     """Serve a model over OpenAI's API."""
     settings = options.settings(model)
+    _check_keys(settings)
+    options.certificate()
     nodes.check(config)
     logs.to_stderr(options.log_level)
     if nodes.node_rank > 0:
@@ -138,7 +164,7 @@ def serve(
     from moebius.server.listen import reserve
 
     with (
-        reserve(options.host, options.port, api_keys=settings.api_keys) as sockets,
+        reserve(options.host, options.port, open_to_all=not settings.needs_key) as sockets,
         listening(nodes) as assembly,
     ):
         _serve_on(sockets, which.find(model), config, settings, options, assembly)
@@ -169,10 +195,12 @@ def _serve_on(
         found = partial(assembly.hosts, model, config)
         app = load_app(processes, model, config, options, found)
         address = host_and_port(options.host, sockets[0].getsockname()[1])
-        line = f"serving on http://{address}/v1 as {settings.served_model_names[0]}"
+        certificate = options.certificate()
+        scheme = "http" if certificate is None else "https"
+        line = f"serving on {scheme}://{address}/v1 as {settings.served_model_names[0]}"
         # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
         gc.freeze()
-        run_server(app, sockets, on_start=lambda: typer.echo(line, err=True))
+        run_server(app, sockets, lambda: typer.echo(line, err=True), certificate)
         processes.check()
 
 
@@ -193,12 +221,22 @@ def load_app(
     from moebius.engine.wire import Launch
     from moebius.front.choices import draw_prefix_key
     from moebius.server.app import create_app
+    from moebius.server.spans import Spans
     from moebius.text import load_text
 
+    spans = Spans.from_environment()
     tokenizer, generation = load_text(model.path, model.tokenizer)
     key = draw_prefix_key()
     ends = generation.eos_ids
-    launch = Launch(str(model.path.absolute()), config, key, ends, options.log_level, isa=isa)
+    launch = Launch(
+        str(model.path.absolute()),
+        config,
+        key,
+        ends,
+        options.log_level,
+        isa=isa,
+        tokenizer="" if model.tokenizer is None else str(model.tokenizer.absolute()),
+    )
     if options.generation_config == "none":
         generation = replace(generation, sampling={})
     replies = tokenizer.replies.with_tools(options.tool_format)
@@ -219,6 +257,7 @@ def load_app(
         prefix_key=key,
         spread=processes.spread,
         replies=replies,
+        spans=spans,
     )
 
 

@@ -218,6 +218,7 @@ class ManyHosts(Hosts):
         return msgspec.structs.replace(
             message,
             directory=host.directory,
+            tokenizer=host.tokenizer,
             config=replace(
                 message.config,
                 threads=own.threads,

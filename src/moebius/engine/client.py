@@ -5,8 +5,8 @@ Across this boundary go token ids, sampling parameters, cache salt and deadline 
 cross it as token ids, never as text. Every record can go to another process as a frame
 (engine/wire.py). Nothing here imports torch.
 
-A grammar will cross as its text: it is compiled in `text/`, a package below both sides, and matched
-in the engine's process, where the logits are.
+A grammar crosses as its text: it is made and read in `text/`, a package below both sides, and
+matched in the engine's process, where the logits are (engine/constraints.py).
 """
 
 from collections.abc import Callable

@@ -35,6 +35,7 @@ class HostHello(_Record, frozen=True, tag="host"):
     config       the engine's options as they were given there
     isas         the instruction sets that its kernels have, the lowest first
     called       what it is called beside its name; "": by its number
+    tokenizer    where the one is there that is used instead of the model's; empty: its own
     machine      what processes that can share memory with it have in common; "": not known
     """
 
@@ -49,6 +50,7 @@ class HostHello(_Record, frozen=True, tag="host"):
     isas: tuple[str, ...]
     called: str = ""
     machine: str = ""
+    tokenizer: str = ""
 
     @property
     def title(self) -> str:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from moebius.engine.batch import Batch, build_batch
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
+from moebius.engine.constraints import Constraints
 from moebius.engine.counters import Counters
 from moebius.engine.faults import failed, failure
 from moebius.engine.outputs import Outputs
 from moebius.engine.prompt_scores import PromptRows, score
 from moebius.engine.runner import Runner
-from moebius.engine.sampler import Sampled, not_finite, sample
+from moebius.engine.sampler import Sampled, not_finite
 from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
 from moebius.errors import DeadlineError, EngineError, MoebiusError, PeerError
@@ -45,6 +46,7 @@ class Engine:
         runner: Runner,
         scheduler: Scheduler,
         info: EngineInfo,
+        constraints: Constraints | None = None,
         *,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
@@ -54,6 +56,7 @@ class Engine:
         self.scheduler = scheduler
         self.info = info
         self.clock = clock
+        self._constraints = constraints or Constraints(None, info.limits.vocab_size, info.eos_ids)
         self._trace = Tracing(trace)
         self._torch_threads = TorchThreads(torch_threads)
         self._counters = Counters(clock())
@@ -66,6 +69,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; RequestError or OverloadError if it cannot be served (ever, or now)."""
         self.scheduler.add(request)
+        self._constraints.add(request)
         self._outputs.add(request)
         self._trace.record(lambda trace: trace.add(request))
 
@@ -113,6 +117,7 @@ class Engine:
         if not plan.chunks:
             return []
         try:
+            self._constraints.fill(plan, self.scheduler.requests)
             batch = self._execute(plan)
             results = self._sample(batch)
         except PeerError:  # not the step's fault: it is made again in the group's next epoch
@@ -136,7 +141,8 @@ class Engine:
         return self.runner.expert_counts.read()
 
     def close(self) -> None:
-        """Finish the trace. The engine itself has nothing to give back."""
+        """Finish the trace, and let grammars' threads go."""
+        self._constraints.close()
         self._trace.close()
 
     def _plan(self) -> StepPlan:
@@ -161,11 +167,11 @@ class Engine:
         """Draw where a chunk reaches its sequence's end, and score the prompts that ask for it."""
         results = _Results()
         logits_LV = self._logits(batch.sampled_rows)
-        outcomes = sample(logits_LV, batch.sampled, self.runner.ops)
+        outcomes = self._constraints.draw(logits_LV, batch.sampled, self.runner.ops)
         for request, outcome in zip(batch.sampled, outcomes, strict=True):
             if isinstance(outcome, Sampled):
                 results.sampled[request.id] = outcome
-            else:
+            elif outcome is not None:
                 results.failed[request.id] = outcome
         for rows in batch.prompts:
             if rows.request.id not in results.failed:
@@ -206,12 +212,20 @@ class Engine:
             if not (drawn or scored or (request.finished and request.id not in results.failed)):
                 continue
             logprob = results.sampled[request.id].logprob if drawn else None
+            if drawn and results.sampled[request.id].complete:
+                self._complete(request)
             try:
                 outputs.append(self._outputs.news(request, drawn, logprob, scored, now))
             except Exception as error:
                 cause = failure("handing out a request's tokens", error)
                 outputs.append(self._fail(request.id, cause))
         return outputs
+
+    def _complete(self, request: Request) -> None:
+        """End a request whose grammar takes no more, even where it has reached its length, too."""
+        if self.scheduler.abort(request.id, FinishReason.COMPLETE) is not None:
+            self._trace.record(lambda trace: trace.abort(request.id, FinishReason.COMPLETE))
+        request.finish_reason = FinishReason.COMPLETE
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """The model failed: the step's requests end, nothing of it is kept, the engine goes on."""

@@ -11,7 +11,14 @@ from moebius.ops.select import kernel_levels
 
 
 def host_hello(
-    directory: Path, config: EngineConfig, *, node: int, nodes: int, address: str, called: str = ""
+    directory: Path,
+    config: EngineConfig,
+    *,
+    node: int,
+    nodes: int,
+    address: str,
+    called: str = "",
+    tokenizer: Path | None = None,
 ) -> HostHello:
     """This host, with the model in `directory`; the rest as HostHello has it. Raises UsageError for
     what is no model."""
@@ -27,4 +34,5 @@ def host_hello(
         isas=kernel_levels(),
         called=called,
         machine=machine.identity(),
+        tokenizer="" if tokenizer is None else str(tokenizer.absolute()),
     )

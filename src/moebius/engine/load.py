@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
+from moebius.engine.constraints import constraints_of_model
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
@@ -61,6 +62,7 @@ from moebius.progress import bytes_bar
 from moebius.quantize.cached import Quantized
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.scheduler import Scheduler
+from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -325,11 +327,13 @@ def load_engine(
     eos_ids: frozenset[int] = frozenset(),
     prefix_key: bytes | None = None,
     prepared: Prepared | None = None,
+    tokenizer: Callable[[], Tokenizer] | None = None,
 ) -> Engine:
     """Load the model and reserve what the plan says. Raises UsageError before anything is
     allocated.
 
     prefix_key: the launch's, by which the front hashes prompts too; None: one that nobody knows.
+    tokenizer: reads the one that grammars are matched by, when the first comes; None: the model's.
     """
     prepared = prepared or prepare(directory, config, ahead=True)
     plan = prepared.plan
@@ -356,13 +360,15 @@ def load_engine(
             trace.abandon()
         raise
     info = engine_info(plan, prepared.checkpoint.config, config, eos_ids, name)
+    constraints = constraints_of_model(directory, info, prepared.threads, tokenizer)
     ranks = runner.model.ranks
     if ranks is None:
-        return Engine(runner, scheduler, info, trace=trace, torch_threads=threads)
+        return Engine(runner, scheduler, info, constraints, trace=trace, torch_threads=threads)
     return RankEngine(
         runner,
         scheduler,
         info,
+        constraints,
         use=ranks.join,
         moves=ExpertMoves(prepared.loader, runner.model),
         trace=trace,

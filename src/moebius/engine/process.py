@@ -50,6 +50,7 @@ from moebius.request.engine_request import EngineRequest
 if TYPE_CHECKING:
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.member import Member
+    from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -268,6 +269,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
         eos_ids=launch.eos_ids,
         prefix_key=launch.prefix_key,
         prepared=prepared,
+        tokenizer=partial(_tokenizer, directory, launch.tokenizer),
     )
     member = None
     if isinstance(engine, RankEngine):
@@ -280,6 +282,12 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
         )
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member, far)
+
+
+def _tokenizer(directory: Path, other: str) -> "Tokenizer":
+    from moebius.text import load_text
+
+    return load_text(directory, Path(other) if other else None).tokenizer
 
 
 def _fail(channel: Channel, error: Exception) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from moebius.engine.client import EngineInfo, EngineStats, StepOutput
+from moebius.engine.constraints import Constraints
 from moebius.engine.engine import Engine
 from moebius.engine.faults import say
 from moebius.engine.lockstep import Lockstep
@@ -36,13 +37,16 @@ class RankEngine(Engine):
         runner: Runner,
         scheduler: Scheduler,
         info: EngineInfo,
+        constraints: Constraints | None = None,
         *,
         use: Callable[[Exchange], None],
         moves: ExpertMoves | None = None,
         trace: TraceWriter | None = None,
         torch_threads: int | None = None,
     ) -> None:
-        super().__init__(runner, scheduler, info, trace=trace, torch_threads=torch_threads)
+        super().__init__(
+            runner, scheduler, info, constraints, trace=trace, torch_threads=torch_threads
+        )
         self._use = use
         self.moves = moves
         self.on_parted: Callable[[PeerError], None] = lambda error: None

@@ -1,7 +1,7 @@
 """Logits to tokens. A draw depends on (logits, sampling parameters, seed, absolute position) and on
 nothing else.
 
-Order: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p. Ties go to the lowest id
+Order: logit_bias, penalties, bans, temperature, top_k, top_p, min_p. Ties go to the lowest id
 everywhere. Log-probabilities are the model's own log-softmax, before any of these.
 
 Rows come in kinds, and each kind is one call to the backend, which reads and computes what that
@@ -9,9 +9,9 @@ kind needs:
     greedy            the most likely id
     whole vocabulary  a draw from all ids
     candidates        a draw from what top_k, top_p and min_p leave of the most likely ids
-A row of any kind may be shaped before: logit_bias, penalties and min_tokens change its logits while
-it draws. What touches the whole vocabulary is the backend's (ops/sampling.py); here are the few
-candidates it leaves.
+A row of any kind may be shaped before: logit_bias, penalties and bans (min_tokens', a grammar's)
+change its logits while it draws. What touches the whole vocabulary is the backend's
+(ops/sampling.py); here are the few candidates it leaves.
 
 Legend: L rows, V vocabulary, K candidates of one row.
 """
@@ -30,7 +30,8 @@ from torch import Tensor
 from moebius.engine.client import TokenLogprob
 from moebius.engine.faults import failure, say
 from moebius.engine.memory import SAMPLED_IDS
-from moebius.errors import MoebiusError, NumericalError, frames
+from moebius.engine.restriction import Restriction
+from moebius.errors import ConstraintError, MoebiusError, NumericalError, frames
 from moebius.ops import LOWEST, Shaping
 from moebius.ops.sampling import SamplerOps
 from moebius.request.params import SamplingParams
@@ -51,13 +52,16 @@ _COLDEST = 1e-20
 # Below, ids that were there before are beyond exp's range from all others. A float32 still holds
 # their logits.
 _LEAST_REPETITION = 1e-20
+_FREE = Restriction()
 
 
 class Sampled(NamedTuple):
-    """A row's token, and its log-probabilities if they were asked for."""
+    """A row's token, and its log-probabilities if they were asked for; complete: the request's
+    grammar takes nothing behind it."""
 
     token_id: int
     logprob: TokenLogprob | None = None
+    complete: bool = False
 
 
 def uniform(seed: int, position: int) -> float:
@@ -69,16 +73,20 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(
-    logits_LV: Tensor, requests: Sequence[Request], ops: SamplerOps
+    logits_LV: Tensor,
+    requests: Sequence[Request],
+    ops: SamplerOps,
+    restrictions: Sequence[Restriction | None] | None = None,
 ) -> list[Sampled | MoebiusError]:
-    """One token a row; row i belongs to requests[i].
+    """One token a row; row i belongs to requests[i], and is held to restrictions[i].
 
     logits_LV: (L, V) float32, contiguous; changed while it draws, and afterwards as it was. A row
     that cannot be drawn from gets its error in place of a token: NumericalError for a NaN or an
     infinity, EngineError for what nobody foresaw.
     """
+    held = restrictions or [None] * len(requests)
     try:
-        return _sample(logits_LV, requests, ops)
+        return _sample(logits_LV, requests, held, ops)
     except Exception as error:
         say(
             log.warning,
@@ -87,24 +95,32 @@ def sample(
             frames(error),
         )
         return [
-            _sample_alone(logits_LV[row : row + 1], request, ops)
-            for row, request in enumerate(requests)
+            _sample_alone(logits_LV[row : row + 1], request, restriction, ops)
+            for row, (request, restriction) in enumerate(zip(requests, held, strict=True))
         ]
 
 
-def _sample_alone(logits_1V: Tensor, request: Request, ops: SamplerOps) -> Sampled | MoebiusError:
+def _sample_alone(
+    logits_1V: Tensor, request: Request, restriction: Restriction | None, ops: SamplerOps
+) -> Sampled | MoebiusError:
     try:
-        return _sample(logits_1V, [request], ops)[0]
+        return _sample(logits_1V, [request], [restriction], ops)[0]
     except Exception as error:
         return failure("drawing a token", error)
 
 
 def _sample(
-    logits_LV: Tensor, requests: Sequence[Request], ops: SamplerOps
+    logits_LV: Tensor,
+    requests: Sequence[Request],
+    restrictions: Sequence[Restriction | None],
+    ops: SamplerOps,
 ) -> list[Sampled | MoebiusError]:
-    if all(request.params.plain for request in requests):
+    if all(request.params.plain for request in requests) and not any(restrictions):
         return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
-    rows = [_Row(index, request, _shaping(request)) for index, request in enumerate(requests)]
+    rows = [
+        _Row(index, request, _shaping(request, restriction or _FREE))
+        for index, (request, restriction) in enumerate(zip(requests, restrictions, strict=True))
+    ]
     for part in _parts(rows, lambda row: row.shaping.num_ids if row.shaping else 0):
         shaped = [row for row in part if row.shaping]
         with ops.shaped(logits_LV, _indices(shaped), _shapings(shaped)):
@@ -158,8 +174,18 @@ class _Row:
         if self.token_id is None:
             return not_finite()
         if self.banned:
-            return NumericalError("min_tokens and logit_bias leave no token that could be drawn")
+            return self._all_banned()
         return Sampled(self.token_id, self.logprob)
+
+    def _all_banned(self) -> MoebiusError:
+        asked = self.request.asked
+        if asked.constraint is None and not self.params.allowed_token_ids:
+            return NumericalError("min_tokens and logit_bias leave no token that could be drawn")
+        return ConstraintError(
+            "no token can be drawn that is allowed by all of grammar, allowed_token_ids, bad_words "
+            "and min_tokens",
+            param="allowed_token_ids" if self.params.allowed_token_ids else "structured_outputs",
+        )
 
 
 def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T]]:
@@ -178,10 +204,10 @@ def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T
     yield part
 
 
-def _shaping(request: Request) -> Shaping | None:
+def _shaping(request: Request, restriction: Restriction) -> Shaping | None:
     params = request.params
-    too_short = len(request.output_ids) < params.min_tokens
-    if not (too_short or params.shapes_logits):
+    too_short = len(request.output_ids) < params.min_tokens and not restriction.shortens
+    if not (too_short or params.shapes_logits or not restriction.free):
         return None
     repetition = params.repetition_penalty != 1.0
     counts = repetition or params.presence_penalty or params.frequency_penalty
@@ -192,7 +218,8 @@ def _shaping(request: Request) -> Shaping | None:
         repetition=max(params.repetition_penalty, _LEAST_REPETITION),
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
-        banned=sorted(request.stop_ids) if too_short else (),
+        banned=[*restriction.banned, *(sorted(request.stop_ids) if too_short else ())],
+        allowed=restriction.allowed,
     )
 
 

@@ -18,6 +18,7 @@ from moebius.files import begins_with, check_target
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams
+from moebius.request.share import Share
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
@@ -44,6 +45,7 @@ class TraceWriter:
         except OSError as error:
             raise StorageError(f"--trace {path} cannot be written: {error.strerror}") from error
         self._names: dict[int, int] = {}
+        self._owners: dict[str, int] = {}
         sizes = {name: getattr(pool, name) for name in _POOL}
         groups = asdict(pool.groups)
         options = {field.name: getattr(config, field.name) for field in fields(SchedulerConfig)}
@@ -61,6 +63,7 @@ class TraceWriter:
             min_tokens=params.min_tokens,
             prompt_logprobs=params.prompt_logprobs is not None,
             salt=self._salt_name(request.asked.salt),
+            share=[self._owner_name(request.asked.share.account), request.asked.share.weight],
         )
 
     def plan(self, now: float, plan: StepPlan) -> None:
@@ -92,6 +95,9 @@ class TraceWriter:
 
     def _rename(self, ids: Iterable[int]) -> list[int]:
         return [self._names.setdefault(token, len(self._names)) for token in ids]
+
+    def _owner_name(self, account: str) -> str:
+        return str(self._owners.setdefault(account, len(self._owners))) if account else ""
 
     def _salt_name(self, salt: bytes) -> int:
         # Negative keys keep salts apart from token ids in the one table of names.
@@ -237,6 +243,7 @@ def _request(record: dict[str, Any]) -> Request:
         seed=0,
         stop_ids=frozenset(record["stop"]),
         salt=b"" if record["salt"] < 0 else str(record["salt"]).encode(),
+        share=Share(*record["share"]),
         output_ids=tuple(record["output"]),
     )
     return Request(asked, tuple(record["start"]))

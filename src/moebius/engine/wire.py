@@ -58,6 +58,7 @@ class Launch(_Record, frozen=True, tag="launch"):
                  yet
     isa          the instruction set of a CPU's kernels; empty: the highest that it has
     local_rank   which of local_ranks it is, of those on its own host: these share its processors
+    tokenizer    where the one is that is used instead of the model's; empty: the model's own
     """
 
     directory: str
@@ -71,6 +72,7 @@ class Launch(_Record, frozen=True, tag="launch"):
     isa: str = ""
     local_rank: int = 0
     local_ranks: int = 1
+    tokenizer: str = ""
 
 
 class Submit(_Record, frozen=True, tag="submit"):

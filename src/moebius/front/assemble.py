@@ -17,6 +17,7 @@ from moebius.text.replies import CallStart, Content, Event, ReplyParser, fold, m
 _END_REASONS: dict[FinishReason, EndReason] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
+    FinishReason.COMPLETE: "stop",
 }
 
 

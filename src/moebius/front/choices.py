@@ -9,9 +9,12 @@ from itertools import chain
 from moebius.engine.client import EngineInfo
 from moebius.errors import RequestError
 from moebius.front.assemble import SequenceAssembler
+from moebius.front.constraints import Reasoning, constraint_of
+from moebius.request.constraint import Constraint
 from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import SamplingParams
+from moebius.request.share import NOBODY, Share
 from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer
 
 
@@ -59,6 +62,8 @@ class ChoiceOpener:
         deadline: float | None = None,
         salt: bytes = b"",
         expected: Expected | None = None,
+        constraint: Constraint | None = None,
+        share: Share = NOBODY,
     ) -> Iterator[Choice]:
         """The `params.n` choices of one prompt. Raises RequestError.
 
@@ -67,19 +72,18 @@ class ChoiceOpener:
         prompt's place in a call; where none is given each prompt draws its own. `continues`: the
         text continues the prompt's, unless an encoder reads that; else it replies to a chat, whose
         last message it may go on with, and is read for what that is made of, unless special tokens
-        are wanted. `expected`: which tools such a reply may call.
+        are wanted. `expected`: which tools such a reply may call. constraint: what its tokens are
+        held to; None: to what the parameters ask for.
         """
-        if self.info.start_ids and params.prompt_logprobs is not None:
-            raise RequestError(
-                "prompt_logprobs, and logprobs with echo, are not supported with this model: an "
-                "encoder reads the prompt, and gives its tokens no probabilities",
-                param="prompt_logprobs",
-            )
+        self._check_scores(params)
+        if constraint is None:
+            reasoning = None if continues else Reasoning.of(self.tokenizer, prompt)
+            constraint = constraint_of(params, self.tokenizer, reasoning)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         first = EngineRequest.create(
             next(ids),
             prompt.ids,
-            params,
+            params.with_(structured=None, bad_words=()) if constraint else params,
             self.info.limits,
             arrival=arrival,
             eos_ids=self.info.eos_ids | prompt.end_ids,
@@ -87,8 +91,10 @@ class ChoiceOpener:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            share=share,
             generation_start=prompt.generation_start,
             hasher=self.hasher,
+            constraint=constraint,
         )
         others = (first.sibling(next(ids), choice_seed(seed, i)) for i in range(1, params.n))
         alone = self.info.start_ids or not (continues or prompt.inside)
@@ -100,6 +106,14 @@ class ChoiceOpener:
             yield Choice(
                 request,
                 SequenceAssembler(self.tokenizer, params, prompt_ids=context, reply=reply),
+            )
+
+    def _check_scores(self, params: SamplingParams) -> None:
+        if self.info.start_ids and params.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs, and logprobs with echo, are not supported with this model: an "
+                "encoder reads the prompt, and gives its tokens no probabilities",
+                param="prompt_logprobs",
             )
 
 

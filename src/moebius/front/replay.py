@@ -30,7 +30,7 @@ from moebius.request.finish import FinishReason
 
 log = logging.getLogger(__name__)
 
-_ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
+_ANSWERED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.COMPLETE)
 _RESTART_SECONDS = 5.0
 """What a client is told to wait where many wait already for an engine that is started again."""
 

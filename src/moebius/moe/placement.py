@@ -10,7 +10,7 @@ Shapes: E experts, C rows of an owners table.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, pairwise
@@ -454,14 +454,25 @@ def _several_nodes(
             found = sorted(free, key=lambda node: -left(node))[:2]
         for node in found:
             nodes[node].append(e)
-    copies = Counter(chain(*nodes))
-    while free := [node for node in range(len(nodes)) if left(node)]:
-        new_to = {e: [n for n in free if e not in nodes[n]] for e in range(len(loads))}
-        wanting = [e for e, places in new_to.items() if places]
-        busiest = max(wanting, key=lambda e: loads[e] / copies[e])
-        nodes[min(new_to[busiest], key=weight)].append(busiest)
-        copies[busiest] += 1
+    _give_the_rest(nodes, loads, rooms, weight)
     return nodes
+
+
+def _give_the_rest(
+    nodes: list[list[int]],
+    loads: Sequence[float],
+    rooms: Sequence[int],
+    weight: Callable[[int], float],
+) -> None:
+    """Fill nodes with further copies: each of the busiest expert that some node lacks, on the
+    lightest of these."""
+    copies = Counter(chain(*nodes))
+    while free := [node for node, room in enumerate(rooms) if len(nodes[node]) < room]:
+        lacking = {e: [n for n in free if e not in nodes[n]] for e in range(len(loads))}
+        wanting = [e for e, places in lacking.items() if places]
+        busiest = max(wanting, key=lambda e: loads[e] / copies[e])
+        nodes[min(lacking[busiest], key=weight)].append(busiest)
+        copies[busiest] += 1
 
 
 def rank_loads(loads_E: Tensor, placement: Sequence[Sequence[int]]) -> Tensor:

@@ -5,15 +5,22 @@ copied, and none pays for another's.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # In place of minus infinity, which means a broken model.
 LOWEST = torch.finfo(torch.float32).min
+# An id that is looked up takes up to 64 bytes, one of a row that is kept 4: a word of 32 ids.
+_WORD_IDS = 2
+# For each byte of a set of ids, what eight logits are bounded by.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_BOUNDS = np.where(_BITS == 1, np.float32(np.inf), np.float32(LOWEST))
 # Rows whose vocabulary is widened to float64 at a time.
 ROWS_AT_ONCE = 8
 
@@ -38,6 +45,8 @@ class Shaping(NamedTuple):
     presence     subtracted from the logit of an id in `drawn`; frequency as often as it was drawn
                  (OpenAI's)
     banned       ids that become LOWEST
+    allowed      where there are any, all others that are finite become LOWEST: id i is bit i % 32
+                 of word i // 32
     """
 
     bias: Mapping[int, float]
@@ -47,11 +56,13 @@ class Shaping(NamedTuple):
     presence: float
     frequency: float
     banned: Sequence[int]
+    allowed: NDArray[np.uint32] | None = None
 
     @property
     def num_ids(self) -> int:
-        """At least as many as the logits that change."""
-        return len(self.bias) + len(self.seen) + len(self.drawn) + len(self.banned)
+        """At least as many as ids are looked up; a row that is kept whole counts by its bytes."""
+        named = len(self.bias) + len(self.seen) + len(self.drawn) + len(self.banned)
+        return named if self.allowed is None else named + _WORD_IDS * len(self.allowed)
 
 
 class SamplerOps(ABC):
@@ -105,5 +116,36 @@ class SamplerOps(ABC):
         """Within the context rows[i] of logits_LV is as shapings[i] says; each row once.
 
         After it all is as it was, bit for bit. Only the logits of ids that a shaping names are
-        read, kept and written. Raises IndexError for an id that is not in the vocabulary.
+        read, kept and written, and all of a row in which some alone are allowed. Raises IndexError
+        for an id that is not in the vocabulary.
         """
+
+
+@contextmanager
+def only_allowed(
+    logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+) -> Iterator[None]:
+    """What `shaped` does with the ids that are allowed, on any device, after all else."""
+    kept: list[tuple[int, Tensor]] = []
+    try:
+        for row, shaping in zip(rows, shapings, strict=True):
+            if shaping.allowed is not None:
+                kept.append((row, logits_LV[row].clone()))
+                _ban_others(logits_LV, row, shaping.allowed)
+        yield
+    finally:
+        for row, before_V in kept:
+            _write(logits_LV, row, before_V)
+
+
+@torch.inference_mode()  # a step's logits may be written nowhere else
+def _ban_others(logits_LV: Tensor, row: int, allowed: NDArray[np.uint32]) -> None:
+    """The lesser of each logit and a bound: a choice by a condition takes ten times as long."""
+    bounds = np.take(_BOUNDS, allowed.view(np.uint8), axis=0).reshape(-1)
+    bounds_V = torch.from_numpy(bounds[: logits_LV.shape[-1]]).to(logits_LV.device)
+    torch.minimum(logits_LV[row], bounds_V, out=logits_LV[row])
+
+
+@torch.inference_mode()
+def _write(logits_LV: Tensor, row: int, values_V: Tensor) -> None:
+    logits_LV[row] = values_V

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from moebius.errors import ContextExceededError, RequestError, check_integer, check_number
+from moebius.request.constraint import Constraint
 from moebius.request.hashes import BlockHasher, PromptHashes
 from moebius.request.params import LIMITS, SamplingParams, ServingLimits, check_asked, check_tokens
+from moebius.request.share import NOBODY, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,12 @@ class EngineRequest:
     max_tokens          resolved: most tokens to draw
     arrival, deadline   seconds on the engine's monotonic clock
     salt                separates the prefix caches of tenants
+    share               whose it is: those that wait take turns
     generation_start    how many leading tokens of the prompt come before the generation prompt, the
                         part that a chat template adds for the answer; None where that is not known
     output_ids          token ids that an earlier engine has drawn
     prompt_hashes       those of the prompt's full blocks, where the front has made them
+    constraint          what its tokens are held to beside params, if anything
     """
 
     id: str
@@ -37,9 +41,11 @@ class EngineRequest:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
+    share: Share = NOBODY
     generation_start: int | None = None
     output_ids: tuple[int, ...] = ()
     prompt_hashes: PromptHashes | None = None
+    constraint: Constraint | None = None
 
     @property
     def order(self) -> tuple[int, float, str]:
@@ -65,9 +71,11 @@ class EngineRequest:
         priority: int = 0,
         deadline: float | None = None,
         salt: bytes = b"",
+        share: Share = NOBODY,
         generation_start: int | None = None,
         output_ids: Sequence[int] = (),
         hasher: BlockHasher | None = None,
+        constraint: Constraint | None = None,
     ) -> Self:
         """The only way in. Raises RequestError naming the field.
 
@@ -93,8 +101,10 @@ class EngineRequest:
             priority=priority,
             deadline=deadline,
             salt=salt,
+            share=share,
             generation_start=generation_start,
             output_ids=tuple(output_ids),
+            constraint=constraint,
         )
         asked.check(limits)
         if hasher is not None:  # only now: what was refused cannot be hashed
@@ -122,7 +132,10 @@ class EngineRequest:
             )
         if len(self.salt) > LIMITS.salt_bytes:
             raise RequestError(f"cache_salt has over {LIMITS.salt_bytes} bytes", param="cache_salt")
+        self.share.check()
         check_integer("generation_start", self.generation_start, 0, len(self.prompt_ids), none=True)
+        if self.constraint is not None:
+            self.constraint.check(limits.vocab_size)
         room = limits.max_model_len - len(self.prompt_ids)
         unlimited = self.params.max_tokens is None
         if room < (1 if unlimited else self.max_tokens):

@@ -6,11 +6,17 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from moebius.errors import RequestError, check_integer, check_number
+from moebius.request.structured import StructuredOutput
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The one table of limits that a request is held to, whichever front door it came by."""
+    """The one table of limits that a request is held to, whichever front door it came by.
+
+    structured_bytes   of a schema, regular expression or grammar, as the client writes it
+    grammar_bytes      of what is made of it
+    bad_sequences      what bad words become, as token ids; each has at most sequence_tokens
+    """
 
     n: int = 16
     stop: int = 16
@@ -21,6 +27,13 @@ class Limits:
     priority: int = 2**31 - 1
     salt_bytes: int = 256
     tools: int = 256
+    allowed_token_ids: int = 8192
+    bad_words: int = 128
+    bad_word_bytes: int = 256
+    bad_sequences: int = 512
+    sequence_tokens: int = 256
+    structured_bytes: int = 2**17
+    grammar_bytes: int = 2**20
 
 
 LIMITS = Limits()
@@ -40,7 +53,8 @@ def check_tokens(ids: Collection[int], vocab_size: int, param: str = "prompt") -
 class SamplingParams:
     """How tokens are drawn. Names are the field's; every value is checked here and nowhere else.
 
-    Order of the samplers: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p.
+    Order of the samplers: logit_bias, penalties, min_tokens and what else bans tokens, temperature,
+    top_k, top_p, min_p.
     Log-probabilities are the model's own log-softmax, before any of these.
 
     n                  sequences drawn for one prompt
@@ -52,6 +66,9 @@ class SamplingParams:
     presence_penalty, frequency_penalty   over the output (OpenAI); repetition_penalty over prompt
                                           and output (CTRL)
     logit_bias         token id -> added to its logit, -100 to 100
+    allowed_token_ids  no others are drawn; empty: all may be
+    bad_words          texts that are not written, as the tokens that they are encoded in
+    structured         what the text is to be: JSON by a schema, a regular expression, ...
     seed               None: drawn when the request is made
     stop               strings, matched in the text by the front door; stop_token_ids by the engine
     ignore_eos         do not end at the model's end tokens
@@ -73,6 +90,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    structured: StructuredOutput | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -89,6 +109,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(s for s in stop if s != ""))
         object.__setattr__(self, "stop_token_ids", self._made("stop_token_ids", tuple))
         object.__setattr__(self, "logit_bias", MappingProxyType(self._made("logit_bias", dict)))
+        object.__setattr__(self, "allowed_token_ids", self._made("allowed_token_ids", tuple))
+        words = self.bad_words
+        words = (words,) if isinstance(words, str) else self._made("bad_words", tuple)
+        object.__setattr__(self, "bad_words", words)
         self._check_numbers()
         self._check_collections()
         plain = (
@@ -131,13 +155,22 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value!r}; it must be true or false", param=name)
 
     def _check_collections(self) -> None:
-        for name in ("stop", "stop_token_ids", "logit_bias"):
+        for name in ("stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words"):
             size = len(getattr(self, name))
             most = getattr(LIMITS, name)
             if size > most:
                 raise RequestError(f"{name} has {size} entries; at most {most}", param=name)
         for string in self.stop:
-            _check_stop(string)
+            _check_text("stop", "a stop string", string, LIMITS.stop_bytes)
+        for word in self.bad_words:
+            _check_text("bad_words", "a bad word", word, LIMITS.bad_word_bytes, least=1)
+        for token in self.allowed_token_ids:
+            check_integer("allowed_token_ids", token, 0, 2**31 - 1)
+        if not isinstance(self.structured, StructuredOutput | None):
+            raise RequestError(
+                f"structured is {type(self.structured).__name__}; it must be a StructuredOutput",
+                param="structured",
+            )
         for token in self.stop_token_ids:
             check_integer("stop_token_ids", token, 0, 2**31 - 1)
         for token, bias in self.logit_bias.items():
@@ -164,21 +197,21 @@ class SamplingParams:
         return replace(self, **changes)
 
 
-def _check_stop(string: object) -> None:
+def _check_text(name: str, what: str, string: object, most: int, least: int = 0) -> None:
     if not isinstance(string, str):
         raise RequestError(
-            f"stop holds {string!r}; it must be a string or a list of strings", param="stop"
+            f"{name} holds {string!r}; it must be a string or a list of strings", param=name
         )
     try:
         size = len(string.encode())
     except UnicodeEncodeError as error:
         raise RequestError(
-            "stop holds a lone surrogate; it must be valid Unicode", param="stop"
+            f"{name} holds a lone surrogate; it must be valid Unicode", param=name
         ) from error
-    if size > LIMITS.stop_bytes:
-        raise RequestError(
-            f"a stop string has {size} bytes; at most {LIMITS.stop_bytes}", param="stop"
-        )
+    if size > most:
+        raise RequestError(f"{what} has {size} bytes; at most {most}", param=name)
+    if size < least:
+        raise RequestError(f"{what} is empty", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +231,8 @@ def check_asked(params: SamplingParams, limits: ServingLimits, priority: int = 0
 
     Worth knowing before the prompt is encoded.
     """
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-        for token in ids:
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+        for token in getattr(params, name):
             if token >= limits.vocab_size:
                 most = limits.vocab_size - 1
                 raise RequestError(

@@ -6,15 +6,16 @@ of these calls.
 
 There is no prefill phase and no decode phase: each request has a counter, `num_computed_tokens`,
 that catches up with `num_tokens`, by at most what is left of the step's token budget. Requests are
-served in the order (priority, arrival), the running ones first. Why nobody starves:
+served in the order (priority, arrival), the running ones first; among those that wait, owners take
+turns (schedule/turns.py). Why nobody starves:
 
 - A running request that needs a block takes it from the last running one in the order; the last
   itself waits with what it holds. So the first is never a victim, and always gets what it needs.
 - A waiting request starts only when all its tokens fit beside what is promised to the running ones,
-  and none behind it starts before it does. The one exception is a request whose next block is being
-  computed by a running one (`prefix_in_flight`): it waits only in steps in which that one moves
-  towards this very block, so at most as many steps as its prompt has tokens. Nothing has to wake
-  it: each plan looks anew.
+  and none behind it, in the order of turns, starts before it does. The one exception is a request
+  whose next block is being computed by a running one (`prefix_in_flight`): it waits only in steps
+  in which that one moves towards this very block, so at most as many steps as its prompt has
+  tokens. Nothing has to wake it: each plan looks anew.
 - What could not run in an empty pool was refused by `add`, by the function that allocates.
 """
 
@@ -33,7 +34,8 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.groups import GroupSpec, StateSlots
 from moebius.schedule.request import Request, RequestStatus
-from moebius.schedule.waiting import WaitingQueue, service_order
+from moebius.schedule.turns import service_order
+from moebius.schedule.waiting import WaitingQueue
 
 WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
 """Why a request has no chunk: it waits for budget, a block, a seat, or its prefix."""
@@ -134,7 +136,7 @@ class Scheduler:
     @property
     def drained(self) -> bool:
         """Nothing is left to do and every block is back."""
-        return self.pool.idle and not (self._requests or self._running or len(self._waiting))
+        return self.pool.idle and not (self._requests or self._running or self._waiting.turns)
 
     def add(self, request: Request) -> None:
         """Queue a new request.
@@ -313,15 +315,15 @@ class Scheduler:
     def _serve_waiting(self, draft: _Draft) -> None:
         if not len(self._waiting):
             return
-        queue = list(self._waiting)
         promised = sum(map(self._promised, self._running))
-        for position, request in enumerate(queue):
+        for request in self._waiting.turns.in_turn():
             reason = self._admit(request, promised, draft)
             if reason == "prefix_in_flight":
                 draft.waiting[request.id] = reason
                 self.num_deferred += 1
             elif reason is not None:
-                draft.waiting.update((behind.id, reason) for behind in queue[position:])
+                for other in self._waiting:
+                    draft.waiting.setdefault(other.id, reason)
                 return
             else:
                 promised += self._promised(request)
@@ -373,7 +375,7 @@ class Scheduler:
         return None
 
     def _start(self, request: Request, hit_tokens: int, now: float) -> None:
-        self._waiting.remove(request)
+        self._waiting.start(request, hit_tokens)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = hit_tokens
         if request.num_cached_tokens is None:
@@ -454,6 +456,7 @@ class Scheduler:
             self._running.remove(request)
         else:
             self._waiting.remove(request)
+        self._waiting.turns.finished(request)
         self.pool.free(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason

@@ -1,20 +1,16 @@
 """The waiting queue: ordered, bounded by count and by tokens, and aware of how fast it drains."""
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from moebius.errors import OverloadError
 from moebius.schedule.request import Request, RequestStatus
+from moebius.schedule.turns import Turns
 
 MEMORY_SECONDS = 10.0
 """Time constant of the drain rate: what happened this long ago weighs 1/e."""
 MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
-
-
-def service_order(request: Request) -> tuple[int, float, str]:
-    return request.order
 
 
 class DrainRate:
@@ -54,48 +50,62 @@ class DrainRate:
 
 
 class WaitingQueue:
-    """Unfinished requests that do not run, in the order (priority, arrival)."""
+    """Unfinished requests that do not run; `turns` has their order. For each that `turns.in_turn`
+    names, `start` is called, or it is passed over."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._requests: list[Request] = []
+        self.turns = Turns()
         self._drain = DrainRate()
         self._backlog_since = -math.inf
+        self._count = 0
         self.num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return self._count
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests)
+        return iter(self.turns)
 
     def observe(self, now: float) -> None:
-        self._drain.observe(now, backlog=bool(self._requests), since=self._backlog_since)
+        self._drain.observe(now, backlog=bool(self._count), since=self._backlog_since)
 
     def check_room(self, request: Request) -> None:
-        """OverloadError if the queue is full; an empty one takes any request, however long."""
-        requests = len(self._requests) + 1 - self._max_requests
+        """OverloadError if the queue is full; an empty one takes any request, however long.
+
+        Of a queue with room an owner may have its share alone (Turns.beyond_share).
+        """
+        requests = self._count + 1 - self._max_requests
         tokens = self.num_tokens + request.num_tokens - self._max_tokens
-        if self._requests and (requests > 0 or tokens > 0):
+        mine = self.turns.beyond_share(request, -requests, -tokens)
+        requests = max(requests, mine[0])
+        tokens = max(tokens, mine[1])
+        if self._count and (requests > 0 or tokens > 0):
             raise OverloadError(
-                f"the queue is full: {len(self._requests)} of {self._max_requests} requests and "
+                f"the queue is full: {self._count} of {self._max_requests} requests and "
                 f"{self.num_tokens} of {self._max_tokens} tokens wait; try again later",
                 retry_after=self._drain.retry_after(requests, tokens),
             )
 
     def push(self, request: Request) -> None:
         """Put the request at its place in the order; a preempted one is never refused."""
-        if not self._requests:
+        if not self._count:
             self._backlog_since = request.asked.arrival
-        insort(self._requests, request, key=service_order)
+        self.turns.push(request)
+        self._count += 1
         self.num_tokens += request.num_tokens
         if request.status is RequestStatus.PREEMPTED:
             self._drain.count(-1, -request.num_tokens)
 
+    def start(self, request: Request, num_cached: int) -> None:
+        """It runs from now on. Its owner pays once for what is computed, however often that is."""
+        self.remove(request)
+        if request.scheduled is None:
+            self.turns.took(request, request.num_tokens - num_cached)
+
     def remove(self, request: Request) -> None:
-        position = bisect_left(self._requests, request.order, key=service_order)
-        assert self._requests[position] is request, "the waiting queue lost its order"
-        del self._requests[position]
+        self.turns.remove(request)
+        self._count -= 1
         self.num_tokens -= request.num_tokens
         self._drain.count(1, request.num_tokens)

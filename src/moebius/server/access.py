@@ -19,6 +19,7 @@ from starlette.types import Message, Scope
 
 from moebius.server.faults import Fault
 from moebius.server.metrics import OTHER, ServerMetrics
+from moebius.server.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Visit:
     fault     what a client was told, where it got no whole answer
     facts     what the line says beside
     ignored   fields of the body that nobody knows, as far as the line names them
+    traceparent  what the client sent of W3C's trace context
     """
 
     id: str
@@ -69,6 +71,12 @@ class Visit:
     fault: Fault | None = None
     facts: dict[str, object] = field(default_factory=dict)
     ignored: str | None = None
+    traceparent: str | None = None
+
+    def name(self, key: str) -> None:
+        """Note by which key it came, where that has a name."""
+        if key:
+            self.facts["key"] = key
 
     def ignore(self, names: Sequence[str]) -> None:
         """Note the names of fields that were ignored; of a few of them as much as shows which they
@@ -94,7 +102,10 @@ class AccessLog:
         metrics: ServerMetrics,
         paths: Iterable[str],
         clock: Callable[[], float] = time.monotonic,
+        spans: Spans | None = None,
     ) -> None:
+        """spans   where each request leaves a span as well"""
+        self._spans = spans
         self._metrics = metrics
         self._clock = clock
         self._templates = [compile_path(path)[:2] for path in paths]
@@ -104,7 +115,11 @@ class AccessLog:
         route = next(
             (template for pattern, template in self._templates if pattern.match(path)), OTHER
         )
-        return Visit(_request_id(scope), scope.get("method", ""), route, path, self._clock())
+        visit = Visit(_request_id(scope), scope.get("method", ""), route, path, self._clock())
+        shown = [value for name, value in scope["headers"] if name == b"traceparent"]
+        if len(shown) == 1:
+            visit.traceparent = str(shown[0], "latin-1")
+        return visit
 
     def close(self, visit: Visit) -> None:
         status = visit.status or _CLIENT_GONE
@@ -127,7 +142,10 @@ class AccessLog:
             "ignored_fields": visit.ignored,
         }
         level = _level(status, visit.method, fault) if visit.ignored is None else logging.WARNING
-        log.log(level, "%s", logfmt(line | visit.facts))
+        line |= visit.facts
+        log.log(level, "%s", logfmt(line))
+        if self._spans is not None:
+            self._spans.record(visit.traceparent, self._clock() - visit.started, line)
 
     def refused(self, fault: Fault) -> Fault:
         """Of what never became a request: its line, its count, and the fault with an id among its

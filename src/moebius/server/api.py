@@ -24,10 +24,12 @@ from moebius.server.answer import Answer
 from moebius.server.body import decode_body
 from moebius.server.capacity import BodyRoom
 from moebius.server.chat_format import ChatFormat
+from moebius.server.compiling import GrammarDesk
 from moebius.server.docs import HEADERS, page
 from moebius.server.faults import Fault
 from moebius.server.formats import CompletionFormat
 from moebius.server.gate import DOCS, LIVE, METRICS, OPENAPI, body_of
+from moebius.server.keys import ApiKey, Caller
 from moebius.server.live import LiveFeed, LiveStream
 from moebius.server.messages import Messages
 from moebius.server.messages_bodies import read_count, read_messages
@@ -62,6 +64,7 @@ _SMALL_BODY = 16 * 1024
 Asked = TypeVar("Asked", bound=Body)
 Read = Callable[[Mapping[str, Any], Callable[[Sequence[str]], None] | None], Asked]
 """What a body asks for, from its fields; the function gets the names of those that nobody knows."""
+Made = TypeVar("Made")
 
 
 @dataclass(eq=False)
@@ -78,6 +81,7 @@ class Api:
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self.room = BodyRoom()
         self.feed = LiveFeed(self.door, self.spread)
+        self.grammars = GrammarDesk()
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -213,23 +217,42 @@ class Api:
         """A route that takes the body, reads what it asks for and answers: on a thread where that
         takes long."""
 
-        def handle(request: Request, body: bytes) -> Response:
+        def understood(request: Request, body: bytes) -> Asked:
             visit: Visit = request.scope["moebius.visit"]
             ignore = visit.ignore if self.settings.unknown_fields == "warn" else None
             asked = read(decode_body(body), ignore)
             if not asked.any_model:
                 self._check_model(asked.model)
-            return answer(request, asked)
+            return asked
 
         async def route(request: Request) -> Response:
             async with body_of(request, self.settings.body_timeout, self.room) as body:
                 if len(body) <= _SMALL_BODY:
-                    return handle(request, body)
-                return await self._on_thread(request, partial(handle, request, body))
+                    asked = understood(request, body)
+                    await self._check_grammar(request, asked)
+                    return answer(request, asked)
+                asked = await self._on_thread(request, partial(understood, request, body))
+                await self._check_grammar(request, asked)
+                return await self._on_thread(request, partial(answer, request, asked))
 
         return route
 
-    async def _on_thread(self, request: Request, make: Callable[[], Response]) -> Response:
+    async def _check_grammar(self, request: Request, asked: Body) -> None:
+        """So that it is at hand when the call is opened; what is wrong with it is said here."""
+        if not isinstance(asked, GenerationRequest):
+            return
+        try:
+            wanted = asked.structured
+            if wanted is None:
+                return
+            checked = await self.grammars.checked(wanted)
+        except RequestError as error:
+            raise asked.as_written(error) from error
+        if checked.ignored:
+            visit: Visit = request.scope["moebius.visit"]
+            visit.facts["ignored_keywords"] = "; ".join(checked.ignored)
+
+    async def _on_thread(self, request: Request, make: Callable[[], Made]) -> Made:
         """What `make` makes on one of a few threads, for which others may be waiting. DeadlineError
         when it is late."""
         late = request.scope["moebius.visit"].started + self.settings.request_timeout
@@ -269,6 +292,8 @@ class Api:
             expected = asked.conversation.expected(replies)
         # Before the prompts are encoded, which may take long.
         check_asked(params, limits, asked.priority)
+        caller: Caller = request.scope["moebius.caller"]
+        check_priority(asked.priority, caller.key)
         if isinstance(asked, ChatRequest):
             most = limits.max_model_len
             prompts = [asked.conversation.prompt(self.tokenizer, replies, at_most=most)]
@@ -287,6 +312,7 @@ class Api:
             timeout=timeout,
             priority=asked.priority,
             salt=_salt(request, asked),
+            caller=caller,
         )
 
     def tokenize(self, request: Request, asked: TokenizeRequest) -> Response:
@@ -334,6 +360,15 @@ def _described() -> bytes:
 @cache
 def _documented() -> str:
     return page(document())
+
+
+def check_priority(priority: int, key: ApiKey) -> None:
+    """RequestError where requests with this key must not bring a priority."""
+    if priority != 0 and not key.priority:
+        raise RequestError(
+            f"priority is {priority}; it must be 0 with this API key, which may bring none",
+            param="priority",
+        )
 
 
 def _json(value: object) -> Response:

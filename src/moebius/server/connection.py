@@ -226,7 +226,8 @@ class Connection(asyncio.Protocol):
             and not self._transport.is_closing()
         ):
             self._transport.resume_reading()
-            self._transport.write_eof()
+            if self._transport.can_write_eof():  # TLS says that by closing alone
+                self._transport.write_eof()
             self._set_deadline(_LINGER_SECONDS, self._transport.close)
         else:
             self._set_deadline(None)

@@ -2,8 +2,6 @@
 the last catch."""
 
 import asyncio
-import hashlib
-import hmac
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -15,6 +13,7 @@ from moebius.server.capacity import BodyRoom
 from moebius.server.cors import Cors
 from moebius.server.dialects import refusal_of, with_own_id
 from moebius.server.faults import Fault, fault_of
+from moebius.server.keys import OUTSIDER, Caller, Door, KeyRing
 from moebius.server.limits import HTTP_LIMITS
 from moebius.server.page import PAGE_PATHS
 
@@ -22,40 +21,61 @@ OPENAPI = "/openapi.json"
 DOCS = "/docs"
 # What a load balancer or an orchestrator asks, who have no key; they are told a status and nothing
 # else. And what is the same on every server of this version.
-_OPEN_PATHS = (b"/health/live", b"/health/ready", OPENAPI.encode(), DOCS.encode())
-# Files that say nothing of the server; the figures that they show need a key.
-_PAGE_PATHS = frozenset(path.encode() for path in PAGE_PATHS)
+# So does the live page, whose figures do need one.
+_OPEN_PATHS = frozenset(
+    path.encode() for path in ("/health/live", "/health/ready", OPENAPI, DOCS, *PAGE_PATHS)
+)
 _FRAMING = (b"transfer-encoding", b"content-length")
 METRICS = "/metrics"
 LIVE = "/v1/live"
 _OF_OPERATORS = (METRICS, LIVE)
-"""Routes that show what all clients together do, and may have a key of their own."""
+"""Routes that show what all clients together do, and that a key may open alone."""
 
 
 class Gate:
     """Refuses by itself what needs no route, and turns every exception into an error, of the shape
     that the route's clients know.
 
-    It sets scope["moebius.tenant"], a digest of the API key that was shown (b"" where the server is
-    open), and scope["moebius.visit"], to which an answer adds what the request's log line shall say
-    of it.
+    It sets scope["moebius.caller"], the Caller whose key was shown; scope["moebius.tenant"], what
+    keeps that one's prefix cache apart (b"" where the server is open); and scope["moebius.visit"],
+    to which an answer adds what the request's log line shall say of it.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        api_keys: tuple[str, ...],
+        keys: KeyRing,
         access: AccessLog,
         cors_origins: tuple[str, ...] = (),
-        metrics_api_key: str | None = None,
     ) -> None:
         self._app = app
         self._cors = Cors(cors_origins)
-        self._digests = [_digest(key.encode()) for key in api_keys]
-        self._of_metrics = (
-            self._digests if metrics_api_key is None else [_digest(metrics_api_key.encode())]
-        )
+        self._keys = keys
         self._access = access
+
+    def _caller(self, scope: Scope, route: str) -> Caller:
+        """Who asks. Raises Fault where that is nobody who may.
+
+        By the route, which may be spelled in many ways: what a key protects is what the router
+        would serve.
+        """
+        anybody = self._keys.anybody()
+        if anybody is not None or scope["raw_path"] in _OPEN_PATHS:
+            return anybody or OUTSIDER
+        shown = _shown(scope)
+        caller = None if shown is None else self._keys.find(shown)
+        if caller is None:
+            message = (
+                "this server needs an API key that it knows, as `Authorization: Bearer KEY` or "
+                "`x-api-key: KEY`"
+            )
+            raise Fault(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        door: Door = "metrics" if route in _OF_OPERATORS else "api"
+        if door not in caller.key.opens:
+            doors = " and ".join(_OF_OPERATORS)
+            what = f"does not open {doors}" if door == "metrics" else f"opens {doors} alone"
+            raise Fault(403, f"this API key {what}", "key_not_allowed")
+        return caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,12 +94,15 @@ class Gate:
             if preflight is not None:
                 await preflight(scope, receive, watched)
                 return
-            # By the route, which may be spelled in many ways: what a key protects is what the
-            # router would serve.
-            scope["moebius.tenant"] = _tenant(
-                scope, self._of_metrics if visit.route in _OF_OPERATORS else self._digests
-            )
-            await self._app(scope, receive, watched)
+            caller = self._caller(scope, visit.route)
+            scope["moebius.caller"] = caller
+            scope["moebius.tenant"] = caller.key.tenant
+            visit.name(caller.key.name)
+            if scope.get("method") != "POST":
+                await self._app(scope, receive, watched)
+                return
+            with caller.quota.request(caller.key.limits):
+                await self._app(scope, receive, watched)
         except Exception as error:
             visit.fault = fault_of(error)
             if visit.status is not None:
@@ -90,32 +113,18 @@ class Gate:
             self._access.close(visit)
 
 
-def _tenant(scope: Scope, digests: list[bytes]) -> bytes:
-    """The digest of the key that was shown, which is one of these; b"" where none is needed. Raises
-    Fault."""
-    if not digests or scope["raw_path"] in _OPEN_PATHS or scope["raw_path"] in _PAGE_PATHS:
-        return b""
-    for digest in map(_digest, _shown_keys(scope)):
-        # Every key is compared, whichever matches, so that the time taken says nothing.
-        if any([hmac.compare_digest(digest, known) for known in digests]):
-            return digest
-    message = "this server needs an API key that it knows, as `Authorization: Bearer KEY`"
-    raise Fault(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-
-def _shown_keys(scope: Scope) -> list[bytes]:
-    """As OpenAI's clients show one, and as Anthropic's do."""
-    bearers = [value for name, value in scope["headers"] if name == b"authorization"]
-    keys = [value for name, value in scope["headers"] if name == b"x-api-key"]
-    shown = [keys[0].strip()] if len(keys) == 1 else []
-    scheme, _, token = (bearers[0] if len(bearers) == 1 else b"").partition(b" ")
-    if scheme.lower() == b"bearer":
-        shown.insert(0, token.strip())
-    return shown
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.blake2b(key, digest_size=32, person=b"moebius-api-key").digest()
+def _shown(scope: Scope) -> bytes | None:
+    """The key that a request shows, as OpenAI's clients do or as Anthropic's; None where it shows
+    none, or several that differ."""
+    shown = []
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            shown.append(key.strip() if scheme.lower() == b"bearer" else b"")
+        elif name == b"x-api-key":
+            shown.append(value.strip())
+    # Of several headers a proxy before us may have looked at another than we do.
+    return shown[0] if len(set(shown)) == 1 else None
 
 
 def too_large() -> Fault:

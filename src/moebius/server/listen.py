@@ -24,22 +24,21 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def reserve(
-    host: str, port: int, *, api_keys: tuple[str, ...] = ()
-) -> Iterator[list[socket.socket]]:
+def reserve(host: str, port: int, *, open_to_all: bool = True) -> Iterator[list[socket.socket]]:
     """Bind each address that `host` has: localhost has one of IPv4 and one of IPv6.
 
     All get one port; 0 takes a free one.
 
     The port opens (listens) when the server starts. Raises ConfigError where it is in use or the
-    address is no address of this machine, and for an address that others can reach when there is no
-    API key.
+    address is no address of this machine, and for an address that others can reach where everybody
+    may call.
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"port is {port}; it must lie between 0 and 65535")
-    if not _is_loopback(host) and host != "localhost" and not api_keys:
+    if not _is_loopback(host) and host != "localhost" and open_to_all:
         raise ConfigError(
-            f"host {host!r} can be reached from other machines; give an --api-key, or use 127.0.0.1"
+            f"host {host!r} can be reached from other machines; give an --api-key or --api-keys, "
+            "or use 127.0.0.1"
         )
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -47,9 +46,10 @@ def reserve(
         raise ConfigError(f"host {host!r} cannot be resolved: {error}") from error
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     for _, address in addresses:
-        if not _is_loopback(str(address[0])) and not api_keys:
+        if not _is_loopback(str(address[0])) and open_to_all:
             raise ConfigError(
-                f"host {host!r} is {address[0]}, which others can reach; give an --api-key"
+                f"host {host!r} is {address[0]}, which others can reach; give an --api-key or "
+                "--api-keys"
             )
     sockets = _bind(host, port, addresses)
     try:

@@ -55,6 +55,7 @@ REJECTIONS = (
     "invalid_request",
     "context_length",
     "overload",
+    "rate_limit",
     "draining",
     "deadline",
     "error",
@@ -79,6 +80,11 @@ class SequenceTimes:
     first_computed: float | None = None
     ended: float = 0.0
     num_preemptions: int = 0
+
+    def told(self) -> dict[str, float]:
+        """What a log line says: seconds from the arrival, as far as it came."""
+        found = {"scheduled_seconds": self.scheduled, "first_token_seconds": self.first}
+        return {name: at - self.arrival for name, at in found.items() if at is not None}
 
     def computed(self, output: StepOutput) -> None:
         """Note what the engine says with an output."""

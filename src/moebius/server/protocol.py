@@ -40,6 +40,7 @@ from moebius.server.fields import (
     without_nulls,
 )
 from moebius.server.limits import HTTP_LIMITS
+from moebius.server.structured import StructuredFields
 from moebius.text import (
     EncodedPrompt,
     GenerationDefaults,
@@ -75,7 +76,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class GenerationRequest(Body):
+class GenerationRequest(StructuredFields, Body):
     """What both endpoints share.
 
     Defaults of sampling fields are absent here: they are the model's, or SamplingParams'.
@@ -188,7 +189,8 @@ class GenerationRequest(Body):
         self._check_together()
         names = self.model_fields_set & SamplingParams.__dataclass_fields__.keys()
         given = {name: getattr(self, name) for name in names}
-        return SamplingParams(**{**defaults.sampling, **given, **endpoint})
+        wanted = {"structured": self.structured, **endpoint}
+        return SamplingParams(**{**defaults.sampling, **given, **wanted})
 
 
 class CompletionRequest(GenerationRequest):

@@ -4,8 +4,11 @@ end."""
 import asyncio
 import logging
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -13,12 +16,13 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from moebius.errors import ConfigError, frames
+from moebius.errors import ConfigError, frames, in_one_line
 from moebius.server.capacity import Capacity
 from moebius.server.connection import Connection, tracked
 from moebius.server.cors import Cors
 from moebius.server.faults import Fault
 from moebius.server.settings import host_and_port
+from moebius.server.tls import Certificate
 
 try:
     import resource
@@ -41,8 +45,17 @@ class Server(uvicorn.Server):
     stays open, the second ends at once.
     """
 
-    def __init__(self, app: Starlette, on_start: Callable[[], None] = lambda: None) -> None:
-        """on_start   called when the ports are open"""
+    def __init__(
+        self,
+        app: Starlette,
+        on_start: Callable[[], None] = lambda: None,
+        certificate: Certificate | None = None,
+    ) -> None:
+        """on_start      called when the ports are open
+        certificate   what TLS is spoken with; None: plain HTTP
+        """
+        self._keys = app.state.keys
+        self._certificate = certificate
         self._door = app.state.front_door
         self._access = app.state.access
         self._on_start = on_start
@@ -85,9 +98,25 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_log_failure)
-        for config in (self._by_httptools, self._by_h11):
+        for config in (self._by_httptools, self._by_h11, self.config):
             config.load()
-        await super().serve(sockets)
+        if self._certificate is not None:
+            self.config.ssl = self._certificate.context
+        with _at_hangup(self._loop, self.reload):
+            await super().serve(sockets)
+
+    def reload(self) -> None:
+        """Read keys and certificate again; each that is wrong stays as it was, and the log says
+        why."""
+        for what, reads in (("API keys", self._keys), ("certificate", self._certificate)):
+            if reads is None:
+                continue
+            try:
+                reads.reload()
+            except ConfigError as error:
+                log.error("the %s stay as they were: %s", what, in_one_line(error))
+            else:
+                log.info("the %s were read again", what)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -121,6 +150,20 @@ class Server(uvicorn.Server):
             log.warning("%d calls were not finished within the drain time", self._door.in_flight)
             self._door.abort_all()
         self.should_exit = True
+
+
+@contextmanager
+def _at_hangup(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> Iterator[None]:
+    """Call `call` at SIGHUP, where signals are this thread's to hear."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop.add_signal_handler(hangup, call)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(hangup)
 
 
 def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -179,10 +222,13 @@ def _openable(connections: int) -> int:
 
 
 def run_server(
-    app: Starlette, sockets: list[socket.socket], on_start: Callable[[], None] = lambda: None
+    app: Starlette,
+    sockets: list[socket.socket],
+    on_start: Callable[[], None] = lambda: None,
+    certificate: Certificate | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. Calls `on_start` when the ports are
-    open.
+    open. SIGHUP has keys and `certificate` read again.
 
     Raises ConfigError where another took a port.
     """
@@ -194,4 +240,4 @@ def run_server(
             raise ConfigError(
                 f"cannot listen on {name}: {error.strerror}; choose another --port"
             ) from error
-    Server(app, on_start).run(sockets)
+    Server(app, on_start, certificate).run(sockets)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from moebius.errors import ConfigError, require_seconds, require_word
@@ -15,9 +16,9 @@ class ServerSettings:
 
     served_model_names    names that clients may call the model by; the first is what responses
                           carry
-    api_keys              any of these opens every route; none: the server is open
-    metrics_api_key       opens /metrics, the live page's figures and nothing else; where there is
-                          one, no other key opens these
+    api_keys              any of these opens every route
+    api_keys_file         more keys, each with what it may do (server/keys.py); neither: the server
+                          is open
     keep_alive            silence in a stream after which a comment line is sent
     drain_timeout         how long in-flight work may take after SIGTERM
     request_timeout       a request's deadline, from its arrival; its own timeout may be shorter
@@ -34,7 +35,7 @@ class ServerSettings:
 
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
-    metrics_api_key: str | None = None
+    api_keys_file: Path | None = None
     keep_alive: float = 15.0
     drain_timeout: float = 30.0
     request_timeout: float = 3600.0
@@ -45,12 +46,15 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     unknown_fields: UnknownFields = "refuse"
 
+    @property
+    def needs_key(self) -> bool:
+        return bool(self.api_keys) or self.api_keys_file is not None
+
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("served_model_name is empty; give the model at least one name")
-        for key in (*self.api_keys, self.metrics_api_key):
-            if key is not None:
-                _check_key(key)
+        for key in self.api_keys:
+            check_key(key)
         require_word("unknown_fields", self.unknown_fields, UnknownFields)
         for name in ("keep_alive", "drain_timeout", "request_timeout", "body_timeout"):
             require_seconds(name, getattr(self, name))
@@ -69,7 +73,8 @@ class ServerSettings:
             _check_origin(origin)
 
 
-def _check_key(key: str) -> None:
+def check_key(key: str) -> None:
+    """ConfigError, which does not quote it, unless this can be sent as a key."""
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ConfigError(
             "an API key must be printable ASCII without spaces, at least one character"

@@ -19,6 +19,7 @@ from moebius.front.choices import ChoiceOpener
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams
 from moebius.server.faults import DrainingError, Fault
+from moebius.server.keys import OUTSIDER, Caller
 from moebius.server.metrics import SequenceTimes, ServerMetrics
 from moebius.server.settings import ServerSettings
 from moebius.text import EncodedPrompt, Expected
@@ -66,7 +67,12 @@ class Call:
     """
 
     def __init__(
-        self, door: "FrontDoor", id: str, params: SamplingParams, choices: list[LiveChoice]
+        self,
+        door: "FrontDoor",
+        id: str,
+        params: SamplingParams,
+        choices: list[LiveChoice],
+        caller: Caller = OUTSIDER,
     ) -> None:
         self.id = id
         self.params = params
@@ -78,6 +84,8 @@ class Call:
         self.fault: Fault | None = None
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
+        self._caller = caller
+        self._queued: dict[str, int] = {}
         self._inbox: list[tuple[LiveChoice, StepOutput]] = []
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
@@ -105,14 +113,30 @@ class Call:
         return sum(choice.assembler.num_cached_tokens for choice in self.choices[:: self.params.n])
 
     async def __aenter__(self) -> Self:
-        self._door.admit(self)
+        self._queue()
+        try:
+            self._door.admit(self)
+        except BaseException:
+            self._leave_queue()
+            raise
         return self
+
+    def _queue(self) -> None:
+        """Count its prompts among what waits of its key's. Raises Fault where that is too much."""
+        tokens = {choice.request.id: choice.request.num_tokens for choice in self.choices}
+        self._caller.quota.queue(sum(tokens.values()), self._caller.key.limits)
+        self._queued = tokens
+
+    def _leave_queue(self) -> None:
+        self._caller.quota.leave_queue(sum(self._queued.values()))
+        self._queued = {}
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         left = [choice for choice in self.choices if not choice.closed]
         try:
+            self._leave_queue()
             for choice in left:
                 self._door.client.abort(choice.request.id)
             self._end = self._how_it_ended(error)
@@ -143,6 +167,7 @@ class Call:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
+            **self.choices[0].times.told(),
         }
 
     async def next(self) -> News:
@@ -178,6 +203,7 @@ class Call:
             return
         if output.token_ids and not choice.closed:
             self._door.metrics.tokens(choice.times, len(output.token_ids), now)
+        self._caller.quota.leave_queue(self._queued.pop(choice.request.id, 0))
         self._inbox.append((choice, output))
         weight = _weight(output)
         self._waiting_bytes += weight
@@ -268,6 +294,7 @@ class FrontDoor:
         priority: int = 0,
         salt: bytes = b"",
         expected: Expected | None = None,
+        caller: Caller = OUTSIDER,
     ) -> Call:
         """Check everything about a call, submit nothing. Raises RequestError, or DrainingError.
 
@@ -277,6 +304,7 @@ class FrontDoor:
         timeout     seconds that the client gives it, at most request_timeout
         priority, salt   as in EngineRequest
         expected    what is looked for in a chat's reply
+        caller      whose it is: it counts among that one's, and takes turns with others'
         """
         if self.draining:
             raise DrainingError
@@ -295,6 +323,7 @@ class FrontDoor:
                 deadline=deadline,
                 salt=salt,
                 expected=expected,
+                share=caller.key.share,
             )
             for one in opened:
                 choices.append(
@@ -306,7 +335,7 @@ class FrontDoor:
                         times=SequenceTimes(now),
                     )
                 )
-        return Call(self, id, params, choices)
+        return Call(self, id, params, choices, caller)
 
     def admit(self, call: Call) -> None:
         """Submit a call's choices, all or none."""

@@ -85,9 +85,9 @@ class Tokenizer:
         self.eos_id = self._id_of("eos_token")
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self.detokenizer = Detokenizer(backend, decoder, self.special_ids)
-        ids = {token.content: i for i, token in added.items()}
+        self._added_ids = {token.content: i for i, token in added.items()}
         self.replies = ReplyFormat(
-            Vocabulary(ids, self.templates, self.token_text, self._encode_marked)
+            Vocabulary(self._added_ids, self.templates, self.token_text, self._encode_marked)
         )
         """How replies to chats are read."""
         own_end = () if self.eos_id is None else (self.eos_id,)
@@ -163,9 +163,15 @@ class Tokenizer:
         return {name: template.source for name, template in self._templates.items()}
 
     @property
-    def definition(self) -> dict[str, Any]:
+    def text(self) -> str:
         """What tokenizer.json would hold, with all that was added to it."""
-        found: dict[str, Any] = json.loads(self._backend.to_str())
+        text: str = self._backend.to_str()
+        return text
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """The same as an object."""
+        found: dict[str, Any] = json.loads(self.text)
         return found
 
     def token_id(self, text: str) -> int | None:
@@ -175,6 +181,13 @@ class Tokenizer:
     def special_id(self, name: str) -> int | None:
         """The id of a special token by its name, such as pad_token; None where there is none."""
         return self._id_of(name)
+
+    def added_id(self, text: str) -> int | None:
+        """The id of a token that was added to the vocabulary, by its text."""
+        return self._added_ids.get(text)
+
+    def template_mentions(self, text: str) -> bool:
+        return any(text in source for source in self.templates.values())
 
     def fewest_tokens(self, text: str) -> int:
         """At least so many ids `encode` makes of a text, known without tokenising; 0: unknown."""

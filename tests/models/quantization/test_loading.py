@@ -269,6 +269,36 @@ READ = {
     "gptq": (Kind(gptq_config(4, 32), gptq(4, 32, stored_zero=7), repacked=True), "int4"),
     "gptq-8": (KINDS["gptq-8"], "int8_words"),
     "gptq-zeros": (KINDS["gptq-zeros"], "int4"),
+    "gptq-ordered": (
+        Kind(
+            gptq_config(4, 32, desc_act=True),
+            gptq(4, 32, ordered=True, stored_zero=7),
+            repacked=True,
+        ),
+        "int4_ordered",
+    ),
+    "gptq-ordered-zeros": (
+        Kind(
+            gptq_config(4, 32, desc_act=True, sym=False), gptq(4, 32, ordered=True), repacked=True
+        ),
+        "int4_ordered",
+    ),
+    "gptq-8-ordered": (
+        Kind(
+            gptq_config(8, 32, desc_act=True),
+            gptq(8, 32, ordered=True, stored_zero=127),
+            repacked=True,
+        ),
+        "int8_words_ordered",
+    ),
+    "pack-4-ordered": (
+        Kind(
+            compressed("pack-quantized", args(4, 32, actorder="group")),
+            packed_integers(4, 32, BF16, ordered=True),
+            repacked=True,
+        ),
+        "int4_ordered",
+    ),
     "mlx-4": (KINDS["mlx-4"], "affine4"),
     "mlx-8": (KINDS["mlx-8"], "affine8"),
     "awq": (Kind({**KINDS["awq"].config, "group_size": 32}, awq(32), repacked=True), "int4"),
@@ -334,11 +364,15 @@ def test_groups_that_are_no_whole_blocks_are_widened(tmp_path: Path) -> None:
             assert torch.equal(weights[source.parameter], meant[source.name])
 
 
-@pytest.mark.parametrize("kind", ["fp8-block", "mxfp4", "gptq-zeros"])
+@pytest.mark.parametrize(
+    "kind",
+    [KINDS["fp8-block"], KINDS["mxfp4"], KINDS["gptq-zeros"], READ["gptq-ordered"][0]],
+    ids=["fp8-block", "mxfp4", "gptq-zeros", "gptq-ordered"],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_an_answer_depends_on_no_neighbour(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_an_answer_depends_on_no_neighbour(tmp_path: Path, kind: Kind, dtype: torch.dtype) -> None:
     """Promise P1: the same bits alone and among others, in whatever chunks."""
-    made(tmp_path, KINDS[kind])
+    made(tmp_path, kind)
     decoder = load_decoder(tmp_path, dtype, ops=CpuOps(2))
     alone = Server(decoder, block_size=4, num_blocks=8)
     for chunk in (PROMPT, [7], [9]):

@@ -10,6 +10,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moebius.ops import Matrix
 from moebius.ops.formats import PLANE_FORMATS, Format, Repacked, format_named
+from moebius.ops.formats.groups import packed, unpacked
 from moebius.ops.reference import ReferenceOps
 from packing import E2M1
 
@@ -26,10 +27,12 @@ NAMES = [
     "int4[0,float16,words zeros]",
     "int4[32,float16,int8 zeros]",
     "int4_ordered[16,float16,words zeros]",
+    "int4_indexed[16,float16,words zeros]",
     "int8[0,float32]",
     "int8[32,bfloat16,int8 zeros]",
     "int8_words[32,float16,words zeros]",
     "int8_words_ordered[32,float16,int16 zeros]",
+    "int8_words_indexed[32,bfloat16]",
     "affine4[32,float16]",
     "affine8[64,bfloat16]",
     "gptq4[32,float16,minus one,plain]",
@@ -40,8 +43,8 @@ NAMES = [
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
-def random_plane(dtype: torch.dtype, shape: tuple[int, ...], last: int) -> Tensor:
-    """Any codes; scales and numbers of moderate size; groups below `last`."""
+def random_plane(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Any codes; scales and numbers of moderate size."""
     if dtype == torch.float8_e4m3fn:
         return torch.randn(shape).to(dtype)
     if dtype == torch.float8_e8m0fnu:
@@ -50,8 +53,6 @@ def random_plane(dtype: torch.dtype, shape: tuple[int, ...], last: int) -> Tenso
         return torch.randint(100, 150, shape, dtype=dtype)
     if dtype.is_floating_point:
         return torch.rand(shape).to(dtype) + 0.1
-    if dtype == torch.int32 and len(shape) == 1:
-        return torch.randint(0, last, shape, dtype=dtype)
     info = torch.iinfo(dtype)
     low, high = (-128, 128) if dtype == torch.int16 else (info.min, info.max)
     return torch.randint(low, high, shape, dtype=dtype)
@@ -60,10 +61,15 @@ def random_plane(dtype: torch.dtype, shape: tuple[int, ...], last: int) -> Tenso
 def random_matrix(name: str, rows: int, columns: int) -> Matrix:
     format = format_named(name)
     shapes = format.planes(rows, columns)
-    groups = shapes[1][1][0 if isinstance(format, Repacked) else 1]
-    planes = tuple(random_plane(dtype, shape, groups) for dtype, shape in shapes)
+    groups = shapes[1][1][0 if name.startswith(("gptq", "awq")) else 1]
+    planes = tuple(random_plane(dtype, shape) for dtype, shape in shapes)
+    following = torch.arange(columns, dtype=torch.int32) // (columns // groups)
     if "plain]" in name:
-        planes = (*planes[:-1], torch.arange(columns, dtype=torch.int32) // (columns // groups))
+        planes = (*planes[:-1], following)
+    elif "_indexed" in name or ",ordered]" in name:
+        planes = (*planes[:-1], following[torch.randperm(columns)])
+    elif "_ordered" in name:
+        planes = (*planes[:-1], torch.randperm(columns, dtype=torch.int32))
     return Matrix(format, (rows, columns), planes)
 
 
@@ -99,7 +105,9 @@ def test_a_name_makes_the_format_that_has_it(name: str) -> None:
     assert format_named(name).name == name
 
 
-@pytest.mark.parametrize("name", [each for each in NAMES if each[:4] not in ("gptq", "awq[")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if not isinstance(format_named(name), Repacked)]
+)
 def test_plain_pytorch_computes_with_every_format(name: str) -> None:
     """A product, and rows of a table, beside the widened numbers in float64."""
     ops = ReferenceOps()
@@ -175,7 +183,7 @@ def test_fp8_is_transformers(scale: torch.dtype, dtype: torch.dtype) -> None:
     for rows, columns in ((16, 20), (1, 80), (48, 80)):
         shape = (48 // rows, 80 // columns)
         name = f"fp8[{rows}x{columns},{str(scale).removeprefix('torch.')}]"
-        scales = random_plane(scale, shape, 0)
+        scales = random_plane(scale, shape)
         theirs = Fp8Dequantize(None)._dequantize_one(codes, scales, dtype)
         ours = Matrix(format_named(name), (48, 80), (codes, scales)).widened(dtype)
         assert torch.equal(ours, theirs)
@@ -187,6 +195,32 @@ def test_blocks_that_do_not_divide_a_matrix() -> None:
     found = Matrix(format_named("fp8[8x8,float32]"), (21, 37), (codes, scales)).widened(F32)
     for i, j in ((0, 0), (7, 8), (8, 7), (20, 36), (16, 32), (15, 31)):
         assert found[i, j] == codes[i, j].float() * scales[i // 8, j // 8]
+
+
+def test_columns_in_an_order_of_their_own_by_hand() -> None:
+    """Codes of 0 to 7 twice, in two groups with scales of 1 and 100: the even columns are in the
+    second group, and lie behind the odd ones."""
+    codes = torch.arange(8, 16, dtype=torch.uint8).repeat(2)
+    index = torch.tensor([1, 0] * 8, dtype=torch.int32)
+    scales = torch.tensor([[1.0, 100.0]], dtype=torch.float16)
+    indexed = format_named("int4_indexed[8,float16]")
+    matrix = Matrix(indexed, (1, 16), (packed(codes.view(1, -1), 4), scales, index))
+    by_hand = [100.0 * (i % 8) if i % 2 == 0 else i % 8 for i in range(16)]
+    assert matrix.widened(F32).tolist() == [by_hand]
+    assert isinstance(indexed, Repacked)
+    words, _, columns = indexed.repacked(matrix.planes)
+    assert columns.tolist() == [1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14]
+    assert (unpacked(words, 4)[0] - 8).tolist() == [1, 3, 5, 7, 1, 3, 5, 7, 0, 2, 4, 6, 0, 2, 4, 6]
+    ordered = Matrix(indexed.target, (1, 16), (words, scales, columns))
+    assert ordered.widened(F32).tolist() == [by_hand]
+
+
+def test_groups_of_unequal_sizes_are_refused() -> None:
+    index = torch.tensor([0] * 17 + [1] * 15, dtype=torch.int32)
+    planes = (torch.zeros(1, 4, dtype=torch.int32), torch.ones(1, 2, dtype=torch.float16), index)
+    matrix = Matrix(format_named("int4_indexed[16,float16]"), (1, 32), planes)
+    with pytest.raises(ValueError, match="g_idx has groups of 15 to 17 columns"):
+        matrix.widened(F32)
 
 
 def test_repacking_keeps_the_order_of_files() -> None:

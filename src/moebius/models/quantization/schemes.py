@@ -167,9 +167,15 @@ class WordsScheme(Scheme):
         if self.ordered:
             planes.append(Plane(f"{name}_g_idx", ("I32",), lead(shape, (columns,))))
         base = f"int{self.bits}{'_words' if self.bits == 8 else ''}"
-        base += "_ordered" if self.ordered else ""
         dtype = _named(scale, found, PLAIN_SCALES)
-        return Parts(f"{base}[{self.group},{dtype}{zeros}]", tuple(planes))
+        parameters = f"[{self.group},{dtype}{zeros}]"
+        if not self.ordered:
+            return Parts(base + parameters, tuple(planes))
+        nbytes = rows * columns * self.bits // 8 + rows * groups * _SCALE_BYTES[dtype] + 4 * columns
+        if self.zeros:
+            nbytes += 4 * -(-rows // per_word) * groups
+        ordered = Repacking(f"{base}_ordered{parameters}", nbytes)
+        return Parts(f"{base}_indexed{parameters}", tuple(planes), ordered)
 
 
 @dataclass(frozen=True, slots=True)

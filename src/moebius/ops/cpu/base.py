@@ -73,9 +73,14 @@ def norm_dtype(dtype: torch.dtype, weight: Tensor) -> int:
 
 # Codes whose scales lie in a plane of their own, read where groups of columns are whole blocks.
 _GROUPED = {
-    "int4": ("int4 of 32", "int4 of 32 with zeros"),
+    "int4": (
+        "int4 of 32",
+        "int4 of 32 with zeros",
+        "int4_ordered of 32",
+        "int4_ordered of 32 with zeros",
+    ),
     "int8": ("int8 of 32",),
-    "int8_words": ("int8_words of 32",),
+    "int8_words": ("int8_words of 32", "int8_words_ordered of 32"),
     "affine4": ("affine4 of 32",),
     "affine8": ("affine8 of 32",),
 }
@@ -98,7 +103,7 @@ def formats(dtype: torch.dtype) -> frozenset[str]:
 @cache
 def _format_number(name: str, dtype: torch.dtype) -> int:
     """A format's number in the kernels. Raises ValueError where products of `dtype` read none."""
-    name = name.partition("[")[0]
+    name = name.partition("[")[0].removesuffix("_ordered")
     if not _reads(name, dtype):
         raise ValueError(f"the CPU kernels read no {name} weights where they compute in {dtype}")
     return FORMATS[name]
@@ -133,12 +138,13 @@ def _of_groups(weight: Matrix, number: int) -> _cpu.Matrix:
     """Codes and scales where they lie. Raises ValueError for groups that are no whole blocks."""
     format = weight.format
     rows, columns = weight.shape
-    zeros = None
+    zeros = order = None
     group = MX_GROUP
     if isinstance(format, Affine | Integers):
         group = format.group or columns
     if isinstance(format, Integers):
         zeros = format.zero_points(weight.planes)
+        order = weight.planes[-1] if format.ordered else None
     codes, scales = weight.planes[:2]
     biases = weight.planes[2] if isinstance(format, Affine) else None
     return _cpu.Matrix(
@@ -152,6 +158,7 @@ def _of_groups(weight: Matrix, number: int) -> _cpu.Matrix:
         zeros=address(zeros),
         copy_zeros=not any(zeros is plane for plane in weight.planes),
         biases=address(biases),
+        order=address(order),
     )
 
 

@@ -156,7 +156,8 @@ class ExpertOps(CpuBase):
         interleaved = any(map(_take_turns, gate, up))
         if interleaved:
             shape = (2 * width, hidden)
-            gate, up = list(map(_both, gate, up)), []
+            gate = list(map(_both, gate, up))
+            up = []
         table = _cpu.Experts(
             dtype=number,
             hidden=hidden,

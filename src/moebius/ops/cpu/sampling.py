@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.cpu.base import CpuBase, address
-from moebius.ops.sampling import Shaping, TopK
+from moebius.ops.sampling import Shaping, TopK, only_allowed
 
 
 class SamplingOps(CpuBase):
@@ -53,7 +53,8 @@ class SamplingOps(CpuBase):
             _logits(logits_LV), rows, [_shaping(shaping) for shaping in shapings]
         )
         try:
-            yield
+            with only_allowed(logits_LV, rows, shapings):
+                yield
         finally:
             before.restore()
 

@@ -34,7 +34,8 @@ class Integers(Format):
     scale     the scales' dtype, (rows, groups)
     zeros     how zero points are stored: none are, all are 0; `words`: packed as codes are, but
               along the rows; else as plain integers (rows, groups). Subtracted from signed codes
-    ordered   the last plane says which group a column is in (columns,) int32: GPTQ's act-order
+    ordered   columns lie group by group, which is not their order in the matrix (GPTQ's act-order):
+              the last plane says which column each is (columns,) int32
     """
 
     name: str
@@ -116,17 +117,12 @@ class Integers(Format):
             numbers = unpacked(codes, self.bits).float().sub_(1 << (self.bits - 1))
         else:
             numbers = codes.float()
-        group = self.group
-        wide = scales.float()
         zeros = self._zeros(rest[0], len(codes)).float() if self.zeros != "none" else None
-        if self.ordered:
-            order = rest[-1].long()
-            group = 1
-            wide = wide[:, order]
-            zeros = None if zeros is None else zeros[:, order]
         if zeros is not None:
-            minus_groups(numbers, zeros, group)
-        times_groups(numbers, wide, group)
+            minus_groups(numbers, zeros, self.group)
+        times_groups(numbers, scales.float(), self.group)
+        if self.ordered:
+            numbers = torch.empty_like(numbers).index_copy_(1, rest[-1].long(), numbers)
         return numbers.to(dtype)
 
     def zero_points(self, planes: Planes) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from moebius.ops.formats.format import Format
 from moebius.ops.formats.fp8 import Fp8
 from moebius.ops.formats.integers import Affine, Integers, Zeros
-from moebius.ops.formats.repacked import Awq, Gptq, GptqZeros, Index
+from moebius.ops.formats.repacked import Awq, Gptq, GptqZeros, Index, Indexed
 
 _SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 
@@ -40,6 +40,14 @@ def _integers(bits: int, *, words: bool, ordered: bool = False) -> Callable[...,
     return of
 
 
+def _indexed(bits: int) -> Callable[..., Format]:
+    def of(group: str, scale: str, zeros: str = "none zeros") -> Format:
+        kind = cast(Zeros, zeros.removesuffix(" zeros"))
+        return Indexed.of(bits, int(group), _dtype(scale), kind)
+
+    return of
+
+
 def _affine(bits: int) -> Callable[..., Format]:
     return lambda group, scale: Affine.of(bits, int(group), _dtype(scale))
 
@@ -57,16 +65,18 @@ _MADE: dict[str, Callable[..., Format]] = {
     "fp8": _fp8,
     "int4": _integers(4, words=True),
     "int4_ordered": _integers(4, words=True, ordered=True),
+    "int4_indexed": _indexed(4),
     "int8": _integers(8, words=False),
     "int8_words": _integers(8, words=True),
     "int8_words_ordered": _integers(8, words=True, ordered=True),
+    "int8_words_indexed": _indexed(8),
     "affine4": _affine(4),
     "affine8": _affine(8),
     "gptq4": _gptq(4),
     "gptq8": _gptq(8),
     "awq": lambda group, scale: Awq.of(int(group), _dtype(scale)),
 }
-PARAMETRIC = frozenset(_MADE) - {"gptq4", "gptq8", "awq"}
+PARAMETRIC = frozenset(_MADE) - {"int4_indexed", "int8_words_indexed", "gptq4", "gptq8", "awq"}
 """Formats with parameters that products may read, by what stands before these."""
 
 

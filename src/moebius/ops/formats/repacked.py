@@ -1,7 +1,7 @@
-"""What is stored column by column, which no product reads where it lies: it is repacked once.
+"""What no product reads where it lies, as its columns are stored otherwise: it is repacked once.
 
 GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978) pack their codes for kernels of GPUs, inputs
-first.
+first. With act-order, columns of a group are scattered over the matrix.
 """
 
 from abc import abstractmethod
@@ -37,6 +37,48 @@ class Repacked(Format):
 
     def exact_in(self, dtype: torch.dtype) -> bool:
         return False
+
+
+def _by_group(index_C: Tensor, groups: int) -> Tensor:
+    """The columns (int64), those of the first group first, of a plane that says each one's group.
+    Raises ValueError for groups that are not all of one size."""
+    if len(index_C) and not 0 <= int(index_C.min()) <= int(index_C.max()) < groups:
+        raise ValueError(f"its g_idx names groups beyond the {groups} that there are")
+    counts = torch.bincount(index_C.long(), minlength=groups)
+    if int(counts.min()) != int(counts.max()):
+        raise ValueError(
+            f"its g_idx has groups of {int(counts.min())} to {int(counts.max())} columns, which "
+            "all have to be of one size"
+        )
+    return torch.argsort(index_C.long(), stable=True)
+
+
+def _words_in_order(words_RW: Tensor, bits: int, columns_C: Tensor) -> Tensor:
+    """Words along a row, of the same codes in another order."""
+    return packed(unpacked(words_RW, bits)[:, columns_C], bits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Indexed(Repacked):
+    """compressed-tensors' act-order. Planes: those of `target`, but that columns lie in the matrix'
+    order, and the last plane says which group each one is in (columns,) int32."""
+
+    name: str
+    target: Integers
+
+    @classmethod
+    def of(cls, bits: int, group: int, scale: torch.dtype, zeros: Zeros) -> "Indexed":
+        target = Integers.of(bits, group, scale, zeros=zeros, ordered=True)
+        return cls(target.name.replace("_ordered", "_indexed"), target)
+
+    def planes(self, rows: int, columns: int) -> tuple[PlaneShape, ...]:
+        return self.target.planes(rows, columns)
+
+    def repacked(self, planes: Planes) -> Planes:
+        words_RW, scales_RG, *zeros, index_C = planes
+        columns_C = _by_group(index_C, scales_RG.shape[1])
+        codes_RW = _words_in_order(words_RW, self.target.bits, columns_C)
+        return (codes_RW, scales_RG, *zeros, columns_C.int())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +132,11 @@ class Gptq(Repacked):
     def repacked(self, planes: Planes) -> Planes:
         words_WR, zeros_GY, scales_GR, *index = planes
         # A word holds consecutive columns of one row, the lowest bits first, as the target's do.
-        found = [transposed(words_WR), transposed(scales_GR)]
+        words_RW = transposed(words_WR)
+        order = self._order(index[0], len(scales_GR)) if index else []
+        if order:
+            words_RW = _words_in_order(words_RW, self.bits, order[0])
+        found = [words_RW, transposed(scales_GR)]
         zeros_RG = transposed(unpacked(zeros_GY, self.bits)).to(torch.int16)
         middle = 1 << (self.bits - 1)
         if self.zeros == "symmetric":
@@ -98,16 +144,13 @@ class Gptq(Repacked):
         else:
             signed = zeros_RG - (middle - (self.zeros == "minus one"))
             found.append(signed.to(getattr(torch, self.target.zeros)))
-        if index:
-            found += self._order(index[0], len(scales_GR))
-        return tuple(found)
+        return (*found, *(columns_C.int() for columns_C in order))
 
     def _order(self, index_C: Tensor, groups: int) -> list[Tensor]:
-        """The target's plane of groups, where it has one."""
-        if len(index_C) and not 0 <= int(index_C.min()) <= int(index_C.max()) < groups:
-            raise ValueError(f"its g_idx names groups beyond the {groups} that there are")
+        """The order that the target's columns lie in (int64), where it has one of its own."""
+        columns_C = _by_group(index_C, groups)
         if self.index == "ordered":
-            return [index_C.clone()]
+            return [columns_C]
         following = torch.arange(len(index_C), device=index_C.device) // (
             self.group or len(index_C)
         )

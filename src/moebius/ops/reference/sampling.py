@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moebius.ops.interface import Ops
 from moebius.ops.reference.routing import top_k
-from moebius.ops.sampling import LOWEST, ROWS_AT_ONCE, Shaping, TopK
+from moebius.ops.sampling import LOWEST, ROWS_AT_ONCE, Shaping, TopK, only_allowed
 
 
 class SamplingOps(Ops):
@@ -100,7 +100,8 @@ class SamplingOps(Ops):
                 ids_E, shaped_E = _shaped(logits_LV[row], shaping)
                 kept.append((row, ids_E, logits_LV[row, ids_E]))
                 _put(logits_LV, row, ids_E, shaped_E)
-            yield
+            with only_allowed(logits_LV, rows, shapings):
+                yield
         finally:
             for row, ids_E, values_E in kept:
                 _put(logits_LV, row, ids_E, values_E)

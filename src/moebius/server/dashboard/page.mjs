@@ -8,6 +8,7 @@ import {
 const HISTORY = 300;
 const RECENT = 10; // frames that figures are of
 const LATENCY = 30; // frames that latencies are of
+const SMOOTH = 5; // frames that a point of a line is of
 const HIDDEN_MS = 60_000; // a page that nobody sees lets go of the stream
 const SILENT_MS = 10_000; // without a frame for so long the stream is lost
 const STATES = { ready: "ready", not_ready: "not ready", draining: "draining" };
@@ -85,8 +86,24 @@ function take({ name, data }) {
     showFacts();
   } else if (name === "frame") {
     frames.push(JSON.parse(data));
+    frames.values.at(-1).point = point(frames.last(SMOOTH));
     if (!document.hidden) show();
   }
+}
+
+/** What lines show of one moment. */
+function point(recent) {
+  const sum = (name) => recent.reduce((total, frame) => total + frame.counts[name], 0);
+  const latencies = (name) => {
+    const bins = joined(recent.map((frame) => frame.heard[name]));
+    return [quantile(bins, 0.5), quantile(bins, 0.99)];
+  };
+  return {
+    drawn: rate(recent, (frame) => frame.counts.generation_tokens),
+    first_token: latencies("first_token"),
+    between_tokens: latencies("between_tokens"),
+    hits: ratio(sum("prefix_hits"), sum("prefix_queries")),
+  };
 }
 
 // What is shown
@@ -106,8 +123,8 @@ function show() {
   byId("figures").hidden = false;
   showAxes();
   showTokens();
-  showLatency(byId("first"), (frame) => frame.heard.first_token);
-  showLatency(byId("between"), (frame) => frame.heard.between_tokens);
+  showLatency(byId("first"), "first_token");
+  showLatency(byId("between"), "between_tokens");
   showHits();
   showBatch(now);
   showMemory(now);
@@ -141,23 +158,22 @@ function showFacts() {
 }
 
 function showTokens() {
-  const count = (frame) => frame.counts.generation_tokens;
   const recent = frames.last(RECENT);
-  const drawn = rate(recent, count);
+  const drawn = rate(recent, (frame) => frame.counts.generation_tokens);
   const computed = rate(recent, (frame) => frame.counts.step_tokens);
-  tile(byId("tokens"), [short(drawn), "a second"], `${short(computed)} computed, with prompts`);
-  const values = frames.values.map((frame) => rate([frame], count));
+  tile(byId("tokens"), [short(drawn), "a second"], `${short(computed)} computed in all`);
+  const values = frames.values.map((frame) => frame.point.drawn);
   spark(byId("tokens"), [{ values, area: true }]);
 }
 
-function showLatency(element, binsOf) {
-  const bins = joined(frames.last(LATENCY).map(binsOf));
+function showLatency(element, name) {
+  const bins = joined(frames.last(LATENCY).map((frame) => frame.heard[name]));
   const [tail, tailUnit] = duration(quantile(bins, 0.99));
   const count = bins.reduce((sum, [, n]) => sum + n, 0);
   const text = count === 0 ? "none of late" : `99 % within ${tail} ${tailUnit}`;
   tile(element, duration(quantile(bins, 0.5)), text);
-  const at = (share) => frames.values.map((frame) => quantile(binsOf(frame), share));
-  spark(element, [{ values: at(0.5), area: true }, { values: at(0.99), line: "line-thin" }]);
+  const line = (i) => frames.values.map((frame) => frame.point[name][i]);
+  spark(element, [{ values: line(0), area: true }, { values: line(1), line: "line-thin" }]);
 }
 
 function showHits() {
@@ -166,7 +182,7 @@ function showHits() {
   const share = ratio(sum(all, "prefix_hits"), sum(all, "prefix_queries"));
   const text = share === null ? "no prompt of late" : `${short(sum(all, "prefix_hits"))} prompt tokens found`;
   tile(byId("hits"), [percent(share), ""], text);
-  const values = all.map((frame) => ratio(frame.counts.prefix_hits, frame.counts.prefix_queries));
+  const values = all.map((frame) => frame.point.hits);
   spark(byId("hits"), [{ values, area: true }], 1);
 }
 

@@ -79,9 +79,12 @@ class ReplyFormat:
         symbols = reader.markers.symbols.values()
         if spelled is None or not all(marker in symbols for marker in reader.talk.border):
             return None
-        start, end, forced, answer = (tuple(self._vocabulary.encode(text)) for text in spelled)
+        start, end, forced, answer = map(self._ids, spelled)
         begun, _ = reader.talk.start(prompt, self._spell(reader))
         return ReasoningEnds(start, end, forced, answer, begun)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._vocabulary.encode(text))
 
     def _spell(self, reader: _Reader) -> Spell:
         symbols = reader.markers.symbols

@@ -1,0 +1,248 @@
+"""What a server does when more is asked of it than it can do.
+
+    .venv/bin/python benchmarks/overload.py [flood] [keys] [readers] [--model bundled]
+        [--seconds 20] [--seed 1] [--json FILE]
+
+`moebius serve` runs in a process of its own, with two keys of a key file.
+
+flood    clients ask one after the other, enough of them that the batch is full: the peak, in
+         answers a second. Then requests come in an open loop at ten times that rate: how many
+         answers a second are whole (goal: 95 % of the peak), how long a refusal takes (99 % within
+         50 ms), and how long after the last of them an answer is as quick as before (5 s).
+keys     one request alone: how long it takes. Then again, with another key, beside 500 that were
+         asked for just before: how long it waits for its place (twice its time alone at the most).
+readers  the time between tokens of 20 streams, alone and beside 500 clients that read a byte a
+         second (5 % more at the most).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import itertools
+
+import records
+
+KEYS = '[crowd]\nkey = "crowd"\n[one]\nkey = "one"\n'
+TOKENS = 32
+OVERLOAD = 10
+CROWD = 500
+SLOW = 500
+NORMAL = 20
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How one request went: its status, seconds to its first byte and to its end, and gaps between
+    events."""
+
+    status: int
+    first: float
+    whole: float
+    gaps: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def server(model: str, *options: str) -> Iterator[str]:
+    """The address of a server of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        keys = Path(directory) / "keys.toml"
+        keys.write_text(KEYS)
+        keys.chmod(0o600)
+        command = [sys.executable, "-m", "moebius", "serve", model, "--port", "0"]
+        command += ["--api-keys", str(keys), "--log-level", "error", *options]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            assert child.stderr is not None
+            for line in child.stderr:
+                found = re.search(r"serving on (\S+)/v1", line)
+                if found:
+                    yield found[1]
+                    return
+            raise SystemExit("the server did not start")
+        finally:
+            child.terminate()
+            child.wait(60)
+
+
+async def ask(
+    client: httpx.AsyncClient, key: str, prompt: list[int], tokens: int = TOKENS
+) -> Asked:
+    body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    began = time.perf_counter()
+    arrived: list[float] = []
+    headers = {"Authorization": f"Bearer {key}"}
+    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+        first = time.perf_counter() - began
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                arrived.append(time.perf_counter())
+    gaps = [later - earlier for earlier, later in itertools.pairwise(arrived)]
+    return Asked(response.status_code, first, time.perf_counter() - began, gaps)
+
+
+def opened(url: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    return httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
+
+
+def prompt(rng: random.Random) -> list[int]:
+    return [rng.randrange(100, 900) for _ in range(rng.randint(4, 32))]
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
+
+
+async def flood(url: str, seconds: float, rng: random.Random) -> dict[str, Any]:
+    async with opened(url) as client:
+        done = 0
+
+        async def one_after_the_other(until: float) -> None:
+            nonlocal done
+            while time.perf_counter() < until:
+                asked = await ask(client, "crowd", prompt(rng))
+                done += asked.status == 200
+
+        until = time.perf_counter() + seconds
+        await asyncio.gather(*(one_after_the_other(until) for _ in range(24)))
+        peak = done / seconds
+        normal = statistics.median(
+            [(await ask(client, "one", prompt(rng))).whole for _ in range(5)]
+        )
+
+        rate = OVERLOAD * peak
+        began = time.perf_counter()
+        tasks: list[asyncio.Task[Asked]] = []
+        while (now := time.perf_counter() - began) < seconds:
+            while len(tasks) < now * rate:
+                tasks.append(asyncio.create_task(ask(client, "crowd", prompt(rng))))
+            await asyncio.sleep(0.005)
+        whole = sum(t.done() and not t.exception() and t.result().status == 200 for t in tasks)
+        stopped = time.perf_counter()
+        while (await ask(client, "one", prompt(rng))).whole > 2 * normal:
+            await asyncio.sleep(0.05)
+        recovered = time.perf_counter() - stopped
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+    answers = [each for each in found if isinstance(each, Asked)]
+    refused = [each.first for each in answers if each.status == 503]
+    return {
+        "peak_answers_per_s": peak,
+        "asked_per_s": len(tasks) / seconds,
+        "goodput_of_peak": whole / seconds / peak,
+        "refused": len(refused),
+        "refusal_p50_ms": 1e3 * percentile(refused, 0.5),
+        "refusal_p99_ms": 1e3 * percentile(refused, 0.99),
+        "normal_again_s": recovered,
+        "otherwise": sum(not isinstance(e, Asked) or e.status not in (200, 503) for e in found),
+    }
+
+
+async def keys(url: str, rng: random.Random, crowd: int = CROWD) -> dict[str, Any]:
+    async with opened(url) as client:
+        alone = [await ask(client, "one", prompt(rng)) for _ in range(5)]
+        tasks = [
+            asyncio.create_task(ask(client, "crowd", prompt(rng), rng.randint(16, 48)))
+            for _ in range(crowd)
+        ]
+        await asyncio.sleep(1.0)
+        beside = await ask(client, "one", prompt(rng))
+        left = sum(not task.done() for task in tasks)
+        await asyncio.gather(*tasks)
+    time_alone = statistics.median(each.whole for each in alone)
+    return {
+        "crowd": crowd,
+        "alone_s": time_alone,
+        "waited_s": beside.first,
+        "waited_over_alone": beside.first / time_alone,
+        "whole_s": beside.whole,
+        "of_the_crowd_left": left,
+    }
+
+
+async def readers(url: str, rng: random.Random, slow: int = SLOW) -> dict[str, Any]:
+    host, port = url.removeprefix("http://").split(":")
+
+    async def dawdle() -> None:
+        body = b'{"prompt": "x", "max_tokens": 1000, "ignore_eos": true, "stream": true}'
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer crowd\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1)
+        try:
+            writer.write(head.encode() + body)
+            while await reader.read(1):
+                await asyncio.sleep(1.0)
+        except ConnectionError:
+            pass  # cut off
+        finally:
+            writer.close()
+
+    async def normal(client: httpx.AsyncClient) -> float:
+        asked = await asyncio.gather(*(ask(client, "one", prompt(rng), 64) for _ in range(NORMAL)))
+        return statistics.median(gap for each in asked for gap in each.gaps)
+
+    async with opened(url) as client:
+        before = await normal(client)
+        tasks = [asyncio.create_task(dawdle()) for _ in range(slow)]
+        await asyncio.sleep(2.0)
+        beside = await normal(client)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return {
+        "slow": slow,
+        "alone_ms": 1e3 * before,
+        "beside_ms": 1e3 * beside,
+        "over": beside / before - 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", nargs="*", default=["flood", "keys", "readers"])
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    found: dict[str, Any] = {"processor": records.processor(), "seed": given.seed}
+    small = ("--max-num-seqs", "16", "--max-queue-requests", "32")
+    for what in given.what:
+        rng = random.Random(given.seed)
+        many = () if what == "flood" else ("--max-queue-requests", "1024")
+        with server(given.model, *small, *many) as url:
+            if what == "flood":
+                found[what] = asyncio.run(flood(url, given.seconds, rng))
+            elif what == "keys":
+                found[what] = asyncio.run(keys(url, rng))
+            else:
+                found[what] = asyncio.run(readers(url, rng))
+        for name, value in found[what].items():
+            print(
+                f"{what:8} {name:22} {value:.3f}"
+                if isinstance(value, float)
+                else f"{what:8} {name:22} {value}",
+                flush=True,
+            )
+    records.save(given.json, found)
+
+
+if __name__ == "__main__":
+    main()
