@@ -20,6 +20,7 @@ def test_calls_are_answered_as_the_server_answers_them(tmp_path: Path) -> None:
     bodies = {
         "prefill": ("/v1/chat/completions", chat),
         "cut": ("/v1/completions", {"prompt": "a b c d", "truncate_prompt_tokens": 2}),
+        "response": ("/v1/responses", {"input": "x"}),
         "gap": ("/v1/completions", {"prompt": "a", "suffix": "b"}),
     }
     calls = [BatchCall(custom_id=n, url=url, body=body) for n, (url, body) in bodies.items()]
@@ -34,5 +35,7 @@ def test_calls_are_answered_as_the_server_answers_them(tmp_path: Path) -> None:
     prefill = found["prefill"]["response"]["body"]["choices"][0]
     assert prefill["message"]["content"] == "so good"
     assert found["cut"]["response"]["body"]["usage"]["prompt_tokens"] == 2
+    [item] = found["response"]["response"]["body"]["output"]
+    assert item["content"][0]["text"] == "good"
     assert found["gap"]["response"]["status_code"] == 400
     assert found["gap"]["error"]["param"] == "suffix"

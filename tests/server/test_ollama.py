@@ -13,6 +13,7 @@ import pytest
 from moebius.errors import EngineError
 from server.fake_engine import FakeEngine
 from server.serving import MODEL, engine, listening, tokenizer
+from server.test_tools_api import REPLY, THOUGHT, TOKENIZER, TOOLS, saying
 
 SAID = "one two 😀"
 ASKED = [{"role": "user", "content": "hello"}]
@@ -125,3 +126,22 @@ def test_lines_are_objects_whatever_happens(live: tuple[FakeEngine, str]) -> Non
         assert whole.status_code == 500 and "error id" in whole.json()["error"]
     finally:
         fake.fault = lambda request, step: None
+
+
+def test_thought_and_calls_are_told_apart() -> None:
+    with listening(saying(f"{REPLY}\nDone"), tokenizer=TOKENIZER) as (port, _):
+        client = ollama.Client(host=f"http://127.0.0.1:{port}")
+        assert {"tools", "thinking"} <= set(client.show(MODEL).capabilities)
+        whole = client.chat(MODEL, ASKED, tools=TOOLS)
+        parts = list(client.chat(MODEL, ASKED, tools=TOOLS, stream=True))
+        answer = client.generate(MODEL, "hello", think=True)
+        client._client.close()
+    called = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+    assert called == [("get_weather", {"city": "Köln"}), ("now", {})]
+    assert whole.message.thinking == answer.thinking == THOUGHT
+    assert whole.message.content.strip() == "Done"
+    messages = [part.message for part in parts]
+    assert "".join(message.thinking or "" for message in messages) == THOUGHT
+    assert "".join(message.content for message in messages) == whole.message.content
+    streamed = [call for message in messages for call in message.tool_calls or ()]
+    assert streamed == whole.message.tool_calls

@@ -16,6 +16,7 @@ class Family:
     any_arguments: bool = False
     parts: frozenset[str] = frozenset()
     developer: bool = False
+    late_system: bool = True
 
 
 EVERY_ROLE = frozenset({"system", "user", "assistant", "tool"})
@@ -196,6 +197,7 @@ FAMILIES = {
         + "{%- elif message.role == 'tool' %}{{- '[TOOL_RESULTS]' + message.content | string + "
         "'[/TOOL_RESULTS]' }}" + "{%- endif %}{%- endfor %}",
         no_content="absent",
+        late_system=False,  # nor any other
     ),
     # DeepSeek: arguments are added to text as they are; an empty text and null are told apart.
     "deepseek": Family(
@@ -215,6 +217,7 @@ FAMILIES = {
         no_content="null",
         objects=False,
         any_arguments=True,
+        late_system=False,  # nor any other
     ),
     # SmolLM 3: blocks for training, macros, text or parts.
     "smol": Family(

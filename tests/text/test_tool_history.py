@@ -86,7 +86,12 @@ def as_wanted(
 def test_the_probe_finds_what_a_template_takes(probed, name):
     family = FAMILIES[name]
     facts = TemplateFacts(
-        family.no_content, family.objects, family.any_arguments, family.parts, family.developer
+        family.no_content,
+        family.objects,
+        family.any_arguments,
+        family.parts,
+        family.developer,
+        family.late_system,
     )
     assert probed[name][1] == facts
 

@@ -62,9 +62,9 @@ _SMALL_BODY = 16 * 1024
 
 
 Asked = TypeVar("Asked", bound=Body)
-Made = TypeVar("Made")
 Read = Callable[[Mapping[str, Any], Callable[[Sequence[str]], None] | None], Asked]
 """What a body asks for, from its fields; the function gets the names of those that nobody knows."""
+Made = TypeVar("Made")
 
 
 @dataclass(eq=False)
@@ -125,7 +125,7 @@ class Api:
             return _json(ollama.tags(info.fingerprint))
 
         def show(request: Request, asked: OllamaShow) -> Response:
-            return _json(ollama.show(asked, info.limits.max_model_len))
+            return _json(ollama.show(asked, info.limits.max_model_len, self.door.opener.format))
 
         return [
             route("/api/version", version),
@@ -217,7 +217,7 @@ class Api:
         """A route that takes the body, reads what it asks for and answers: on a thread where that
         takes long."""
 
-        def taken(request: Request, body: bytes) -> Asked:
+        def understood(request: Request, body: bytes) -> Asked:
             visit: Visit = request.scope["moebius.visit"]
             ignore = visit.ignore if self.settings.unknown_fields == "warn" else None
             asked = read(decode_body(body), ignore)
@@ -228,10 +228,10 @@ class Api:
         async def route(request: Request) -> Response:
             async with body_of(request, self.settings.body_timeout, self.room) as body:
                 if len(body) <= _SMALL_BODY:
-                    asked = taken(request, body)
+                    asked = understood(request, body)
                     await self._check_grammar(request, asked)
                     return answer(request, asked)
-                asked = await self._on_thread(request, partial(taken, request, body))
+                asked = await self._on_thread(request, partial(understood, request, body))
                 await self._check_grammar(request, asked)
                 return await self._on_thread(request, partial(answer, request, asked))
 
@@ -239,10 +239,15 @@ class Api:
 
     async def _check_grammar(self, request: Request, asked: Body) -> None:
         """So that it is at hand when the call is opened; what is wrong with it is said here."""
-        wanted = asked.structured if isinstance(asked, GenerationRequest) else None
-        if wanted is None:
+        if not isinstance(asked, GenerationRequest):
             return
-        checked = await self.grammars.checked(wanted)
+        try:
+            wanted = asked.structured
+            if wanted is None:
+                return
+            checked = await self.grammars.checked(wanted)
+        except RequestError as error:
+            raise asked.as_written(error) from error
         if checked.ignored:
             visit: Visit = request.scope["moebius.visit"]
             visit.facts["ignored_keywords"] = "; ".join(checked.ignored)

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import msgspec
-from pydantic_core import from_json
 
 from moebius.server.answer import NamedEvents
 from moebius.server.blocks import Begin, Blocks, End, Kind, Piece, Step
 from moebius.server.dialects import anthropic_error
 from moebius.server.faults import Fault
 from moebius.server.messages_bodies import MessagesChat
+from moebius.server.objects import object_of
 from moebius.server.stream import Call, News
 
 Json = dict[str, Any]
@@ -115,7 +115,7 @@ class MessagesFormat:
         block = self._content[-1]
         text = "".join(self._text)
         if self._kind == "call":
-            block["input"] = _input(text)
+            block["input"] = object_of(text)
         else:
             block[_NAMES[self._kind]] = text
         if self._kind == "reasoning":
@@ -154,16 +154,6 @@ class MessagesFormat:
             "output_tokens": self._call.completion_tokens,
             "output_tokens_details": {"thinking_tokens": read.num_reasoning_tokens},
         }
-
-
-def _input(arguments: str) -> Json:
-    """A call's arguments; of those that were cut off, what is whole of them, as Anthropic's own
-    clients read a stream."""
-    try:
-        found = from_json(arguments or "{}", allow_partial=True)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 class MessagesAnswer(NamedEvents):

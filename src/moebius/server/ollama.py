@@ -6,9 +6,9 @@ parsed and answered as one that came by /v1.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -21,10 +21,12 @@ from moebius.server.access import Visit
 from moebius.server.answer import Answer
 from moebius.server.faults import Fault, fault_of
 from moebius.server.formats import Format
+from moebius.server.objects import object_of
 from moebius.server.ollama_bodies import OllamaBody, OllamaChat, OllamaGenerate, OllamaShow
-from moebius.server.protocol import ChatRequest, CompletionRequest, parse
+from moebius.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 from moebius.server.stream import Call, LiveChoice, News
-from moebius.text import Tokenizer
+from moebius.text import ReplyFormat, Tokenizer
+from moebius.text.replies import CallEnd, Content, Event, Reasoning, SaidCall, fold
 
 Json = dict[str, Any]
 Generation = ChatRequest | CompletionRequest
@@ -45,22 +47,48 @@ class OllamaFormat(Format):
     """Both routes' lines; `said` is what they differ in."""
 
     kind = chunk_kind = ""
-    whole_text: ClassVar[str]
+
+    def __init__(
+        self,
+        call: Call,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        model: str,
+        fingerprint: str,
+    ) -> None:
+        super().__init__(call, request, tokenizer, model, fingerprint)
+        # Of the call that is open: lines hold whole ones.
+        self._call_events: list[Event] = []
 
     def chunks(self, news: News) -> list[Json]:
-        return [self._line(self.said(delta.text)) for _, delta in news if delta.text]
+        events = (event for _, delta in news for event in delta.events)
+        return [self._line(said) for event in events if (said := self._piece(event)) is not None]
 
     def closing(self) -> list[Json]:
         return [self._line({**self.said(""), **self._end(self._call.choices[0])})]
 
     def whole(self) -> Iterator[bytes]:
         choice = self._call.choices[0]
-        text = choice.assembler.released.text
-        yield msgspec.json.encode(self._line({**self.said(text), **self._end(choice)}))
+        said = fold(choice.assembler.released.events)
+        found = self.said(said.content or "", said.reasoning, said.calls)
+        yield msgspec.json.encode(self._line({**found, **self._end(choice)}))
 
-    def said(self, text: str) -> Json:
-        """The field that holds a piece of the answer."""
+    def said(self, text: str, thinking: str | None = None, calls: Sequence[SaidCall] = ()) -> Json:
+        """The fields that hold a piece of the answer."""
         raise NotImplementedError
+
+    def _piece(self, event: Event) -> Json | None:
+        match event:
+            case Content(text):
+                return self.said(text)
+            case Reasoning(text):
+                return self.said("", text)
+            case CallEnd():
+                calls = fold(self._call_events).calls
+                self._call_events = []
+                return self.said("", calls=calls)
+        self._call_events.append(event)
+        return None
 
     def _line(self, fields: Json) -> Json:
         return {"model": self._head["model"], "created_at": now(), "done": False, **fields}
@@ -91,15 +119,25 @@ class OllamaFormat(Format):
 class ChatLines(OllamaFormat):
     """/api/chat."""
 
-    def said(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text}}
+    def said(self, text: str, thinking: str | None = None, calls: Sequence[SaidCall] = ()) -> Json:
+        message: Json = {"role": "assistant", "content": text, **_thinking(thinking)}
+        if calls:
+            message["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": object_of(call.arguments)}}
+                for call in calls
+            ]
+        return {"message": message}
 
 
 class GenerateLines(OllamaFormat):
-    """/api/generate."""
+    """/api/generate, where no tools are."""
 
-    def said(self, text: str) -> Json:
-        return {"response": text}
+    def said(self, text: str, thinking: str | None = None, calls: Sequence[SaidCall] = ()) -> Json:
+        return {"response": text, **_thinking(thinking)}
+
+
+def _thinking(text: str | None) -> Json:
+    return {} if text is None else {"thinking": text}
 
 
 class OllamaAnswer(Answer):
@@ -165,7 +203,7 @@ class Ollama:
         ]
         return {"models": models}
 
-    def show(self, asked: OllamaShow, max_model_len: int) -> Json:
+    def show(self, asked: OllamaShow, max_model_len: int, replies: ReplyFormat) -> Json:
         """What Copilot and others read of one model: what it can do, and its context."""
         name = asked.model or asked.name
         if name is not None and name not in self._names:
@@ -185,7 +223,11 @@ class Ollama:
                 "general.basename": self._names[0],
                 "moebius.context_length": max_model_len,
             },
-            "capabilities": ["completion"],
+            "capabilities": [
+                "completion",
+                *(["tools"] if replies.tools else []),
+                *(["thinking"] if replies.reasoning else []),
+            ],
         }
 
     def chat(self, request: Request, asked: OllamaChat) -> Response:

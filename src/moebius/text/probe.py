@@ -82,13 +82,14 @@ def probe(render: Render, source: str) -> TemplateFacts:
     as_object = _arguments(tried, no_content, _OBJECT)
     as_text = _arguments(tried, no_content, _JSON)
     roles = ("system", "user", "assistant", "tool")
+    parts = frozenset(role for role in roles if _wants_parts(tried, role))
     return TemplateFacts(
         no_content=no_content,
         object_arguments=as_object >= as_text,
         any_arguments=as_text == _SHOWN,
-        parts=frozenset(role for role in roles if _wants_parts(tried, role)),
+        parts=parts,
         developer="developer" in source and _shows_developer(tried),
-        late_system=_shows_late_system(tried),
+        late_system=_shows_late_system(tried, parts),
     )
 
 
@@ -96,14 +97,20 @@ def _shows_developer(tried: "_Trial") -> bool:
     return _TEXT in tried([{"role": "developer", "content": _TEXT}, _USER])
 
 
-def _shows_late_system(tried: "_Trial") -> bool:
-    """Behind a reply, and before the turn that comes next."""
-    for content in (_TEXT, [{"type": "text", "text": _TEXT}]):
-        late = {"role": "system", "content": content}
-        text = tried([_USER, {**_REPLY, "content": _BEFORE}, late, {**_USER, "content": _BEHIND}])
-        if _BEFORE in text and _TEXT in text and _BEHIND in text:
-            return text.index(_BEFORE) < text.index(_TEXT) < text.index(_BEHIND)
-    return False
+def _shows_late_system(tried: "_Trial", parts: frozenset[str]) -> bool:
+    """Behind a reply, and before the turn that comes next. So it is said of a template that takes
+    no chat of two turns, too, of which this cannot be known."""
+
+    def said(role: str, text: str) -> dict[str, Any]:
+        content = [{"type": "text", "text": text}] if role in parts else text
+        return {"role": role, "content": content}
+
+    turns = [said("user", "Hello"), said("assistant", _BEFORE), said("user", _BEHIND)]
+    if _BEHIND not in tried(turns):
+        return True
+    text = tried([*turns[:2], said("system", _TEXT), turns[2]])
+    places = [text.find(each) for each in (_BEFORE, _TEXT, _BEHIND)]
+    return -1 < places[0] < places[1] < places[2]
 
 
 class _Trial:
