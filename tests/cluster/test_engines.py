@@ -41,7 +41,7 @@ class Loading:
 class Hosts:
     """The second rank is on a host that does not come."""
 
-    nodes = 1
+    nodes = (1, 1)
 
     def name(self, rank: int) -> str:
         return f"rank {rank}"

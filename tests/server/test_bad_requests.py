@@ -288,10 +288,10 @@ def test_an_unknown_model() -> None:
 def test_routes_and_methods() -> None:
     async def check(server: Server) -> None:
         for path in (
-            "/",
+            "/index.html",
             "/v1",
-            "/docs",
-            "/openapi.json",
+            "/docs/",
+            "/openapi",
             "/v1/completions/",
             "//v1/models",
             "/%00",

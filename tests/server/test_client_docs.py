@@ -23,7 +23,7 @@ ADDRESS = "http://127.0.0.1:8000"
 def test_the_official_clients_programs_run() -> None:
     section = PAGE.read_text().partition("\n## openai for Python\n")[2].partition("\n## ")[0]
     programs = re.findall("```python\n(.*?)```", section, re.DOTALL)
-    assert len(programs) == 4 and all(ADDRESS in program for program in programs)
+    assert len(programs) == 5 and all(ADDRESS in program for program in programs)
     with serving(resolve_model("bundled"), "bundled") as address:
         command = [sys.executable, "-c", "\n".join(programs).replace(ADDRESS, address)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)

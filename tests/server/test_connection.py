@@ -347,6 +347,9 @@ class Stuck(asyncio.Transport):
 
     def write_eof(self) -> None: ...
 
+    def can_write_eof(self) -> bool:
+        return True
+
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return default
 
