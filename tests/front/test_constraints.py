@@ -129,3 +129,37 @@ def test_a_marker_that_may_not_be_written_is_banned() -> None:
     # Where no one token begins a call, the tools are not shown at all.
     assert constraint(family((), "<function_calls>"), silent) is None
     assert constraint(QWEN, Conversation([USER], tools)) is None
+
+
+def test_calls_that_must_be_made_are_held_to_behind_the_reasoning() -> None:
+    tools = (Tool("now"), Tool("then", strict=True))
+    closes = ids(QWEN, "</think>")
+    for choice in (ToolChoice("required"), ToolChoice("required", frozenset(["now"]), one=True)):
+        found = constraint(QWEN, Conversation([USER], tools, choice))
+        assert found is not None and found.grammar is not None
+        assert found.grammar.after == (closes,)
+        assert ("then" in found.grammar.text) is not choice.one
+    # Free text and calls of it, where one that may be called is strict.
+    assert constraint(QWEN, Conversation([USER], tools)) is not None
+    allowed = ToolChoice("auto", frozenset(["now"]))
+    assert constraint(QWEN, Conversation([USER], tools, allowed)) is None
+    # harmony's grammar is that of the whole reply.
+    found = constraint(HARMONY, Conversation([USER], tools, ToolChoice("required")))
+    assert found is not None and found.grammar is not None and found.grammar.after == ()
+
+
+def test_what_cannot_be_held_to_is_refused_by_its_name() -> None:
+    schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}
+    chat = Conversation([USER], (Tool("f", parameters=schema, strict=True),))
+    tokenizer = family((), "<function= <parameter= <tool_call>")
+    with pytest.raises(RequestError, match="f: 'format' of a string") as raised:
+        constraint(tokenizer, chat)
+    assert raised.value.param == "tools"
+    lenient = Conversation([USER], (Tool("f", parameters=schema),), ToolChoice("required"))
+    assert constraint(tokenizer, lenient) is not None
+    gemma = family(("<|tool_call>", "<tool_call|>", '<|"|>'))
+    with pytest.raises(RequestError, match="gemma4") as raised:
+        constraint(gemma, lenient)
+    assert raised.value.param == "tools"
+    with pytest.raises(RequestError, match="strict"):
+        constraint(QWEN, chat, SamplingParams(structured=StructuredOutput(regex="a")))

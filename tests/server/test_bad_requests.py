@@ -154,7 +154,7 @@ NAMED_CASES: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"tools": [NOW], "tool_choice": {"type": "function"}}, "tool_choice"),
     (CHAT, {"tools": [NOW], "tool_choice": function()}, "tool_choice"),
     (CHAT, {"tools": [NOW], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-    (CHAT, {"tools": [NOW], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tools": [NOW], "tool_choice": "required"}, "tools"),
     (CHAT, {"parallel_tool_calls": 1}, "parallel_tool_calls"),
     (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     (CHAT, {"chat_template_kwargs": {"bos_token": ""}}, "chat_template_kwargs"),

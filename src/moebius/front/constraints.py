@@ -7,6 +7,7 @@ from typing import Self
 from moebius.errors import RequestError
 from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.params import SamplingParams
+from moebius.request.structured import StructuredOutput
 from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer
 from moebius.text.grammar import checked_grammar
 from moebius.text.replies import ReasoningEnds
@@ -41,8 +42,22 @@ class ReplyRules:
             budget=expected.budget,
         )
 
-    def behind_reasoning(self, grammar: Grammar) -> Grammar:
-        """The grammar of the answer, which begins where the reasoning ends."""
+    def grammar(self, wanted: StructuredOutput) -> Grammar:
+        """That of the answer, which begins where the reasoning ends, or of all the reply."""
+        ends = self.ends
+        checked = checked_grammar(wanted)
+        if not wanted.whole:
+            behind = ends is not None and ends.state != "over"
+            return self._behind_reasoning(Grammar(checked.text(behind_reasoning=behind)))
+        if ends is not None and ends.state != "ahead":
+            raise RequestError(
+                "tools whose calls are held to a grammar are not supported where the prompt has "
+                "begun the reply's message; leave out continue_final_message",
+                param="continue_final_message",
+            )
+        return Grammar(checked.text())
+
+    def _behind_reasoning(self, grammar: Grammar) -> Grammar:
         ends = self.ends
         if ends is None or ends.state == "over":
             return grammar
@@ -74,9 +89,7 @@ def constraint_of(
     rules = rules or ReplyRules()
     grammar = None
     if params.structured is not None:
-        checked = checked_grammar(params.structured)
-        behind = rules.ends is not None and rules.ends.state != "over"
-        grammar = rules.behind_reasoning(Grammar(checked.text(behind_reasoning=behind)))
+        grammar = rules.grammar(params.structured)
     words = dict.fromkeys(
         ids for word in params.bad_words for ids in _spellings(word, tokenizer) if ids
     )

@@ -8,8 +8,9 @@ from typing import Any
 from moebius.errors import RequestError
 from moebius.front.tools import Tool, ToolChoice
 from moebius.request.params import SamplingParams
+from moebius.request.structured import StructuredOutput
 from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer, ends_anew
-from moebius.text.replies import EFFORTS
+from moebius.text.replies import EFFORTS, HeldTool
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -139,20 +140,38 @@ class Conversation:
             tools={tool.name: tool.parameters for tool in self.tools},
             barred=frozenset(tool.name for tool in self.tools if not self.choice.allows(tool.name)),
             parallel=self.parallel,
+            held=self._holds,
             budget=budget,
+        )
+
+    @property
+    def _holds(self) -> bool:
+        """Whether the reply's calls are held to a grammar."""
+        may = [tool for tool in self.tools if self.choice.allows(tool.name)]
+        return self.choice.mode == "required" or (
+            self.choice.mode == "auto" and any(tool.strict for tool in may)
         )
 
     def params(self, params: SamplingParams, replies: ReplyFormat) -> SamplingParams:
         """How the reply's tokens are drawn, where the client wants them drawn so.
 
-        The one place for what holds a reply to its tools: a grammar in the model's own format is to
-        be made here, of tools, choice and format (`required`, a named one, `strict`). RequestError
-        for what is not supported.
+        A reply that must call a tool, or may call one that is strict, is held to a grammar in the
+        model's own format. One that must is not held to what its text was to be: it has none.
+        RequestError for what cannot be held.
         """
-        if self.choice.mode == "required":
+        if not self._holds or replies.tools is None:
+            return params
+        must = self.choice.mode == "required"
+        if params.structured is not None and not must:
             raise RequestError(
-                "tool_choice: a reply that must call a tool needs a grammar of the model's format, "
-                'which is not supported yet; use "auto" or "none"',
-                param="tool_choice",
+                f"{params.structured.param} is not supported beside a tool that is strict, unless "
+                'it must be called (tool_choice: "required")',
+                param=params.structured.param,
             )
-        return params
+        tools = [
+            HeldTool(tool.name, tool.parameters, tool.strict)
+            for tool in self.tools
+            if self.choice.allows(tool.name)
+        ]
+        grammar, whole = replies.held(tools, must=must, several=self.parallel)
+        return params.with_(structured=StructuredOutput(calls=grammar, whole=whole, param="tools"))

@@ -12,7 +12,8 @@ _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutput:
-    """Exactly one of json, json_object, regex, choice and grammar; names are vLLM's.
+    """Exactly one of json, json_object, regex, choice and grammar; names are vLLM's. Or calls: what
+    a reply is held to that must call tools, which this server itself writes.
 
     json        a JSON Schema, as an object or as its text, by which it is kept
     json_object any JSON object
@@ -21,6 +22,8 @@ class StructuredOutput:
     grammar     in llguidance's dialect of Lark, or GBNF, where it has `::=`
     whitespace_pattern       what may stand between two tokens of JSON; default: little
     disable_any_whitespace   nothing may
+    calls       in llguidance's dialect of Lark
+    whole       the calls' grammar is that of all the reply, its reasoning included
     strict      keywords of a schema that are not held to are an error; else they count for nothing
     param       the field that it came in, for errors
     """
@@ -30,6 +33,8 @@ class StructuredOutput:
     regex: str | None = None
     choice: tuple[str, ...] = ()
     grammar: str | None = None
+    calls: str | None = None
+    whole: bool = False
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     strict: bool = True
@@ -41,7 +46,9 @@ class StructuredOutput:
         if not isinstance(self.choice, str):
             object.__setattr__(self, "choice", tuple(self.choice or ()))
         self._check_types()
-        given = [name for name in _KINDS if getattr(self, name) not in (None, False, ())]
+        given = [
+            name for name in (*_KINDS, "calls") if getattr(self, name) not in (None, False, ())
+        ]
         if len(given) != 1:
             found = f"{self.param} has {' and '.join(given)}" if given else f"{self.param} is empty"
             raise self.error(f"{found}; it must have exactly one of {', '.join(_KINDS)}")

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 import moebius
 from moebius.errors import DeadlineError, RequestError
-from moebius.request.params import check_asked
+from moebius.request.params import SamplingParams, check_asked
 from moebius.server.access import Visit
 from moebius.server.answer import Answer
 from moebius.server.body import decode_body
@@ -243,6 +243,9 @@ class Api:
             return
         try:
             wanted = asked.structured
+            if isinstance(asked, ChatRequest):
+                params = SamplingParams(structured=wanted)
+                wanted = asked.conversation.params(params, self.door.opener.format).structured
             if wanted is None:
                 return
             checked = await self.grammars.checked(wanted)

@@ -7,7 +7,7 @@ checking may take is for the caller to bound.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -15,12 +15,13 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, grammar_from
 
+from moebius.errors import RequestError
 from moebius.request.params import LIMITS
 from moebius.request.structured import StructuredOutput
 
 # Between two tokens of JSON at most one line break, with an indent behind it, or one blank. What
 # json.dumps writes in any of its styles passes; blanks without an end do not.
-_WHITESPACE = r"\n[ \t]{0,32}|[ ]"
+JSON_WHITESPACE = r"\n[ \t]{0,32}|[ ]"
 # Some models write line breaks between their reasoning and the answer.
 _LINE_BREAKS = r"start: /\n{0,2}/ @body"
 _MOST_DEPTH = 64
@@ -80,7 +81,13 @@ def first_line(message: str) -> str:
 
 
 def _check_size(wanted: StructuredOutput) -> None:
-    texts = (wanted.schema, wanted.regex, wanted.grammar, wanted.whitespace_pattern)
+    texts = (
+        wanted.schema,
+        wanted.regex,
+        wanted.grammar,
+        wanted.calls,
+        wanted.whitespace_pattern,
+    )
     for text in (*texts, *wanted.choice):
         try:
             text = "" if text is None else text
@@ -92,6 +99,7 @@ def _check_size(wanted: StructuredOutput) -> None:
     size = sum(len(text.encode()) for text in (*texts, *wanted.choice) if text)
     if size > LIMITS.structured_bytes:
         raise wanted.error(f"{wanted.param} has {size} bytes; at most {LIMITS.structured_bytes}")
+    # Before it is parsed, which would recurse.
     if wanted.schema is not None and _depth(wanted.schema) > _MOST_DEPTH:
         raise wanted.error(f"{wanted.param}: the schema is nested over {_MOST_DEPTH} deep")
 
@@ -118,6 +126,8 @@ def _body(wanted: StructuredOutput) -> dict[str, Any]:
             return {"lark_grammar": found["lark_grammar"]}
         if wanted.choice:
             return {"lark_grammar": grammar_from("choice", json.dumps(wanted.choice))}
+        if wanted.calls is not None:
+            return {"lark_grammar": wanted.calls}
         assert wanted.grammar is not None, "one of the kinds is given"
         if "::=" in wanted.grammar:
             return {"lark_grammar": grammar_from("gbnf", wanted.grammar)}
@@ -134,20 +144,28 @@ def _schema(wanted: StructuredOutput, text: str) -> dict[str, Any]:
         raise wanted.error(f"{wanted.param}: the schema is no JSON: {error}") from error
     if not isinstance(schema, dict):
         raise wanted.error(f"{wanted.param}: the schema must be a JSON object")
-    if "x-guidance" in schema:
-        raise wanted.error(f"{wanted.param}: x-guidance is not supported in a schema")
-    for divisor in _values_of("multipleOf", schema):
-        if _digits(divisor) > _MOST_DIVISOR:
-            raise wanted.error(
-                f"{wanted.param}: multipleOf is {divisor}; it may have a value of up to "
-                f"{_MOST_DIVISOR}, not counting its point"
-            )
+    check_schema(schema, lambda message: wanted.error(f"{wanted.param}: {message}"))
     options: dict[str, Any] = {"lenient": not wanted.strict}
     if wanted.disable_any_whitespace:
         options |= {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
     else:
-        options["whitespace_pattern"] = wanted.whitespace_pattern or _WHITESPACE
+        options["whitespace_pattern"] = wanted.whitespace_pattern or JSON_WHITESPACE
     return {**schema, "x-guidance": options}
+
+
+def check_schema(schema: Mapping[str, Any], error: Callable[[str], RequestError]) -> None:
+    """Raises the error of a message where a schema says what would cost too much, or is not its to
+    say."""
+    if "x-guidance" in schema:
+        raise error("x-guidance is not supported in a schema")
+    if _depth(json.dumps(schema)) > _MOST_DEPTH:
+        raise error(f"the schema is nested over {_MOST_DEPTH} deep")
+    for divisor in _values_of("multipleOf", schema):
+        if _digits(divisor) > _MOST_DIVISOR:
+            raise error(
+                f"multipleOf is {divisor}; it may have a value of up to {_MOST_DIVISOR}, not "
+                "counting its point"
+            )
 
 
 def _values_of(key: str, value: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from moebius.text.replies.events import (
     merged,
 )
 from moebius.text.replies.formats import EFFORTS, FORMATS, ReplyFormat
+from moebius.text.replies.lark import HeldTool
 from moebius.text.replies.parser import Expected, ReplyParser
 from moebius.text.replies.thinking import ReasoningEnds
 
@@ -26,6 +27,7 @@ __all__ = [
     "Content",
     "Event",
     "Expected",
+    "HeldTool",
     "Reasoning",
     "ReasoningEnds",
     "ReplyFormat",

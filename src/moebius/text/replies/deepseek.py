@@ -8,6 +8,9 @@
 V3.1 writes <｜tool▁call▁begin｜>f<｜tool▁sep｜>{...}<｜tool▁call▁end｜>.
 """
 
+from collections.abc import Sequence
+
+from moebius.text.replies.lark import HeldTool, Lark, Schema
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import NotACall, Reading
 from moebius.text.replies.tools import ToolFormat
@@ -54,6 +57,24 @@ class DeepSeek(ToolFormat):
         yield from reply.arguments(name.strip(), _FENCE, call_ends)
         yield from source.closes(_FENCE)
 
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        begins, call_begins, closer, call_ends, _ = self.markers
+
+        def call(name: str, schema: Schema) -> str:
+            return f"{self._held_call(lark, name, lark.arguments(schema))} {lark.text(call_ends)}"
+
+        one = lark.calls(tools, call)
+        opener = f"{lark.text(call_begins)} "
+        more = f'("\\n"? {opener} {one})*' if several else ""
+        if starter == begins:
+            return f'"\\n"? {opener} {one} {more} "\\n"? {lark.text(closer)}'
+        return f'{one} {more} ("\\n"? {lark.text(closer)})?'
+
+    def _held_call(self, lark: Lark, name: str, arguments: str) -> str:
+        *_, separator = self.markers
+        head = lark.text(f"function{separator}{name}\n{_FENCE}json\n")
+        return f"{head} {arguments} {lark.text(chr(10) + _FENCE)}"
+
 
 class DeepSeekV31(DeepSeek):
     """V3.1."""
@@ -66,3 +87,7 @@ class DeepSeekV31(DeepSeek):
         if found != separator:
             raise NotACall
         yield from reply.arguments(name.strip(), call_ends)
+
+    def _held_call(self, lark: Lark, name: str, arguments: str) -> str:
+        *_, separator = self.markers
+        return f"{lark.text(name + separator)} {arguments}"

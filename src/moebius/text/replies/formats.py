@@ -1,5 +1,6 @@
 """ReplyFormat: how a model's replies are read, found by its vocabulary and its chat template."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +9,8 @@ from moebius.text.prompts import EncodedPrompt
 from moebius.text.replies import harmony
 from moebius.text.replies.detect import KINDS, Vocabulary, detect
 from moebius.text.replies.harmony import HarmonyReply
+from moebius.text.replies.held_calls import held_calls
+from moebius.text.replies.lark import HeldTool, Lark
 from moebius.text.replies.marked import MarkedReply
 from moebius.text.replies.parser import Expected, ReplyParser
 from moebius.text.replies.source import Markers, Spell
@@ -93,6 +96,25 @@ class ReplyFormat:
         """Tokens that begin calls."""
         ids = map(self._calling.markers.id_of, self._calling.talk.starters)
         return tuple(token_id for token_id in ids if token_id is not None)
+
+    def held(self, tools: Sequence[HeldTool], *, must: bool, several: bool) -> tuple[str, bool]:
+        """The grammar, in Lark, of a reply that may call these: at once (`must`), or somewhere in
+        what it says. And whether it is that of the whole reply, its reasoning included.
+
+        several   it may make more than one call
+        RequestError for what cannot be held to in the model's format, which must be known.
+        """
+        lark = Lark(self._token_of)
+        talk = self._calling.talk
+        if isinstance(talk, HarmonyReply):
+            talk.held(lark, tools, must=must)
+            return str(lark), True
+        assert talk.tools is not None, "tools need a format"
+        held_calls(lark, talk.tools, tools, must=must, several=several)
+        return str(lark), False
+
+    def _token_of(self, marker: str) -> int | None:
+        return self._calling.markers.id_of(marker)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._vocabulary.encode(text))

@@ -5,7 +5,10 @@
 
 import json
 import re
+from collections.abc import Sequence
 
+from moebius.errors import RequestError
+from moebius.text.replies.lark import HeldTool, Lark
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import SYMBOLS, NotACall, Reading
 from moebius.text.replies.tools import ToolFormat
@@ -80,3 +83,12 @@ class Gemma4(ToolFormat):
                 raise NotACall
             return reply.spell(text)
         return (yield from source.matching(_BARE)).strip()
+
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        """Not yet: a schema would have to be written out in the notation, value by value."""
+        raise RequestError(
+            "tools: in this model's format of tool calls (gemma4), whose arguments are in a "
+            'notation of its own, calls cannot be held to a grammar yet; use tool_choice "auto" '
+            "and leave strict out",
+            param="tools",
+        )

@@ -6,14 +6,23 @@
 </tool_call>
 """
 
+import re
+from collections.abc import Sequence
+
+from moebius.text.replies.held_values import Closer, held_parameters, held_value
+from moebius.text.replies.lark import HeldTool, Lark, Schema
 from moebius.text.replies.parameters import Parameters
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import NotACall, Reading
 from moebius.text.replies.tools import ToolFormat
 
+# It is stripped.
+_KEY = re.compile(r"[^\s<](?:[^<]*[^\s<])?")
+
 
 class Glm(ToolFormat):
     name = "glm"
+    repeats = True
     spellings = (
         "<tool_call>",
         "</tool_call>",
@@ -44,3 +53,17 @@ class Glm(ToolFormat):
             found = yield from source.expect(key_opens, close)
         parameters.close()
         reply.end()
+
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        _, close, *_, value_closes = self.markers
+
+        def parameter(key: str, root: Schema) -> str:
+            _, _, key_opens, key_closes, value_opens, _ = self.markers
+            head = f'{lark.text(key_opens + key + key_closes)} "\\n"? {lark.text(value_opens)}'
+            return f"{head} {held_value(lark, key, root, Closer(value_closes))}"
+
+        def call(name: str, schema: Schema) -> str:
+            body = held_parameters(lark, schema, _KEY, parameter)
+            return f'{lark.text(name)} "\\n"? {body} {lark.text(close)}'
+
+        return lark.calls(tools, call)

@@ -10,10 +10,11 @@ prompt begins a message. Source: openai-harmony's documentation.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moebius.text.prompts import EncodedPrompt
 from moebius.text.replies.call_ids import call_id
+from moebius.text.replies.lark import ANY, HeldTool, Lark, Schema, literal
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import SYMBOLS, Markers, Reading, Spell
 from moebius.text.replies.thinking import Border, State
@@ -55,9 +56,10 @@ class HarmonyReply:
         self._start = markers(START)
         self._channel = markers(CHANNEL)
         self._message = markers(MESSAGE)
-        self._borders = (self._start, markers(END), *map(markers, STOPS))
+        self._end = markers(END)
+        self._borders = (self._start, self._end, *map(markers, STOPS))
         self._analysis = re.compile(rf"{re.escape(self._channel)}\s*analysis\b")
-        markers(CONSTRAIN)
+        self._constrain = markers(CONSTRAIN)
 
     def __call__(self, reply: ReplyParser) -> Reading[None]:
         # Outside of messages all is content.
@@ -100,6 +102,26 @@ class HarmonyReply:
         if not message:
             return "ahead"
         return "begun" if self._analysis.search(head) else "over"
+
+    def held(self, lark: Lark, tools: Sequence[HeldTool], *, must: bool) -> None:
+        """Write the grammar of a whole reply, its reasoning included: one that calls a tool, which
+        ends it, or one that may."""
+        channel, message = lark.text(self._channel), lark.text(self._message)
+        kind = f'(" "? ({lark.text(self._constrain)})? "json")?'
+
+        def call(name: str, schema: Schema) -> str:
+            to = literal(f" to={_FUNCTIONS}{name}")
+            head = f'{channel} "commentary" {to} | {to} {channel} "commentary"'
+            return f"({head}) {kind} {message} {lark.arguments(schema)}"
+
+        text = lark.terminal(ANY)
+        calls = lark.calls(tools, call)
+        begins = f'{lark.text(self._end + self._start)} "assistant"'
+        before = lark.rule(
+            f'{channel} ("analysis" | "commentary") {message} {text}? {begins}', "before"
+        )
+        final = f'{channel} "final" {kind} {message} {text}?'
+        lark.start(f"{before}* {calls}" if must else f"{before}* ({calls} | {final})")
 
     def _body(self, reply: ReplyParser, head: str) -> Reading[str]:
         """Read a message whose head was this; the marker behind it.

@@ -10,8 +10,12 @@ DSML writes each tag as <｜DSML｜invoke ...>, and says of each parameter wheth
 string="true" or string="false", which is JSON.
 """
 
+import re
+from collections.abc import Sequence
 from typing import ClassVar
 
+from moebius.text.replies.held_values import Closer, held_parameters, held_typed, held_value
+from moebius.text.replies.lark import HeldTool, Lark, Schema, repeated
 from moebius.text.replies.parameters import Parameters
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import Markers, Reading
@@ -20,6 +24,7 @@ from moebius.text.replies.tools import ToolFormat
 _BAR = "｜DSML｜"
 _STRING = frozenset(("string",))
 _JSON: frozenset[str] = frozenset()
+_KEY = re.compile(r'[^"<>]+')
 
 
 class Invoke(ToolFormat):
@@ -73,6 +78,22 @@ class Invoke(ToolFormat):
             return parameters.types(key) - _STRING or _JSON
         return parameters.types(key)
 
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        def parameter(key: str, root: Schema) -> str:
+            return lark.text(f'{self._parameter}{key}"') + " " + self._held(lark, key, root)
+
+        def call(name: str, schema: Schema) -> str:
+            body = held_parameters(lark, schema, _KEY, parameter)
+            head = lark.text(f'{self._invoke}{name}">')
+            return f'{head} "\\n"? {body} {lark.text(self._end_invoke)} "\\n"?'
+
+        calls = repeated(lark.calls(tools, call), "", several=several)
+        return f'"\\n"? {calls} {lark.text(self.closers[0])}'
+
+    def _held(self, lark: Lark, key: str, root: Schema) -> str:
+        """A parameter's value, and what is round it, behind its name."""
+        return '">" ' + held_value(lark, key, root, Closer(self._end_parameter, trims=True))
+
 
 class _Dsml(Invoke):
     prefix = _BAR
@@ -84,6 +105,10 @@ class _Dsml(Invoke):
         if len(self.markers[0]) > 1:  # no token of its own
             self.starters = (f"<{bar}{self.tag}>",)
             self.closers = (f"</{bar}{self.tag}>",)
+
+    def _held(self, lark: Lark, key: str, root: Schema) -> str:
+        closer = self._end_parameter
+        return held_typed(lark, key, root, closer, (' string="true">', ' string="false">'))
 
 
 class Dsml(_Dsml):

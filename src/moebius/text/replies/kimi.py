@@ -5,7 +5,9 @@
 """
 
 import re
+from collections.abc import Sequence
 
+from moebius.text.replies.lark import HeldTool, Lark, Schema, repeated
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import NotACall, Reading
 from moebius.text.replies.tools import ToolFormat
@@ -40,3 +42,13 @@ class Kimi(ToolFormat):
             yield from source.closes(ends)
             if not (yield from source.closes(begins)):
                 return
+
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        _, closer, begins, argument_begins, ends = self.markers
+
+        def call(name: str, schema: Schema) -> str:
+            head = f"{lark.text(f'{begins}functions.{name}:')} /[0-9]{{1,4}}/"
+            return f"{head} {lark.text(argument_begins)} {lark.arguments(schema)} {lark.text(ends)}"
+
+        calls = repeated(lark.calls(tools, call), "", several=several)
+        return f"{calls} {lark.text(closer)}"

@@ -18,7 +18,7 @@ class MarkedReply:
 
     def __init__(self, thinking: Thinking | None, tools: ToolFormat | None) -> None:
         self._thinking = thinking
-        self._tools = tools
+        self.tools = tools
         self.call_id = call_id if tools is None else tools.call_id
         self.reasoning = None if thinking is None else thinking.spelling
 
@@ -35,7 +35,7 @@ class MarkedReply:
     @property
     def starters(self) -> tuple[str, ...]:
         """The markers that begin calls."""
-        return () if self._tools is None else self._tools.starters
+        return () if self.tools is None else self.tools.starters
 
     def start(self, prompt: EncodedPrompt, spell: Spell) -> tuple[bool, str]:
         """Whether the reply begins with reasoning, and the part of it that its prompt has begun."""
@@ -58,7 +58,7 @@ class MarkedReply:
         return "ahead"
 
     def __call__(self, reply: ReplyParser) -> Reading[None]:
-        tools = self._tools
+        tools = self.tools
         answered = False
         while True:
             if tools is not None and tools.bare and not reply.thinks and not answered:
@@ -75,8 +75,9 @@ class MarkedReply:
     def _markers(self, reply: ReplyParser) -> tuple[str, ...]:
         """What may come next."""
         ends = () if self._thinking is None else (self._thinking.open, self._thinking.close)
-        tools = self._tools
-        if tools is None or (reply.thinks and not tools.in_reasoning):
+        tools = self.tools
+        in_reasoning = tools is not None and tools.in_reasoning and not reply.expected.held
+        if tools is None or (reply.thinks and not in_reasoning):
             return ends
         return (*ends, *tools.starters)
 

@@ -1,8 +1,11 @@
 """Mistral's tool calls: [TOOL_CALLS]f[ARGS]{...}, repeated, from the 11th tokenizer on, and before
 that [TOOL_CALLS] [{"name": "f", "arguments": {...}}, ...]."""
 
+from collections.abc import Sequence
+
 from moebius.text.replies.call_ids import short_id
-from moebius.text.replies.named_call import named_call
+from moebius.text.replies.lark import HeldTool, Lark, Schema, one_of, repeated
+from moebius.text.replies.named_call import held_call, named_call
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import NotACall, Reading
 from moebius.text.replies.tools import ToolFormat
@@ -10,6 +13,7 @@ from moebius.text.replies.tools import ToolFormat
 
 class Mistral(ToolFormat):
     name = "mistral"
+    repeats = True
     spellings = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 
     def call_id(self, key: str, index: int) -> str:
@@ -47,3 +51,17 @@ class Mistral(ToolFormat):
             yield from source.space()
             if (yield from source.accepts(",", "]")) != ",":
                 return
+
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        """As all tokenizers have it: which one of them this is, the model knows."""
+        _, arguments, given_id = map(lark.text, self.markers)
+
+        def call(name: str, schema: Schema) -> str:
+            id = f"{given_id} /[a-zA-Z0-9]{{9}}/"
+            return f"{lark.text(name)} (({id})? {arguments})? {lark.arguments(schema)}"
+
+        def entry(name: str, schema: Schema) -> str:
+            return held_call(lark, name, "arguments", lark.arguments(schema))
+
+        listed = repeated(lark.calls(tools, entry), '", "', several=several)
+        return one_of((lark.calls(tools, call), f'" "? "[" {listed} "]"'))

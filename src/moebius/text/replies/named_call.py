@@ -1,6 +1,9 @@
 """A call as a JSON object that names its function: {"name": "f", "arguments": {...}}."""
 
+import json
+
 from moebius.text.replies.json_text import arguments_of, loaded, value_text
+from moebius.text.replies.lark import Lark
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import NotACall, Reading
 
@@ -40,6 +43,12 @@ def named_call(reply: ReplyParser, *closers: str, whole: bool = False) -> Readin
         arguments = arguments_of(held or "{}")
         reply.begin(name)
         reply.argue(arguments)
+
+
+def held_call(lark: Lark, name: str, key: str, arguments: str) -> str:
+    """The expression, in a grammar, of a call whose arguments have this key and this rule."""
+    head = f'{{"name": {json.dumps(name)}, "{key}": '
+    return f'{lark.text(head)} {arguments} "}}"'
 
 
 def _string(reply: ReplyParser) -> Reading[str]:

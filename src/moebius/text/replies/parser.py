@@ -32,6 +32,7 @@ class Expected:
     parallel     whether a reply may make more than one call
     silent       the tools are shown to the model all the same where no call is looked for, so that
                  it has to be kept from beginning one
+    held         calls are held to their schemas, and so there are none in the reasoning
     budget       most tokens of its reasoning
     """
 
@@ -39,6 +40,7 @@ class Expected:
     barred: frozenset[str] = frozenset()
     parallel: bool = True
     silent: bool = False
+    held: bool = False
     budget: int | None = None
 
 

@@ -4,9 +4,12 @@ markers, by OLMo 3 a line each between markers. Values are literals: nothing is 
 import ast
 import json
 import re
+from collections.abc import Callable, Sequence
 
+from moebius.text.replies.held_values import parameters_of, python_value
+from moebius.text.replies.lark import HeldTool, Lark, Schema, in_order, repeated
 from moebius.text.replies.parser import ReplyParser
-from moebius.text.replies.source import SYMBOLS, NotACall, Reading, Source
+from moebius.text.replies.source import SYMBOLS, WORD, NotACall, Reading, Source
 from moebius.text.replies.tools import ToolFormat
 
 # What of a literal's text needs no look at its nesting.
@@ -34,6 +37,11 @@ class Pythonic(ToolFormat):
                 return
             yield from source.space()
 
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        calls = repeated(lark.calls(tools, _held_call(lark)), '", "', several=several)
+        closer = lark.text(self.closers[0]) if starter else ""
+        return f'"[" {calls} "]" {closer}'
+
 
 class Lfm2(Pythonic):
     """LFM2."""
@@ -57,6 +65,24 @@ class Olmo3(ToolFormat):
             yield from _call(reply)
             if (yield from source.closes(close)) or not (yield from source.peek()):
                 return
+
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        calls = repeated(lark.calls(tools, _held_call(lark)), '"\\n"', several=several)
+        return f'"\\n"? {calls} "\\n"? {lark.text(self.closers[0])}'
+
+
+def _held_call(lark: Lark) -> Callable[[str, Schema], str]:
+    """What writes a call in a grammar."""
+
+    def parameter(key: str, root: Schema) -> str:
+        return f"{lark.text(f'{key}=')} {python_value(lark, key, root)}"
+
+    def call(name: str, schema: Schema) -> str:
+        found = parameters_of(lark, schema, WORD) or ()
+        items = [(lark.rule(parameter(each.key, schema)), each.needed) for each in found]
+        return f'{lark.text(f"{name}(")} {in_order(lark, items, chr(34) + ", " + chr(34))} ")"'
+
+    return call
 
 
 def _call(reply: ReplyParser) -> Reading[None]:

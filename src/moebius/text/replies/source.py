@@ -24,7 +24,7 @@ _FIRST_SYMBOL = 0xD800
 SYMBOLS = "\ud800-\udfff"
 """All symbols, for a regular expression's class."""
 
-_WORD = re.compile(r"[\w./:-]*")
+WORD = re.compile(r"[\w./:-]*")
 
 
 class NotACall(Exception):
@@ -122,7 +122,7 @@ class Source:
 
     def word(self) -> Reading[str]:
         """Read a name; "" where the text goes on with something else."""
-        return (yield from self.matching(_WORD))
+        return (yield from self.matching(WORD))
 
     def sees(self, wanted: str) -> Reading[bool]:
         """Whether the text goes on with this; nothing is read."""

@@ -1,9 +1,11 @@
 """ToolFormat: how a family of models writes tool calls."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from moebius.text.replies.call_ids import call_id
+from moebius.text.replies.lark import HeldTool, Lark
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import Markers, Reading
 
@@ -18,6 +20,7 @@ class ToolFormat(ABC):
     bare          what a call without any marker begins with, at the beginning of an answer; ""
                   where there is no such call
     in_reasoning  whether a call that is made before the reasoning was closed is one, and closes it
+    repeats       several calls have markers each; else all stand between one pair
     """
 
     name: ClassVar[str]
@@ -25,6 +28,7 @@ class ToolFormat(ABC):
     num_starters: ClassVar[int] = 1
     bare: ClassVar[str] = ""
     in_reasoning: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
 
     def __init__(self, markers: Markers) -> None:
         self.markers = tuple(map(markers, self.spellings))
@@ -41,4 +45,12 @@ class ToolFormat(ABC):
 
         NotACall as ReplyParser.attempt wants it. A call that is still open at the end is ended, and
         a closer behind it read.
+        """
+
+    @abstractmethod
+    def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
+        """The expression, in a grammar, of what is behind a starter ("": of a call without one), up
+        to the end of the markers: a call, or several where one pair of markers has them.
+
+        All that it takes, `read` reads as calls. RequestError for what cannot be held.
         """

@@ -49,6 +49,15 @@ def _types(schema: object, root: Schema, depth: int) -> Iterator[str]:
             yield from _types(branch, root, depth - 1)
 
 
+def resolved(schema: object, root: Schema) -> Schema:
+    """What a schema that refers to another one inside the root's means."""
+    for _ in range(_DEPTH):
+        if not isinstance(schema, Mapping) or "$ref" not in schema:
+            break
+        schema = _referred(schema["$ref"], root)
+    return schema if isinstance(schema, Mapping) else {}
+
+
 def _referred(reference: object, root: Schema) -> object:
     """What a reference inside the schema names."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
