@@ -72,11 +72,12 @@ CONSTRAINTS: tuple[Constraint | None, ...] = (
     None,
     Constraint(Grammar(_grammar(json_schema=OBJECT))),
     None,
-    Constraint(Grammar(_grammar(lark_grammar="start: /[a-z]{2,5}(,[0-9]{1,3}){30}/"))),
+    None,
     Constraint(
         Grammar(_grammar(lark_grammar="start: /(ab|cd){30};/"), after=((70, 71),)),
         budget=ReasoningBudget(4, start=(), end=(70, 71), begun=True),
     ),
+    Constraint(Grammar(_grammar(lark_grammar="start: /[a-z]{2,5}(,[0-9]{1,3}){30}/"))),
     Constraint(bad_words=(*((token,) for token in range(0, 200, 2)), (1, 3))),
 )
 # Models with windows: model type and what differs from its plainest configuration. In the last two

@@ -47,7 +47,8 @@ class TextReader:
         half = _HALF.search(self._json[:end])
         if half is not None and not self._json[end:].startswith('"'):
             end = half.start()
-        text, self._json = self._json[:end], self._json[end:]
+        text = self._json[:end]
+        self._json = self._json[end:]
         self._done = self._json.startswith('"')
         try:
             decoded: str = json.loads(f'"{text}"', strict=False)

@@ -106,7 +106,8 @@ class HarmonyReply:
     def held(self, lark: Lark, tools: Sequence[HeldTool], *, must: bool) -> None:
         """Write the grammar of a whole reply, its reasoning included: one that calls a tool, which
         ends it, or one that may."""
-        channel, message = lark.text(self._channel), lark.text(self._message)
+        channel = lark.text(self._channel)
+        message = lark.text(self._message)
         kind = f'(" "? ({lark.text(self._constrain)})? "json")?'
 
         def call(name: str, schema: Schema) -> str:

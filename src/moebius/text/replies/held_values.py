@@ -212,7 +212,8 @@ def string_kind(lark: Lark, schema: Schema) -> str:
         if keyword not in _STRING:
             lark.refuse(f"{keyword!r} of a string")
     parts = [ANY]
-    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    least = schema.get("minLength", 0)
+    most = schema.get("maxLength", "")
     if least or most != "":
         parts = [f"/(?s:.{{{least},{most}}})/"]
     pattern = schema.get("pattern")
