@@ -361,17 +361,25 @@ def test_the_files_need_no_key_and_the_figures_do() -> None:
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("keys", [(), ("tenant",)])
-def test_with_a_key_for_metrics_only_that_shows_what_all_do(keys: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("given", [(), ("boss",)])
+def test_what_all_do_is_shown_to_keys_that_open_metrics(
+    tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(
+        '[tenant]\nkey = "tenant"\nopens = ["api"]\n[eye]\nkey = "sesame"\nopens = ["metrics"]\n'
+    )
+    file.chmod(0o600)
+
     async def check(port: int) -> None:
         async with client(port) as http:
-            for key in (None, "Bearer tenant"):
+            for key, status in ((None, 401), ("Bearer tenant", 403)):
                 headers = {} if key is None else {"Authorization": key}
-                assert (await http.get("/v1/live", headers=headers)).status_code == 401
+                assert (await http.get("/v1/live", headers=headers)).status_code == status
         async with watching(port, **BEARER) as events:
             assert (await anext(events))[0] == "facts"
 
-    with listening(engine(), api_keys=keys, metrics_api_key="sesame") as (port, _):
+    with listening(engine(), api_keys=given, api_keys_file=file) as (port, _):
         asyncio.run(check(port))
 
 

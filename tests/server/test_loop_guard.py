@@ -94,8 +94,8 @@ def test_it_watches_the_servers_of_tests(
     """Behind a socket and without one: the same route holds the loop in both."""
     from moebius.server import api
 
-    honest = api._permission
-    monkeypatch.setattr(api, "_permission", lambda *given: busy() or honest(*given))  # type: ignore[func-returns-value]
+    honest = api.card
+    monkeypatch.setattr(api, "card", lambda *given: busy() or honest(*given))  # type: ignore[func-returns-value]
 
     async def check(server: Any) -> None:
         busy()  # the test's own
