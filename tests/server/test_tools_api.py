@@ -179,6 +179,31 @@ def test_one_call_where_only_one_is_wanted() -> None:
     run(check, saying(REPLY, step_tokens=7), tokenizer=TOKENIZER)
 
 
+def test_a_tool_that_is_named_is_called_once() -> None:
+    """It ends with `stop`, as OpenAI's does, and its grammar has room for no other call."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+
+    async def check(server: Server) -> None:
+        body = await server.chat(messages=[USER], tools=TOOLS, tool_choice=named, max_tokens=500)
+        (choice,) = body["choices"]
+        [call] = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "get_weather", "arguments": ARGUMENTS}
+        assert choice["finish_reason"] == "stop"
+        [request] = server.engine.requests
+        alone = request.constraint.grammar.text
+        await server.chat(
+            messages=[USER],
+            tools=TOOLS[:1],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            max_tokens=1,
+        )
+        assert TOOLS[0]["function"]["name"] == "get_weather"
+        assert server.engine.requests[1].constraint.grammar.text == alone
+
+    run(check, saying(REPLY), tokenizer=TOKENIZER)
+
+
 def test_tools_that_must_not_be_called_are_shown_and_their_marker_is_banned() -> None:
     """So that the prompt stays what it was, and its beginning in the cache."""
 

@@ -139,7 +139,7 @@ class Conversation:
         return Expected(
             tools={tool.name: tool.parameters for tool in self.tools},
             barred=frozenset(tool.name for tool in self.tools if not self.choice.allows(tool.name)),
-            parallel=self.parallel,
+            parallel=self._several,
             held=self._holds,
             budget=budget,
         )
@@ -151,6 +151,11 @@ class Conversation:
         return self.choice.mode == "required" or (
             self.choice.mode == "auto" and any(tool.strict for tool in may)
         )
+
+    @property
+    def _several(self) -> bool:
+        """Whether a reply may make more than one call: not where the client has named the one."""
+        return self.parallel and not self.choice.one
 
     def params(self, params: SamplingParams, replies: ReplyFormat) -> SamplingParams:
         """How the reply's tokens are drawn, where the client wants them drawn so.
@@ -173,5 +178,5 @@ class Conversation:
             for tool in self.tools
             if self.choice.allows(tool.name)
         ]
-        grammar, whole = replies.held(tools, must=must, several=self.parallel)
+        grammar, whole = replies.held(tools, must=must, several=self._several)
         return params.with_(structured=StructuredOutput(calls=grammar, whole=whole, param="tools"))
