@@ -207,7 +207,7 @@ def test_a_batch_file_is_answered_and_resumed(
         ),
         (
             '{"custom_id": "a", "url": "/v1/embeddings", "body": {}}',
-            "url: Input should be '/v1/completions' or '/v1/chat/completions'",
+            "url: Input should be '/v1/completions', '/v1/chat/completions' or '/v1/responses'",
         ),
         (
             '{"custom_id": "", "url": "/v1/completions", "body": {}}',
