@@ -117,13 +117,14 @@ def test_documents_in_rows_are_read_one_by_one(tmp_path: Path) -> None:
     hidden, routings = decoder(ids, positions, past)
     found = decoder.logits(hidden)
     assert len([each for each in routings if isinstance(each, Routing)]) == len(decoder.routers)
+    theirs.double()  # float32's own error differs from processor to processor
     for name, document in enumerate((documents[0], documents[1], documents[2][:16])):
         given = torch.tensor([document])
         for block in theirs.decoder.block:  # which takes all tokens, as ours does
             if hasattr(block.layer[-1].mlp, "router"):
                 block.layer[-1].mlp.router.expert_capacity = 64
         expected = theirs(input_ids=given, decoder_input_ids=given).logits[0]
-        assert_close(found[names == name], expected)
+        assert_close(found[names == name].double(), expected)
 
 
 def test_a_checkpoint_is_saved_under_its_names(tmp_path: Path) -> None:

@@ -182,7 +182,15 @@ def test_keys_and_configuration_say_the_same(
     for field in multipliers:
         assert getattr(ours, field) == pytest.approx(getattr(theirs, field))
     # Whose numbers are float32 in the file.
-    inexact = ("granitemoe", "granitemoeshared", "granitemoehybrid", "dots1", "hy_v3", "afmoe")
+    inexact = (
+        "granite",
+        "granitemoe",
+        "granitemoeshared",
+        "granitemoehybrid",
+        "dots1",
+        "hy_v3",
+        "afmoe",
+    )
     inexact += ("glm4_moe_lite", "kimi_linear")
     if model_type not in inexact:
         assert same == without_rope(theirs)
