@@ -328,8 +328,9 @@ def test_kernels_read_what_the_file_holds(tmp_path: Path, kind: Kind, format: st
             read += 1
     assert read == 2 * (4 + 5 * 3) + 2 * kind.embedding
     plain = logits(load_decoder(plain_copy(tmp_path, meant), F32, ops=ReferenceOps()))
-    # Kernels quantise activations too.
-    assert_close(logits(decoder), plain, tolerance=0.15)
+    # Activations in 8 bits choose other experts of so small a model; tests/ops holds their products.
+    as_they_are = load_decoder(checkpoint, F32, ops=CpuOps(1, activations="float"))
+    assert_close(logits(as_they_are), plain, tolerance=1e-3)
 
 
 def test_stacked_experts_are_read_where_they_lie(tmp_path: Path) -> None:
