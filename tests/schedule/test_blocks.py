@@ -55,6 +55,17 @@ def test_refuses_a_weak_key(length):
         BlockPool(4, 4, key=bytes(length))
 
 
+def test_what_can_be_found_again_is_counted_once_nobody_uses_it():
+    """Two blocks of four tokens are full, and so are in the cache; there are no states."""
+    pool = pool_of()
+    request = make_request("a", range(9))
+    compute(pool, request)
+    assert (pool.num_used, pool.num_cached) == (3, 0)
+    assert pool.state_slots(request, 9) is None
+    release(pool, request)
+    assert (pool.num_used, pool.num_cached, pool.num_free) == (0, 2, 8)
+
+
 def test_hash_is_keyed_chained_and_length_prefixed():
     pool = pool_of(size=2, namespace=b"model")
     request = make_request("a", [1, 2, 3, 4, 5], salt=b"tenant")

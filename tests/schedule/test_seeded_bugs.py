@@ -33,6 +33,7 @@ def test_there_are_enough_bugs():
     assert len(BUGS) >= 140
 
 
+@pytest.mark.timeout(1200)  # some four minutes on a slow processor
 def test_simulation_finds_every_seeded_bug(capsys):
     missed = []
     for description in BUGS:
