@@ -199,7 +199,7 @@ def test_a_reader_that_lags_is_cut_off_and_its_neighbour_is_not(
 def test_a_client_that_takes_nothing_at_all_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where nothing more is being drawn for it."""
     monkeypatch.setattr(connection_module, "_STALL_SECONDS", 0.2)
-    fake = engine(max_model_len=1_000_000, step_tokens=5000)
+    fake = engine(max_model_len=1_000_000, step_tokens=1000)
     with listening(fake, api_keys=(KEY,)) as (port, door):
         body = {"prompt": "x", "max_tokens": 20_000, "ignore_eos": True, "logprobs": 20}
         sock, _ = ask(fake, port, body)
