@@ -52,6 +52,10 @@ News = list[tuple[LiveChoice, Delta]]
 """What came for a call at one time, in the order it came."""
 
 
+# About so many bytes of JSON are taken from an inbox between two turns of the loop.
+_AT_ONCE = 2**20
+
+
 def _weight(output: StepOutput) -> int:
     """About how many bytes of JSON an output becomes."""
     entries = (*output.logprobs, *output.prompt_logprobs)
@@ -176,6 +180,8 @@ class Call:
 
         Raises the error that ended a choice, DeadlineError, or ClientGone.
         """
+        if self._inbox:  # what else the loop has to do comes in between
+            await asyncio.sleep(0)
         until = min(self._deadline, self._door.clock() + self.keep_alive)
         # More than once where a timer goes off early, as some do by a part of a millisecond.
         while not self._inbox and self._ended is None and (left := until - self._door.clock()) > 0:
@@ -187,11 +193,23 @@ class Call:
             raise DeadlineError("the request's deadline passed before it was finished")
         if self._ended is not None:
             raise self._ended
-        outputs = self._inbox
-        self._empty_inbox()
         return [
-            (choice, self._take(choice, output)) for choice, output in outputs if not choice.closed
+            (choice, self._take(choice, output))
+            for choice, output in self._first_of_inbox()
+            if not choice.closed
         ]
+
+    def _first_of_inbox(self) -> list[tuple[LiveChoice, StepOutput]]:
+        """What came first, about _AT_ONCE bytes of it: what takes longer would hold the loop."""
+        weight = 0
+        count = 0
+        while count < len(self._inbox) and weight < _AT_ONCE:
+            weight += _weight(self._inbox[count][1])
+            count += 1
+        outputs = self._inbox[:count]
+        self._inbox = self._inbox[count:]
+        self._waiting_bytes -= weight
+        return outputs
 
     def _empty_inbox(self) -> None:
         self._inbox = []
