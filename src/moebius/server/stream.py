@@ -84,7 +84,7 @@ class Call:
         self.keep_alive = door.settings.keep_alive
         self.sending = False
         self.received_bytes = 0
-        """About how many bytes of JSON all that came so far becomes."""
+        """About how many bytes of JSON all that `next` has given so far becomes."""
         self.fault: Fault | None = None
         self.on_cut: Callable[[], None] = lambda: None
         self._door = door
@@ -209,6 +209,7 @@ class Call:
         outputs = self._inbox[:count]
         self._inbox = self._inbox[count:]
         self._waiting_bytes -= weight
+        self.received_bytes += weight
         return outputs
 
     def _empty_inbox(self) -> None:
@@ -225,7 +226,6 @@ class Call:
         self._inbox.append((choice, output))
         weight = _weight(output)
         self._waiting_bytes += weight
-        self.received_bytes += weight
         self._wake.set()
         if self.sending and self._waiting_bytes > self._door.settings.stream_buffer_bytes:
             log.warning(
