@@ -364,12 +364,16 @@ def test_offsets_cut_a_text_into_its_tokens(all_loaded, pieces):
         cuts = [text[start:end] for start, end in pairwise([*offsets, len(text)])]
         assert not ids or "".join(cuts) == text, name
         ordinary = slice(len(ours.opening), len(ids) - len(ours._ending))
+        before = None
         for token_id, cut in zip(ids[ordinary], cuts[ordinary], strict=True):
             token = ours.token_text(token_id)
             if "\ufffd" not in token and not (token == "<unk>" or name == "words"):
-                assert cut in (token, token.removeprefix(" ")), name
+                # Where the library gives a space's own token no place, the next one has it.
+                spaced = (f" {token}",) if before == "" else ()
+                assert cut in (token, token.removeprefix(" "), *spaced), name
             elif name == "words":
                 assert cut.strip() == token or token_id == 0
+            before = cut
 
 
 @pytest.mark.case("A3")
