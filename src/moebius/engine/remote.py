@@ -26,8 +26,8 @@ from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 3.0
-"""Without a heartbeat for so long an engine is not ready."""
+SILENCE_SECONDS = 2.5
+"""Without a heartbeat for so long, ten of them missed, an engine is not ready."""
 _LOADING_SILENCE_SECONDS = 120.0
 _LOADS_SECONDS = 1.0
 
