@@ -129,6 +129,7 @@ def browsing() -> Iterator[Page]:
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": profile},
             close_fds=False,
             preexec_fn=at_3_and_4,
         )
