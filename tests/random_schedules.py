@@ -414,7 +414,13 @@ def answers(
     return Seen(rounds, engine.scheduler.preemptions, engine.scheduler.prefix_hits)
 
 
+def each_alone(
+    decoder: Decoder, asked: Sequence[Wish], kv_dtype: torch.dtype | None = None
+) -> dict[str, Answer]:
+    """Every request with nobody else there, one after the other, its prompt in one piece."""
+    schedule = Schedule(16, 128, 1, 2048, False, (0,) * len(asked), 1, kv_dtype)
+    return answers(decoder, asked, schedule).rounds[0]
+
+
 def alone(decoder: Decoder, wish: Wish, kv_dtype: torch.dtype | None = None) -> Answer:
-    """The request with nobody else there, its prompt in one piece."""
-    schedule = Schedule(16, 128, 1, 2048, False, (0,), 1, kv_dtype)
-    return answers(decoder, [wish], schedule).rounds[0][wish.id]
+    return each_alone(decoder, [wish], kv_dtype)[wish.id]

@@ -27,7 +27,17 @@ from moebius.models.store.load import load_decoder
 from moebius.request.engine_request import EngineRequest
 from moebius.schedule.request import Request
 from random_ranks import answers_of_ranks, load_ranks, random_placement
-from random_schedules import Answer, Schedule, Wish, alone, answers, build, note, wishes
+from random_schedules import (
+    Answer,
+    Schedule,
+    Wish,
+    alone,
+    answers,
+    build,
+    each_alone,
+    note,
+    wishes,
+)
 from tiny import write_model
 from tiny_t5 import save, tiny, write_tokenizer
 
@@ -75,7 +85,7 @@ def schedules(count: int, rng: random.Random) -> Iterator[Schedule]:
 def test_one_answer_whatever_is_read_beside_it(kind: str, dtype: torch.dtype) -> None:
     rng = random.Random(f"{kind} {dtype}")
     asked = asked_of(24, rng)
-    expected = {wish.id: alone(decoder(kind, dtype), wish) for wish in asked}
+    expected = each_alone(decoder(kind, dtype), asked)
     assert len({tuple(tokens) for tokens, _, _ in expected.values()}) > 12
     for schedule in schedules(len(asked), rng):
         seen = answers(decoder(kind, dtype, rng.choice((1, 2))), asked, schedule)
@@ -90,7 +100,7 @@ def test_preempted_requests_read_their_prompts_again() -> None:
     asked = [
         Wish(f"r{i}", tuple(rng.randrange(300) for _ in range(9)), params, i) for i in range(8)
     ]
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     seen = answers(one, asked, Schedule(4, 64, 8, 64, False, (0,) * 8, 1))
     assert seen.rounds == [expected] and seen.preemptions > 3
 
@@ -99,7 +109,7 @@ def test_steps_that_failed_are_made_again() -> None:
     rng = random.Random(2)
     one = decoder(SWITCH, torch.float32)
     asked = asked_of(12, rng)
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     interrupts = 0
 
     def make_step(engine: Engine) -> list[StepOutput]:
@@ -150,7 +160,7 @@ def test_one_answer_on_ranks(ranks: int, tmp_path: Path) -> None:
     tiny(SWITCH, vocab_size=300, num_experts=5, expert_capacity=7).save_pretrained(tmp_path)
     one = load_decoder(tmp_path, torch.float32, ops=cpu.CpuOps(1))
     asked = asked_of(10, rng)
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     decoders = load_ranks(tmp_path, torch.float32, random_placement(one, ranks, rng))
     homes = [rng.randrange(ranks) for _ in asked]
     planned = [next(schedules(len(asked), rng)) for _ in decoders]

@@ -22,7 +22,13 @@ from moebius.ops.cpu import CpuOps
 from moebius.ops.host import HostResult
 from moebius.ops.program import Rows
 from oracle import save_tiny
-from random_schedules import MAX_MODEL_LEN, alone, answers, random_schedule, wishes
+from random_schedules import (
+    MAX_MODEL_LEN,
+    answers,
+    each_alone,
+    random_schedule,
+    wishes,
+)
 
 CPU = torch.device("cpu")
 
@@ -111,7 +117,7 @@ def test_a_host_call_in_each_layer_changes_no_bit(
     there = [decoder(tmp_path, dtype, dispatch, threads) for threads in (1, 2)]
     rng = random.Random(dispatch)
     asked = wishes(12, here.config.vocab_size, rng)
-    expected = {wish.id: alone(here, wish) for wish in asked}
+    expected = each_alone(here, asked)
     for one in there:
         schedule = random_schedule(len(asked), rng)
         for found in answers(one, asked, schedule).rounds:

@@ -28,6 +28,7 @@ from random_schedules import (
     alone,
     answers,
     build,
+    each_alone,
     note,
     request_of,
     wishes,
@@ -113,7 +114,7 @@ def test_crowds_preemptions_and_warm_caches_change_no_bit(model_type: str) -> No
     for i in range(8):
         params = asked[i].params.with_(max_tokens=60)
         asked[i] = replace(asked[i], prompt=asked[i].prompt[:2], params=params)
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     # In hardly more blocks than one sequence's, and with a slot or two for snapshots.
     tight = Schedule(4, 64 + 4, 16, 17, True, (0,) * 16, 2)
     seen = answers(decoder(model_type, torch.bfloat16, 2), asked, tight)
@@ -125,7 +126,7 @@ def test_keys_and_values_in_int8_change_what_is_computed_and_no_bit_by_its_sched
     one = decoder("qwen3_5_moe_text", torch.bfloat16)
     rng = random.Random(3)
     asked = wishes(10, 300, rng)
-    expected = {wish.id: alone(one, wish, torch.int8) for wish in asked}
+    expected = each_alone(one, asked, torch.int8)
     assert expected[asked[0].id] != alone(one, asked[0]), "nothing was quantised"
     tight = Schedule(4, 64 + 20, 10, 17, True, (0,) * 10, 2, torch.int8)
     assert all(found == expected for found in answers(one, asked, tight).rounds)

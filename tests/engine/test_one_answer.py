@@ -36,6 +36,7 @@ from random_schedules import (
     Wish,
     alone,
     answers,
+    each_alone,
     groups_of,
     in_blocks,
     mixed,
@@ -56,7 +57,7 @@ def bundled(threads: int) -> Decoder:
 @cache
 def bundled_answers() -> tuple[list[Wish], dict[str, Answer]]:
     asked = wishes(64, bundled(1).config.vocab_size, random.Random(0))
-    return asked, {wish.id: alone(bundled(1), wish) for wish in asked}
+    return asked, each_alone(bundled(1), asked)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -87,7 +88,7 @@ def test_answers_that_end_with_their_grammars_are_one_answer() -> None:
         replace(wish, constraint=word if i % 2 else wish.constraint)
         for i, wish in enumerate(wishes(20, decoder.config.vocab_size, rng))
     ]
-    expected = {wish.id: alone(decoder, wish) for wish in asked}
+    expected = each_alone(decoder, asked)
     ended = [wish for wish in asked if len(expected[wish.id][0]) < (wish.params.max_tokens or 0)]
     assert len(ended) > 2
     for _ in range(3):
@@ -97,7 +98,7 @@ def test_answers_that_end_with_their_grammars_are_one_answer() -> None:
 
 
 def _differs(decoder: Decoder, asked: list[Wish], schedule: Schedule) -> bool:
-    expected = {wish.id: alone(decoder, wish) for wish in asked}
+    expected = each_alone(decoder, asked)
     return any(found != expected for found in answers(decoder, asked, schedule).rounds)
 
 
@@ -169,7 +170,7 @@ def test_windows_that_give_blocks_back_give_one_answer(
     decoders = windowed(name, tmp_path, dtype)
     rng = random.Random(name)
     asked = growing(16, rng)
-    expected = {wish.id: alone(decoders[0], wish) for wish in asked}
+    expected = each_alone(decoders[0], asked)
     check_all_schedules(decoders, asked, expected, rng)
 
 
@@ -194,7 +195,7 @@ def test_keys_and_values_in_int8_give_one_answer(
         decoders = windowed(name, tmp_path, dtype)
     rng = random.Random(name)
     asked = growing(10, rng)
-    expected = {wish.id: alone(decoders[0], wish, torch.int8) for wish in asked}
+    expected = each_alone(decoders[0], asked, torch.int8)
     unlike = alone(decoders[0], asked[0])
     assert expected[asked[0].id] != unlike, "nothing was quantised"
     check_all_schedules(decoders, asked, expected, rng, torch.int8)
@@ -206,7 +207,7 @@ def test_steps_that_are_interrupted_and_made_again_change_no_bit(written: bool) 
     decoder = mixed(KERNELS[2], torch.bfloat16)
     rng = random.Random(1)
     asked = growing(16, rng)
-    expected = {wish.id: alone(decoder, wish) for wish in asked}
+    expected = each_alone(decoder, asked)
     interrupts = 0
 
     def make_step(engine: Engine) -> list[StepOutput]:
@@ -280,7 +281,7 @@ def test_weights_in_blocks_give_one_answer(name: str, dtype: torch.dtype) -> Non
     decoders = [in_blocks(name, ops, dtype) for ops in KERNELS.values()]
     rng = random.Random(name)
     asked = wishes(12, 300, rng)
-    expected = {wish.id: alone(decoders[0], wish) for wish in asked}
+    expected = each_alone(decoders[0], asked)
     schedule = random_schedule(len(asked), rng)
     for found in answers(decoders[1], asked, schedule).rounds:
         assert found == expected, schedule
@@ -306,7 +307,7 @@ def test_every_architecture_gives_one_answer(
     decoders = [load_decoder(tmp_path, dtype, ops=ops) for ops in KERNELS.values()]
     rng = random.Random(model_type)
     asked = wishes(24, decoders[0].config.vocab_size, rng)
-    expected = {wish.id: alone(decoders[0], wish) for wish in asked}
+    expected = each_alone(decoders[0], asked)
     for _ in range(3):
         schedule = random_schedule(len(asked), rng, groups_of(decoders[0]))
         for found in answers(rng.choice(decoders), asked, schedule).rounds:

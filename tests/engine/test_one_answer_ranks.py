@@ -29,7 +29,7 @@ from random_schedules import (
     WINDOWED,
     Schedule,
     Wish,
-    alone,
+    each_alone,
     groups_of,
     random_schedule,
     wishes,
@@ -49,7 +49,7 @@ DENSE = (
 
 
 def check(directory: Path, one: Decoder, asked: list[Wish], ranks: int, rng: random.Random) -> None:
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     placement = random_placement(one, ranks, rng)
     decoders = load_ranks(directory, one.dtype, placement, rng.choice((1, 2)))
     schedules = [random_schedule(len(asked), rng, groups_of(one)) for _ in decoders]
@@ -75,7 +75,7 @@ def test_ranks_make_logits_together_where_they_are_few_and_alone_where_they_are_
         Wish(f"r{i}", (i, 7, i), SamplingParams(max_tokens=4 + 4 * i, ignore_eos=True), i)
         for i in range(8)
     ]
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     made.clear()
     decoders = load_ranks(tmp_path, torch.bfloat16, Placement.linear(one.config.experts, 2))
     schedule = Schedule(16, 400, 8, 300, True, (0,) * 8, 1)
@@ -117,7 +117,7 @@ def test_preemption_and_warm_caches_are_among_the_schedules(tmp_path: Path) -> N
     decoders = load_ranks(tmp_path, torch.bfloat16, Placement.linear(one.config.experts, 2))
     seen = answers_of_ranks(decoders, asked, [i % 2 for i in range(32)], [schedule] * 2)
     assert seen.preemptions > 0 and seen.prefix_hits > 0
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     assert all(found == expected for found in seen.rounds)
 
 
@@ -129,7 +129,7 @@ def test_the_lowest_bit_of_what_comes_home_is_seen(
     save_tiny(tmp_path, "dots1", **sizes)
     one = load_decoder(tmp_path, torch.bfloat16, ops=cpu.CpuOps(1))
     asked = wishes(6, 300, random.Random(0))
-    expected = {wish.id: alone(one, wish) for wish in asked}
+    expected = each_alone(one, asked)
     combine = SharedMemoryExchange.combine
 
     def changed(self: SharedMemoryExchange, outputs_RKD: Tensor, back_TKD: Tensor) -> None:
