@@ -33,9 +33,6 @@ FAULTY = Path(__file__).parent.parent / "engine" / "faulty_process.py"
 SECONDS = 120.0
 
 
-DRAWN = {"temperature": 0.9, "logprobs": 2}
-
-
 REGEX = "[a-z ]{12}(,[0-9]{2}){4};"
 
 
@@ -99,7 +96,8 @@ class Losses:
         ids = [f"{name} {i}" for i in range(5)]
         for kind, constraint in self._held.items():
             ids.append(f"{name}, {kind}")
-            self.submit(ids[-1], [3, 5, 7], constraint, max_tokens=max_tokens, **DRAWN, seed=1)
+            warm: dict[str, Any] = {"temperature": 0.9, "seed": 1, "logprobs": 2}
+            self.submit(ids[-1], [3, 5, 7], constraint, max_tokens=max_tokens, **warm)
         for i, id in enumerate(ids[:5]):
             prompt = [1 + (7 * i + k) % 300 for k in range(3 + 20 * i)]
             drawn = {"temperature": 0.9, "seed": i} if i % 2 else {}
