@@ -27,7 +27,7 @@ class ReasoningSettings:
     effort   one of EFFORTS
     thinks   whether there is to be any
     budget   most tokens of it
-    lenient  a budget counts for nothing where no tokens tell the end of a model's reasoning; else it
+    lenient  where no tokens tell the end of a model's reasoning a budget counts for nothing; else it
              is an error there
     """
 
