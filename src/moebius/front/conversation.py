@@ -27,8 +27,8 @@ class ReasoningSettings:
     effort   one of EFFORTS
     thinks   whether there is to be any
     budget   most tokens of it
-    lenient  where no tokens tell the end of a model's reasoning a budget counts for nothing; else it
-             is an error there
+    lenient  where no tokens tell the end of a model's reasoning a budget counts for nothing; else
+             it is an error there
     """
 
     effort: str | None = None
