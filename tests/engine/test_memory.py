@@ -182,9 +182,9 @@ def test_rows_name_every_part() -> None:
 def test_a_large_vocabulary_is_counted_for_the_grammars() -> None:
     large = replace(MODEL, vocab_size=50_000)
 
-    def made(model: ModelConfig, device: str = "cpu") -> MemoryPlan:
+    def made(model: ModelConfig, device: str = "cpu", **options: Any) -> MemoryPlan:
         weights = WeightBytes(1000, 0, 500)
-        config = EngineConfig(max_num_seqs=4000, max_num_batched_tokens=4000)
+        config = EngineConfig(**options)
         return plan_memory(
             model, config, weights, dtype="bfloat16", device=device, cache=CACHE, available=GIB
         )
@@ -192,9 +192,12 @@ def test_a_large_vocabulary_is_counted_for_the_grammars() -> None:
     assert made(MODEL).grammars == made(large, "cuda").grammars == 0
     found = made(large)
     assert found.grammars == 100_000_000
-    assert found.kv_cache <= (GIB - 500 - found.workspace - 100_000_000) // 2 < GIB // 2
     assert ("grammars", "95.4 MiB") in [row[:2] for row in found.rows()]
-    assert found.available - found.left == 500 + found.workspace + 100_000_000
+    left = GIB - found.weights.total - found.workspace - 100_000_000
+    assert found.left == left
+    assert made(large, kv_cache_memory_bytes=left).kv_cache > left - 16 * PER_TOKEN
+    with pytest.raises(MemoryPlanError, match="more than the"):
+        made(large, kv_cache_memory_bytes=left + 1)
 
 
 MEASURED = """
