@@ -32,12 +32,15 @@ from moebius.ops.config import RouterConfig
 from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
+from moebius.request.structured import StructuredOutput
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 from moebius.schedule.states import StatePool
 from moebius.text import Tokenizer
+from moebius.text.grammar import checked_grammar
+from moebius.text.replies import HeldTool
 from ops.formats.blocks import random_matrix
 
 MAX_MODEL_LEN = 256
@@ -65,6 +68,16 @@ OBJECT = {
     },
     "required": ["a", "b"],
 }
+
+
+def required_call(tokenizer: Tokenizer) -> Constraint:
+    """A reply that must call a tool with an OBJECT, in Hermes' format."""
+    replies = tokenizer.replies.with_tools("hermes")
+    grammar, whole = replies.held([HeldTool("f", OBJECT)], must=True, several=True)
+    calls = StructuredOutput(calls=grammar, whole=whole, param="tools")
+    return Constraint(Grammar(checked_grammar(calls).text()))
+
+
 # What every few of the wishes are held to. Grammars are longer than any answer, so that what runs
 # beside what is the same as without them.
 CONSTRAINTS: tuple[Constraint | None, ...] = (
@@ -79,6 +92,7 @@ CONSTRAINTS: tuple[Constraint | None, ...] = (
     ),
     Constraint(Grammar(_grammar(lark_grammar="start: /[a-z]{2,5}(,[0-9]{1,3}){30}/"))),
     Constraint(bad_words=(*((token,) for token in range(0, 200, 2)), (1, 3))),
+    required_call(byte_tokens()),
 )
 # Models with windows: model type and what differs from its plainest configuration. In the last two
 # some layers see all, so that there are several block tables; of unequal numbers of layers.

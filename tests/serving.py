@@ -23,7 +23,9 @@ from moebius.text.tokenizer import Tokenizer
 
 
 @contextmanager
-def serving(directory: Path, name: str, **options: Any) -> Iterator[str]:
+def serving(
+    directory: Path, name: str, *, api_keys: tuple[str, ...] = (), **options: Any
+) -> Iterator[str]:
     """Its address, for as long as the block lasts; the model is served as `name`."""
     tokenizer = Tokenizer.load(directory)
     defaults = GenerationDefaults.load(directory, tokenizer)
@@ -31,7 +33,7 @@ def serving(directory: Path, name: str, **options: Any) -> Iterator[str]:
     key = draw_prefix_key()
     engine = load_engine(directory, config, eos_ids=defaults.eos_ids, prefix_key=key)
     client = InProcessClient(engine, step_deadline=60)
-    settings = ServerSettings((name,))
+    settings = ServerSettings((name,), api_keys=api_keys)
     server = Server(create_app(client, tokenizer, defaults, settings, prefix_key=key))
     with socket.create_server(("127.0.0.1", 0)) as sock:
         thread = threading.Thread(target=lambda: loop_guard.run(server.serve([sock])))

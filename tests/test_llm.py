@@ -139,6 +139,9 @@ def test_chat_goes_on_with_the_last_message(llm: LLM) -> None:
     assert same.outputs[0].text == output.outputs[0].text
     with pytest.raises(RequestError, match="cannot both be true"):
         llm.chat(messages, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(RequestError, match="reasoning is between tokens") as raised:
+        llm.chat([question], thinking_token_budget=3)
+    assert raised.value.param == "thinking_token_budget"
 
 
 @pytest.mark.parametrize("connect", [over_frames, on_a_thread])

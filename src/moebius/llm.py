@@ -27,7 +27,7 @@ from moebius.engine.wire import Launch
 from moebius.errors import OverloadError, RequestError
 from moebius.front.assemble import Delta
 from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
-from moebius.front.conversation import Conversation, Opening
+from moebius.front.conversation import Conversation, Opening, ReasoningSettings
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
 from moebius.front.tools import choice_of, tools_of
@@ -278,6 +278,7 @@ class LLM:
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking_token_budget: int | None = None,
         priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
@@ -289,6 +290,7 @@ class LLM:
         begun; None: it is, unless the last message is continued.
         Tools and their choice are as in OpenAI's API; what each output's `tool_calls` are, the
         caller is to do. chat_template_kwargs: variables of the template, such as enable_thinking.
+        thinking_token_budget: most tokens of reasoning, whose end is written for the model then.
         """
         many: list[Any] = (
             [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
@@ -297,9 +299,16 @@ class LLM:
         choice = choice_of(tool_choice, given)
         opening = Opening(add_generation_prompt, continue_final_message)
         variables = chat_template_kwargs or {}
+        reasoning = ReasoningSettings(budget=thinking_token_budget)
         asked = (
             Conversation(
-                each, given, choice, parallel_tool_calls, variables=variables, opening=opening
+                each,
+                given,
+                choice,
+                parallel_tool_calls,
+                reasoning,
+                variables=variables,
+                opening=opening,
             )
             for each in many
         )

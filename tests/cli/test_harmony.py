@@ -44,6 +44,19 @@ def test_reasoning_is_left_out(tmp_path: Path) -> None:
     assert (output.text, output.finish_reason) == ("", "stop")
 
 
+def test_reasoning_ends_at_its_budget(tmp_path: Path) -> None:
+    head = "<|channel|>analysis<|message|>"
+    ids = written(tmp_path, f"{head}hello world def<|end|>")
+    with LLM(str(tmp_path), **OPTIONS) as llm:
+        params = llm.default_params(temperature=0, max_tokens=len(ids))
+        ((free,),) = (each.outputs for each in llm.chat(USER, params))
+        ((held,),) = (each.outputs for each in llm.chat(USER, params, thinking_token_budget=2))
+        end = llm.tokenizer.encode("<|end|>", False)
+    begun = len(llm.tokenizer.encode(head, False)) + 2
+    assert free.token_ids == tuple(ids) and begun < len(ids) - 1
+    assert held.token_ids[: begun + 1] == (*ids[:begun], *end)
+
+
 def test_a_conversation_keeps_final_messages_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

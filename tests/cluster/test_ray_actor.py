@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from moebius.cli.hosts import HostOptions
+from moebius.cli.ray import invitation as invitation_of
 from moebius.cluster import ray_actor
 from moebius.cluster.ray_actor import Invitation, RankActor
 from moebius.cluster.ray_hosts import ActorCluster
@@ -19,8 +21,10 @@ from moebius.engine.cluster import Dismissed, decode_to_host
 from moebius.engine.config import EngineConfig
 from moebius.engine.hello import host_hello
 from moebius.errors import ConfigError, EngineError, MoebiusError
+from moebius.models.hub import find_model
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.meet import Listener
+from tiny import write_tokenizer
 
 KEY = ClusterKey.draw()
 NAME = socket.gethostname()
@@ -70,6 +74,32 @@ def test_it_comes_says_where_it_is_and_is_dismissed(tiny_model: Path) -> None:
         assert other.weights == own.weights and other.machine == own.machine
         cluster.close(EngineError("the front fails"))
         assert str(outcome(actor)) == "the front fails"
+
+
+def test_another_tokenizer_is_the_one_that_grammars_are_matched_by(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, 300)
+    with front(tiny_model) as (cluster, invitation):
+        other = structs.replace(invitation, tokenizer=str(tmp_path))
+        RankActor(other.encode(), KEY.text)
+        _, host = cluster.assemble()
+        assert host.tokenizer == str(tmp_path)
+        lacks = structs.replace(invitation, tokenizer="/no/such/tokenizer")
+        error = outcome(RankActor(lacks.encode(), KEY.text))
+        assert "there is no directory /no/such/tokenizer" in str(error)
+
+
+def test_ranks_are_asked_for_with_the_tokenizer_that_the_front_has(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokenizer(tmp_path, 300)
+    monkeypatch.chdir(tmp_path.parent)
+    own = host_hello(tiny_model, EngineConfig(ranks=2), node=0, nodes=3, address="127.0.0.1")
+    for named, wanted in ((tmp_path.name, str(tmp_path)), ("bundled", "bundled"), (None, None)):
+        model = find_model(str(tiny_model), tokenizer=named)
+        asked = invitation_of(1, ("127.0.0.1", 1), own, model, HostOptions())
+        assert (asked.model, asked.tokenizer, asked.node) == (str(tiny_model), wanted, 2)
 
 
 def test_what_its_node_lacks_is_said_with_its_name(tiny_model: Path) -> None:

@@ -23,6 +23,7 @@ from moebius.errors import (
 )
 from moebius.ops import select_ops
 from moebius.ops.cache_spec import key_value_spec
+from moebius.request.constraint import Constraint
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 from moebius.request.hashes import BlockHasher
@@ -55,7 +56,13 @@ def cache_bytes(tokens: int, block_size: int) -> int:
 
 
 def ask(
-    one: Engine, id: str, prompt: list[int], *, deadline: float | None = None, **params: Any
+    one: Engine,
+    id: str,
+    prompt: list[int],
+    *,
+    deadline: float | None = None,
+    constraint: Constraint | None = None,
+    **params: Any,
 ) -> EngineRequest:
     """What a front asks of this engine: greedy, 8 tokens, where nothing else is wanted."""
     defaults: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
@@ -68,6 +75,7 @@ def ask(
         arrival=one.clock(),
         eos_ids=info.eos_ids,
         deadline=deadline,
+        constraint=constraint,
     )
 
 

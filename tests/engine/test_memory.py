@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from engine.test_engine import cache_bytes, make, run
 from moebius import machine
@@ -172,6 +177,71 @@ def test_rows_name_every_part() -> None:
         "1.5 KiB",
         "3.0 TiB",
     ]
+
+
+def test_a_large_vocabulary_is_counted_for_the_grammars() -> None:
+    large = replace(MODEL, vocab_size=50_000)
+
+    def made(model: ModelConfig, device: str = "cpu", **options: Any) -> MemoryPlan:
+        weights = WeightBytes(1000, 0, 500)
+        config = EngineConfig(**options)
+        return plan_memory(
+            model, config, weights, dtype="bfloat16", device=device, cache=CACHE, available=GIB
+        )
+
+    assert made(MODEL).grammars == made(large, "cuda").grammars == 0
+    found = made(large)
+    assert found.grammars == 100_000_000
+    assert ("grammars", "95.4 MiB") in [row[:2] for row in found.rows()]
+    left = GIB - found.weights.total - found.workspace - 100_000_000
+    assert found.left == left
+    assert made(large, kv_cache_memory_bytes=left).kv_cache > left - 16 * PER_TOKEN
+    with pytest.raises(MemoryPlanError, match="more than the"):
+        made(large, kv_cache_memory_bytes=left + 1)
+
+
+MEASURED = """
+import gc, json, sys
+from tokenizers import Tokenizer as Backend
+import llguidance, llguidance.numpy
+from moebius.engine.memory import grammar_bytes
+from moebius.text.masks import Vocabulary
+from moebius.text.tokenizer import Tokenizer
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return 4096 * int(file.read().split()[1])
+
+before = resident()
+tokenizer = Tokenizer(Backend.from_file(sys.argv[1]))
+vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, [0])
+vocabulary.matcher('start: "a"').compute_bitmask()
+gc.collect()
+print(resident() - before, grammar_bytes(tokenizer.vocab_size, "cpu"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what this process has of Linux")
+def test_what_grammars_take_is_no_more_than_is_counted(tmp_path: Path) -> None:
+    """Of 60,000 ids: pairs, threes and more of letters."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    merges: list[tuple[str, str]] = []
+    rng = random.Random(0)
+    known = list(vocab)
+    while len(vocab) < 60_000:
+        pair = (rng.choice(known), rng.choice(known[97:123]))
+        if len(pair[0]) < 12 and vocab.setdefault("".join(pair), len(vocab)) == len(known):
+            known.append("".join(pair))
+            merges.append(pair)
+    backend = Backend(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "tokenizer.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, counted = map(int, done.stdout.split())
+    assert counted / 3 < taken <= counted == 120_000_000
 
 
 def test_more_threads_than_cores_are_a_warning(

@@ -21,11 +21,38 @@ from moebius.engine import wire
 from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
+from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.engine_request import EngineRequest
+from moebius.request.structured import StructuredOutput
 from moebius.schedule.request import Request
+from moebius.text import Tokenizer, load_tokenizer
+from moebius.text.grammar import checked_grammar
+from random_schedules import OBJECT, required_call
 
 FAULTY = Path(__file__).parent.parent / "engine" / "faulty_process.py"
 SECONDS = 120.0
+
+
+REGEX = "[a-z ]{12}(,[0-9]{2}){4};"
+
+
+def held_to(tokenizer: Tokenizer) -> dict[str, Constraint]:
+    """What requests of this model are held to: longer answers than they may have, and short ones,
+    which their grammars end; and reasoning that comes to the end of its budget."""
+    asked = {
+        "schema": StructuredOutput(json=OBJECT),
+        "regex": StructuredOutput(regex=REGEX),
+    }
+    found = {
+        kind: Constraint(Grammar(checked_grammar(each).text())) for kind, each in asked.items()
+    }
+    found["call"] = required_call(tokenizer)
+    end = tuple(tokenizer.encode("</think>", False))
+    found["budget"] = Constraint(
+        Grammar(checked_grammar(asked["regex"]).text(), after=(end,)),
+        budget=ReasoningBudget(12, start=(), end=end, begun=True),
+    )
+    return found
 
 
 class Losses:
@@ -36,6 +63,8 @@ class Losses:
         self.here: Engine = engine(directory)
         self.requests: dict[str, EngineRequest] = {}
         self._faults = faults
+        self.tokenizer = load_tokenizer(directory)
+        self._held = held_to(self.tokenizer)
         config = EngineConfig(
             kv_cache_memory_bytes=2**20,
             max_model_len=512,
@@ -54,20 +83,27 @@ class Losses:
     def pids(self) -> list[int]:
         return [process.pid for process in self.processes.processes]
 
-    def submit(self, id: str, prompt: list[int], **params: Any) -> None:
-        request = ask(self.here, id, prompt, **params)
+    def submit(
+        self, id: str, prompt: list[int], constraint: Constraint | None = None, **params: Any
+    ) -> None:
+        request = ask(self.here, id, prompt, constraint=constraint, **params)
         self.requests[id] = request
         self.client.submit(request)
 
     def some(self, name: str, max_tokens: int = 60) -> list[str]:
-        """Greedy and drawn ones, long and short, of which tokens have come; their ids."""
+        """Greedy and drawn ones, long and short, some of them held to something, of which tokens
+        have come; their ids."""
         ids = [f"{name} {i}" for i in range(5)]
-        for i, id in enumerate(ids):
+        for kind, constraint in self._held.items():
+            ids.append(f"{name}, {kind}")
+            warm: dict[str, Any] = {"temperature": 0.9, "seed": 1, "logprobs": 2}
+            self.submit(ids[-1], [3, 5, 7], constraint, max_tokens=max_tokens, **warm)
+        for i, id in enumerate(ids[:5]):
             prompt = [1 + (7 * i + k) % 300 for k in range(3 + 20 * i)]
             drawn = {"temperature": 0.9, "seed": i} if i % 2 else {}
             scored = {"prompt_logprobs": 1} if i == 4 else {}
             self.submit(id, prompt, max_tokens=max_tokens, logprobs=2, **drawn, **scored)
-        self.heard.wait(lambda: any(map(self.tokens, ids)), SECONDS)
+        self.heard.wait(lambda: all(map(self.tokens, ids[5:])), SECONDS)
         return ids
 
     def fault(self, name: str) -> None:
@@ -79,6 +115,9 @@ class Losses:
 
     def tokens(self, id: str) -> list[int]:
         return [token for step in self.heard.outputs.get(id, []) for token in step.token_ids]
+
+    def text(self, id: str) -> str:
+        return self.tokenizer.decode(self.tokens(id), skip_special_tokens=False)
 
     def wait_for(self, *ids: str) -> None:
         self.heard.wait(lambda: all(map(self.heard.ended, ids)), SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from front.losses import KILL, STOP, Losses, losses
+from front.losses import KILL, REGEX, STOP, Losses, losses
 from moebius.errors import EngineError
 from moebius.request.finish import FinishReason
 
@@ -25,6 +26,10 @@ def test_one_engine_is_lost_in_every_way(
         house.signal(0, KILL)
         house.until(lambda: not house.client.stats().ready)
         assert house.same(*ids)
+        assert re.fullmatch(REGEX, house.text("killed, regex"))
+        assert re.search(f"</think>{REGEX}$", house.text("killed, budget"))
+        assert re.match('<tool_call>\n?{"name": "f", "arguments": {', house.text("killed, call"))
+        assert re.match(r'{\s*"a"\s*:', house.text("killed, schema"))
         ids = house.some("stuck")
         house.fault("endless step")
         assert house.same(*ids)

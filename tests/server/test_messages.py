@@ -16,6 +16,7 @@ from server.fake_engine import FakeEngine
 from server.serving import Server, listening, run, wait_until
 from server.test_tools_api import REPLY, THOUGHT, TOKENIZER, ids, saying
 from serving import serving
+from text.replies import family
 
 WEATHER: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS: list[Any] = [
@@ -344,6 +345,37 @@ def test_thought_that_nobody_reads_is_left_out() -> None:
         assert "thinking_delta" not in stream and folded(named_events(stream))
 
     run(check, saying(REPLY), tokenizer=TOKENIZER)
+
+
+def test_a_budget_of_thought_reaches_the_engine() -> None:
+    async def check(server: Server) -> None:
+        for thinking, budget in (
+            ({"type": "enabled", "budget_tokens": 2000}, 2000),
+            ({"type": "adaptive"}, None),
+            ({"type": "disabled", "budget_tokens": 2000}, None),
+        ):
+            answer = await server.post("/v1/messages", {**FIELDS, "thinking": thinking})
+            assert answer.status_code == 200
+            held = server.engine.requests[-1].constraint
+            assert (None if held is None or held.budget is None else held.budget.tokens) == budget
+        wrong = {**FIELDS, "thinking": {"type": "enabled", "budget_tokens": -1}}
+        answer = await server.post("/v1/messages", wrong)
+        assert answer.status_code == 400 and "thinking.budget_tokens" in answer.text
+
+    run(check, saying(REPLY), tokenizer=TOKENIZER)
+
+
+def test_a_budget_is_left_out_where_no_tokens_tell_the_end_of_thought() -> None:
+    """Agents send one to every model. One of a chat's is refused: see test_bad_requests."""
+
+    async def check(server: Server) -> None:
+        thinking = {"type": "enabled", "budget_tokens": 2000}
+        fields = {"model": "x", "max_tokens": 9, "messages": [USER], "thinking": thinking}
+        answer = await server.post("/v1/messages", fields)
+        assert answer.status_code == 200, answer.text
+        assert server.engine.requests[-1].constraint is None
+
+    run(check, saying("x"), tokenizer=family())
 
 
 def test_either_kind_of_key_opens(live: tuple[FakeEngine, int]) -> None:

@@ -339,6 +339,12 @@ def test_gemmas_own_notation() -> None:
     found = said(tokenizer, reply)
     wanted = {"a": [1, "x, {y}", {"b": True}], "c": None, "d": -2.5, "e f": {}}
     assert json.loads(calls(found)[0][1]) == wanted
+    # A number is passed on as it is written, and words that JSON lacks are none.
+    big = said(tokenizer, "<|tool_call>call:f{a:1e999,b:1.50}<tool_call|>")
+    assert calls(big) == [("f", '{"a": 1e999, "b": 1.50}')]
+    for word in ("NaN", "[Infinity]", "True", "1.", ""):
+        reply = f"<|tool_call>call:f{{a:{word}}}<tool_call|>"
+        assert said(tokenizer, reply).content == reply
 
 
 THINKING = [

@@ -13,6 +13,7 @@ from moebius.errors import MoebiusError
 
 if TYPE_CHECKING:
     from moebius.cluster.hosts import Hosts
+    from moebius.cluster.ray_actor import Invitation
     from moebius.cluster.ray_hosts import ActorCluster
     from moebius.engine.cluster import HostHello
     from moebius.models.hub import ModelSource
@@ -87,24 +88,37 @@ class RayAssembly(Assembly):
     def _invite(
         self, cluster: "ActorCluster", own: "HostHello", model: "ModelSource", key: "ClusterKey"
     ) -> None:
-        from moebius.cluster.ray_actor import Invitation
-        from moebius.cluster.ray_hosts import node_of
-
+        ranks = range(own.config.ranks)
         invitations = [
-            Invitation(
-                front=cluster.address,
-                node=node_of(rank),
-                nodes=own.nodes,
-                model=lasting_name(model.name),
-                file=model.file,
-                config=own.config,
-                interface=self._options.cluster_interface,
-                patience=self._options.rdzv_timeout,
-                log_level=logs.level(),
-            )
-            for rank in range(own.config.ranks)
+            invitation(rank, cluster.address, own, model, self._options).encode() for rank in ranks
         ]
-        self._ray.start([each.encode() for each in invitations], key.text, cluster.refuse)
+        self._ray.start(invitations, key.text, cluster.refuse)
+
+
+def invitation(
+    rank: int,
+    front: tuple[str, int],
+    own: "HostHello",
+    model: "ModelSource",
+    options: HostOptions,
+) -> "Invitation":
+    """Of a rank's actor. front: where the front listens; own: what it says of itself."""
+    from moebius.cluster.ray_actor import Invitation
+    from moebius.cluster.ray_hosts import node_of
+
+    other = model.tokenizer_name
+    return Invitation(
+        front=front,
+        node=node_of(rank),
+        nodes=own.nodes,
+        model=lasting_name(model.name),
+        file=model.file,
+        tokenizer=None if other is None else lasting_name(other),
+        config=own.config,
+        interface=options.cluster_interface,
+        patience=options.rdzv_timeout,
+        log_level=logs.level(),
+    )
 
 
 def lasting_name(model: str) -> str:

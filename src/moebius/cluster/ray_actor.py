@@ -44,6 +44,7 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     interface  that rows travel over; None: the one that Ray uses
     patience   seconds for which the front is looked for
     file       which GGUF file of the model, where one was named
+    tokenizer  the one that is used instead of the model's, as the operator named it
     """
 
     front: tuple[str, int]
@@ -55,6 +56,7 @@ class Invitation(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     patience: float
     log_level: str
     file: str | None = None
+    tokenizer: str | None = None
 
     def encode(self) -> bytes:
         return wire.framed(self)
@@ -102,19 +104,21 @@ class RankActor:
 def hello(invitation: Invitation) -> cluster.HostHello:
     """What this host is. ConfigError, which names it, where it lacks what is to be served."""
     from moebius.engine.hello import host_hello
-    from moebius.models.hub import resolve_model
+    from moebius.models.hub import find_model
 
     called, address = _whereabouts()
     try:
         if invitation.interface is not None:
             address = interface_address(invitation.interface)
+        model = find_model(invitation.model, invitation.file, invitation.tokenizer)
         return host_hello(
-            resolve_model(invitation.model, invitation.file),
+            model.path,
             invitation.config,
             node=invitation.node,
             nodes=invitation.nodes,
             address=address,
             called=called,
+            tokenizer=model.tokenizer,
         )
     except MoebiusError as error:
         raise ConfigError(f"{called} ({socket.gethostname()}): {error}") from error

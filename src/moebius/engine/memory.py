@@ -21,6 +21,11 @@ PROMPT_LOGIT_ROWS = 64
 # Ids that sampling holds at a time (candidates, or those that penalties name), but for one row's
 # that has more.
 SAMPLED_IDS = 2**16
+# What an id of a vocabulary takes in its tokenizer and in llguidance's, which the first grammar
+# makes: 1,510 to 1,880 bytes in byte-level ones of 32,000 to 256,000 ids. Below so many ids that is
+# less than a process takes by chance.
+_GRAMMAR_BYTES = 2_000
+_LARGE_VOCABULARY = 2**15
 _FLOAT32 = 4
 _INT64 = 8
 
@@ -33,6 +38,9 @@ class MemoryPlan:
     the blocks. `chunk` is the most tokens of a sequence that one step computes: a window holds them
     beside its own.
 
+    grammars is what a large vocabulary takes in the host's memory once a request is held to one; 0
+    where that is another memory than the cache's.
+
     available is what was left when the plan was made, and `available_of` says of what: the machine,
     the control group that limits it, or a device. The default of max_model_len is lowered when one
     such sequence would not fit; `lowered_from` then says from what.
@@ -44,6 +52,7 @@ class MemoryPlan:
     num_blocks: int
     chunk: int
     workspace: int
+    grammars: int
     available: int
     max_model_len: int
     max_num_seqs: int
@@ -70,6 +79,11 @@ class MemoryPlan:
             )
         blocks = tuple(map(GroupSpec, self.cache.windows))
         return CacheGroups(blocks, states)
+
+    @property
+    def left(self) -> int:
+        """What there is for the cache."""
+        return self.available - self.weights.total - self.workspace - self.grammars
 
     @property
     def kv_cache(self) -> int:
@@ -142,6 +156,7 @@ class MemoryPlan:
             ),
             *self._state_rows(),
             ("workspace", workspace, "activations and logits of the largest step"),
+            *self._grammar_rows(),
             ("available", human_bytes(self.available), f"left of {self.available_of}"),
             ("computed", self.dtype, f"on {self.device}{changed}"),
             ("context", f"{self.max_model_len:,}", context),
@@ -149,11 +164,17 @@ class MemoryPlan:
             ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
         ]
 
+    def _grammar_rows(self) -> list[tuple[str, str, str]]:
+        if not self.grammars:
+            return []
+        remark = "the vocabulary, once a request is held to a grammar"
+        return [("grammars", human_bytes(self.grammars), remark)]
+
     def _cold_rows(self) -> list[tuple[str, str, str]]:
         disk = self.weights.on_disk
         if not disk:
             return []
-        left = self.available - self.weights.total - self.workspace - self.kv_cache - self.states
+        left = self.left - self.kv_cache - self.states
         fit = human_bytes(min(max(left, 0), disk))
         remark = f"experts, read as they are needed; {fit} of them fit beside all else"
         return [("on disk", human_bytes(disk), remark)]
@@ -258,6 +279,12 @@ def sampling_bytes(vocab_size: int, max_model_len: int) -> int:
     return 64 * ids + ROWS_AT_ONCE * vocab_size * 8 * _INT64
 
 
+def grammar_bytes(vocab_size: int, device: str) -> int:
+    """What following grammars takes, beside little for each."""
+    counted = device == "cpu" and vocab_size >= _LARGE_VOCABULARY
+    return _GRAMMAR_BYTES * vocab_size if counted else 0
+
+
 def plan_memory(
     model: ModelConfig,
     engine: EngineConfig,
@@ -301,6 +328,7 @@ def plan_memory(
         num_blocks=0,
         chunk=engine.max_num_batched_tokens,
         workspace=workspace,
+        grammars=grammar_bytes(model.vocab_size, device),
         available=available,
         available_of=available_of,
         max_model_len=length,
@@ -349,7 +377,7 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
     weights = plan.weights
     available = human_bytes(plan.available)
     of = f" (left of {plan.available_of})" if plan.available_of else ""
-    left = plan.available - weights.total - plan.workspace
+    left = plan.left
     if left <= 0:
         fewer = "use fewer --ranks (each has copies), " if weights.near else ""
         if weights.experts and not weights.cold:

@@ -27,11 +27,14 @@ class ReasoningSettings:
     effort   one of EFFORTS
     thinks   whether there is to be any
     budget   most tokens of it
+    lenient  where no tokens tell the end of a model's reasoning a budget counts for nothing; else
+             it is an error there
     """
 
     effort: str | None = None
     thinks: bool | None = None
     budget: int | None = None
+    lenient: bool = False
 
     def variables(self, efforts: Sequence[str]) -> dict[str, Any]:
         """What templates hear of it, by the names that they know; the nearest of the efforts that
@@ -126,6 +129,8 @@ class Conversation:
         """What is to be looked for in the reply. RequestError where the model's format of tool
         calls is not known."""
         budget = self.reasoning.budget
+        if self.reasoning.lenient and not replies.bounds_reasoning:
+            budget = None
         if not self.tools or self.choice.mode == "none":
             silent = bool(self.tools) and self._shows_tools(replies)
             return Expected(silent=silent, budget=budget)

@@ -38,15 +38,17 @@ _NOT_FILES = ["consolidated*.safetensors", "*/*.safetensors"]
 class ModelSource:
     """A model as it was asked for, and where its files are: see `find_model`.
 
-    path        a directory, or a GGUF file
-    tokenizer   the directory or GGUF file of a tokenizer that is used instead of the model's
-    file        which of several GGUF files was asked for
+    path             a directory, or a GGUF file
+    tokenizer        the directory or GGUF file of a tokenizer that is used instead of the model's
+    file             which of several GGUF files was asked for
+    tokenizer_name   what `tokenizer` was asked for as
     """
 
     name: str
     path: Path
     tokenizer: Path | None = None
     file: str | None = None
+    tokenizer_name: str | None = None
 
 
 def find_model(name: str, file: str | None = None, tokenizer: str | None = None) -> ModelSource:
@@ -55,7 +57,7 @@ def find_model(name: str, file: str | None = None, tokenizer: str | None = None)
     Raises ConfigError as resolve_model.
     """
     other = None if tokenizer is None else resolve_tokenizer(tokenizer)
-    return ModelSource(name, resolve_model(name, file), other, file)
+    return ModelSource(name, resolve_model(name, file), other, file, tokenizer)
 
 
 def resolve_model(name: str, file: str | None = None) -> Path:

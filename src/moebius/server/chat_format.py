@@ -6,8 +6,7 @@ from moebius.engine.client import TokenLogprob
 from moebius.front.assemble import Delta
 from moebius.server.formats import FLOOR, Format, Json, encoded_list
 from moebius.server.protocol import ChatRequest
-from moebius.server.stream import Call, LiveChoice
-from moebius.text import Tokenizer
+from moebius.server.stream import LiveChoice
 from moebius.text.replies import CallArguments, CallStart, Content, Event, Reasoning, Said, fold
 
 
@@ -22,16 +21,8 @@ class ChatFormat(Format):
     chunk_kind = "chat.completion.chunk"
     _request: ChatRequest
 
-    def __init__(
-        self,
-        call: Call,
-        request: ChatRequest,
-        tokenizer: Tokenizer,
-        model: str,
-        fingerprint: str,
-    ) -> None:
-        super().__init__(call, request, tokenizer, model, fingerprint)
-        self._one_tool = request.conversation.choice.one
+    def _prepare(self) -> None:
+        self._one_tool = self._request.conversation.choice.one
 
     def _beside(self) -> Json:
         first = self._call.choices[0]

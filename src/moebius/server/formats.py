@@ -85,6 +85,10 @@ class Format:
         self._begun: set[int] = set()
         self._sent: Counter[int] = Counter()
         """How many tokens a stream has sent of each choice."""
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What an endpoint's own format makes of the request before anything is answered."""
 
     def chunks(self, news: News) -> list[Json]:
         """What a stream sends: of the news, whatever says something that the client asked for."""
@@ -189,20 +193,14 @@ class CompletionFormat(Format):
     kind = chunk_kind = "text_completion"
     _request: CompletionRequest
 
-    def __init__(
-        self,
-        call: Call,
-        request: GenerationRequest,
-        tokenizer: Tokenizer,
-        model: str,
-        fingerprint: str,
-    ) -> None:
-        super().__init__(call, request, tokenizer, model, fingerprint)
+    def _prepare(self) -> None:
         # Here and not later, for a long prompt is handled on a thread of its own, and answered on
         # the event loop.
         prompts: Sequence[str | Sequence[int]] = self._request.prompt
         if self._request.truncate_prompt_tokens is not None:  # what was cut off is no prompt
-            prompts = [choice.request.prompt_ids for choice in call.choices[:: call.params.n]]
+            prompts = [
+                choice.request.prompt_ids for choice in self._call.choices[:: self._call.params.n]
+            ]
         self._echoed = [self._echo(prompt) for prompt in prompts]
 
     def _echo(self, prompt: str | Sequence[int]) -> _Echo:

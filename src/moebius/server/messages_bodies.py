@@ -19,6 +19,7 @@ Ignore = Callable[[Sequence[str]], None]
 # What a field of a chat is called here.
 _NAMES = {
     "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
     "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",
     "response_format.json_schema.schema": "output_config.format.schema",
@@ -64,11 +65,7 @@ class CountTokensBody(BaseModel):
         }
 
     def _reasoning(self) -> Json:
-        """There is none unless it is asked for, as at Anthropic's.
-
-        A budget is not passed on: it is to become `thinking_token_budget` here, where that is
-        supported.
-        """
+        """There is none unless it is asked for, as at Anthropic's."""
         given = self.thinking or {}
         kind = given.get("type")
         if kind not in (None, "enabled", "adaptive", "disabled"):
@@ -81,6 +78,8 @@ class CountTokensBody(BaseModel):
             kind = "disabled"
         if kind is not None:
             found["thinking"] = {"type": kind}
+        if kind != "disabled" and given.get("budget_tokens") is not None:
+            found["thinking_token_budget"] = given["budget_tokens"]
         return found
 
     def _tools(self) -> Json:
@@ -130,6 +129,8 @@ class MessagesChat(ChatRequest):
     id_prefix: ClassVar[str] = "msg"
     any_model: ClassVar[bool] = True
     clamps: ClassVar[bool] = True
+    # Claude Code and others like it send one to whatever model there is.
+    lenient_budget: ClassVar[bool] = True
 
     shows_thinking: bool = True
 

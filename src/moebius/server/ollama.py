@@ -23,7 +23,7 @@ from moebius.server.faults import Fault, fault_of
 from moebius.server.formats import Format
 from moebius.server.objects import object_of
 from moebius.server.ollama_bodies import OllamaBody, OllamaChat, OllamaGenerate, OllamaShow
-from moebius.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from moebius.server.protocol import ChatRequest, CompletionRequest, parse
 from moebius.server.stream import Call, LiveChoice, News
 from moebius.text import ReplyFormat, Tokenizer
 from moebius.text.replies import CallEnd, Content, Event, Reasoning, SaidCall, fold
@@ -48,15 +48,7 @@ class OllamaFormat(Format):
 
     kind = chunk_kind = ""
 
-    def __init__(
-        self,
-        call: Call,
-        request: GenerationRequest,
-        tokenizer: Tokenizer,
-        model: str,
-        fingerprint: str,
-    ) -> None:
-        super().__init__(call, request, tokenizer, model, fingerprint)
+    def _prepare(self) -> None:
         # Of the call that is open: lines hold whole ones.
         self._call_events: list[Event] = []
 

@@ -89,8 +89,7 @@ class OllamaBody(Body):
             return {"reasoning_effort": self.think}
         if self.think is None:
             return {}
-        switches = {"enable_thinking": self.think, "thinking": self.think}
-        return {"chat_template_kwargs": switches}
+        return {"thinking": {"type": "enabled" if self.think else "disabled"}}
 
 
 class OllamaChat(OllamaBody):

@@ -271,9 +271,12 @@ class Thinking(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
+    """lenient_budget: see ReasoningSettings."""
+
     id_prefix = "chatcmpl"
     prompt_param = "messages"
     continues = False
+    lenient_budget: ClassVar[bool] = False
 
     messages: Annotated[list[dict[str, Any]], PlainValidator(as_messages)]
     max_completion_tokens: int | None = None
@@ -311,7 +314,7 @@ class ChatRequest(GenerationRequest):
             self.tools,
             choice_of(self.tool_choice, self.tools),
             self.parallel_tool_calls,
-            ReasoningSettings(self.reasoning_effort, thinks, budget),
+            ReasoningSettings(self.reasoning_effort, thinks, budget, self.lenient_budget),
             self.chat_template_kwargs,
             self.documents,
             Opening(

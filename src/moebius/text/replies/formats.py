@@ -74,13 +74,21 @@ class ReplyFormat:
         thinking = Thinking.of(self._vocabulary.tokens, self._vocabulary.template, markers)
         return _Reader(markers, MarkedReply(thinking, tools))
 
+    @property
+    def bounds_reasoning(self) -> bool:
+        """Whether the model has reasoning whose markers are tokens."""
+        reader = self._plain
+        symbols = reader.markers.symbols.values()
+        return reader.talk.border is not None and all(
+            marker in symbols for marker in reader.talk.border_markers
+        )
+
     def reasoning_ends(self, prompt: EncodedPrompt) -> ReasoningEnds | None:
         """Where the reasoning of a reply to this prompt begins and ends; None where the model has
         none, or its markers are no tokens, which it may spell in several ways."""
         reader = self._plain
         border = reader.talk.border
-        symbols = reader.markers.symbols.values()
-        if border is None or not all(marker in symbols for marker in reader.talk.border_markers):
+        if border is None or not self.bounds_reasoning:
             return None
         return ReasoningEnds(
             start=self._ids(border.start),

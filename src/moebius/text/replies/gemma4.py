@@ -7,19 +7,21 @@ import json
 import re
 from collections.abc import Sequence
 
-from moebius.errors import RequestError
-from moebius.text.replies.lark import HeldTool, Lark
+from moebius.text.replies.held_notation import HeldNotation
+from moebius.text.replies.json_text import SCALAR
+from moebius.text.replies.lark import HeldTool, Lark, Schema
 from moebius.text.replies.parser import ReplyParser
 from moebius.text.replies.source import SYMBOLS, NotACall, Reading
 from moebius.text.replies.tools import ToolFormat
 
-_DEPTH = 32
+_DEPTH = 100
 _BARE = re.compile(rf"[^,:{{}}\[\]{SYMBOLS}]*")
 
 
 class Gemma4(ToolFormat):
     name = "gemma4"
     spellings = ("<|tool_call>", "<tool_call|>", '<|"|>')
+    repeats = True
 
     def read(self, reply: ReplyParser, starter: str) -> Reading[None]:
         source = reply.source
@@ -28,34 +30,35 @@ class Gemma4(ToolFormat):
         name = yield from source.word()
         arguments = yield from self._object(reply, _DEPTH)
         reply.begin(name)
-        reply.argue(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        reply.argue(arguments)
 
-    def _object(self, reply: ReplyParser, depth: int) -> Reading[dict[str, object]]:
+    def _object(self, reply: ReplyParser, depth: int) -> Reading[str]:
+        """What is read here and below is returned as JSON's text."""
         source = reply.source
-        found: dict[str, object] = {}
+        found: dict[str, str] = {}
         yield from source.expect("{")
         more = not (yield from source.accepts("}"))
         while more:
             yield from source.space()
             key = yield from self._text(reply)
             yield from source.expect(":")
-            found[key] = yield from self._value(reply, depth)
+            found[_json(key)] = yield from self._value(reply, depth)
             yield from source.space()
             more = (yield from source.expect(",", "}")) == ","
-        return found
+        return f"{{{', '.join(f'{key}: {value}' for key, value in found.items())}}}"
 
-    def _list(self, reply: ReplyParser, depth: int) -> Reading[list[object]]:
+    def _list(self, reply: ReplyParser, depth: int) -> Reading[str]:
         source = reply.source
-        found: list[object] = []
+        found: list[str] = []
         yield from source.expect("[")
         more = not (yield from source.accepts("]"))
         while more:
             found.append((yield from self._value(reply, depth)))
             yield from source.space()
             more = (yield from source.expect(",", "]")) == ","
-        return found
+        return f"[{', '.join(found)}]"
 
-    def _value(self, reply: ReplyParser, depth: int) -> Reading[object]:
+    def _value(self, reply: ReplyParser, depth: int) -> Reading[str]:
         if not depth:
             raise NotACall
         quote = self.markers[2]
@@ -65,13 +68,11 @@ class Gemma4(ToolFormat):
         if (yield from reply.source.sees("[")):
             return (yield from self._list(reply, depth - 1))
         if (yield from reply.source.sees(quote)):
-            return (yield from self._text(reply))
+            return _json((yield from self._text(reply)))
         bare = yield from self._text(reply)
-        try:
-            found: object = json.loads(bare)
-        except ValueError:
-            raise NotACall from None
-        return found
+        if SCALAR.fullmatch(bare) is None:
+            raise NotACall
+        return bare
 
     def _text(self, reply: ReplyParser) -> Reading[str]:
         """A string between quotes, or a bare word."""
@@ -85,10 +86,14 @@ class Gemma4(ToolFormat):
         return (yield from source.matching(_BARE)).strip()
 
     def held(self, lark: Lark, starter: str, tools: Sequence[HeldTool], *, several: bool) -> str:
-        """Not yet: a schema would have to be written out in the notation, value by value."""
-        raise RequestError(
-            "tools: in this model's format of tool calls (gemma4), whose arguments are in a "
-            'notation of its own, calls cannot be held to a grammar yet; use tool_choice "auto" '
-            "and leave strict out",
-            param="tools",
-        )
+        _, closer, quote = self.markers
+
+        def call(name: str, schema: Schema) -> str:
+            arguments = HeldNotation(lark, schema, quote).value({"type": "object", **schema})
+            return f"{lark.text(f'call:{name}')} {arguments} {lark.text(closer)}"
+
+        return lark.calls(tools, call)
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -10,14 +10,14 @@ from typing import Any
 from moebius.text.replies.lark import ANY, Lark, Schema, literal, one_of
 from moebius.text.replies.values import as_json, resolved, types_of
 
-_NOTES = frozenset(
+NOTES = frozenset(
     ("title", "description", "default", "examples", "deprecated", "$comment", "readOnly")
 )
 _KNOWN = ("type", "properties", "required", "additionalProperties")
-_ROOT = _NOTES.union(_KNOWN, ("$defs", "definitions", "$schema", "$id"))
+_ROOT = NOTES.union(_KNOWN, ("$defs", "definitions", "$schema", "$id"))
 # Keywords that say nothing of strings, among them.
 _OTHERS = "items minItems maxItems minimum maximum exclusiveMinimum exclusiveMaximum multipleOf"
-_STRING = _NOTES.union(
+_STRING = NOTES.union(
     _KNOWN, ("minLength", "maxLength", "pattern", "enum", "const"), _OTHERS.split()
 )
 _BOUNDS = frozenset(_OTHERS.split()[3:]).union(("enum", "const", "allOf", "not"))
@@ -128,7 +128,7 @@ def held_typed(lark: Lark, key: str, root: Schema, closer: str, openers: tuple[s
     found = []
     for each in branches:
         if untyped or _kind(each) == "string":
-            if untyped and not _NOTES.issuperset(each):
+            if untyped and not NOTES.issuperset(each):
                 lark.refuse(f"the schema of {key!r}, which has no type,")
             found.append(f"{literal(openers[0])} {held_string(lark, each, closer)}")
     others = [each for each in branches if not untyped and _kind(each) != "string"]
@@ -143,7 +143,7 @@ def python_value(lark: Lark, key: str, root: Schema) -> str:
     schema = resolved(root["properties"][key], root)
     found = [lark.json(_with_definitions(schema, root))]
     for each in _branches(schema, root):
-        if each.get("type") in _PYTHON and _NOTES.union(("type",)).issuperset(each):
+        if each.get("type") in _PYTHON and NOTES.union(("type",)).issuperset(each):
             found.append(_PYTHON[each["type"]])
     return one_of(dict.fromkeys(found))
 
@@ -184,7 +184,7 @@ def _line(lark: Lark, key: str, root: Schema, types: frozenset[str], closer: Clo
     strings = [each for each in branches if _kind(each) == "string"]
     others = types - {"string"} - _CONTAINERS
     if not strings:  # nothing is known of its type
-        if any(keyword not in _NOTES for each in branches for keyword in each):
+        if any(keyword not in NOTES for each in branches for keyword in each):
             lark.refuse(f"the schema of {key!r}, which has no type,")
         return ANY
     kinds = [_trimmed(string_kind(lark, each), closer) for each in strings]

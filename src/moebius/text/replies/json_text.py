@@ -11,7 +11,8 @@ _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})')
 _ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 # As far as a number or a word may go; what it is, is looked at when it is complete.
 _WORD = re.compile(r"[-+.0-9A-Za-z]*")
-_SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
+SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
+"""A number, true, false or null."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CLOSERS = {"{": "}", "[": "]"}
 
@@ -86,7 +87,7 @@ def _scalar(source: Source, emit: Emit) -> Reading[None]:
         if len(word) < len(source.text) or source.ended:
             break
         yield
-    if _SCALAR.fullmatch(word) is None:
+    if SCALAR.fullmatch(word) is None:
         raise NotACall
     emit(source.take(len(word)))
 

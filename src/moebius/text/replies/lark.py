@@ -82,6 +82,14 @@ class Lark:
         self._rules.append(f"{name}: {body}")
         return name
 
+    def ahead(self, write: Callable[[str], str]) -> str:
+        """The name of a new rule whose body, which `write` makes of that name, may refer to it."""
+        place = len(self._rules)
+        name = f"a{place}"
+        self._rules.append("")
+        self._rules[place] = f"{name}: {write(name)}"
+        return name
+
     def terminal(self, body: str) -> str:
         """The name of a new terminal."""
         name = f"T{len(self._rules)}"

@@ -7,7 +7,7 @@ from typing import Any
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-_KINDS = {
+TYPE_NAMES: Mapping[type, str] = {
     str: "string",
     bool: "boolean",
     int: "integer",
@@ -41,8 +41,8 @@ def _types(schema: object, root: Schema, depth: int) -> Iterator[str]:
     constant = [schema["const"]] if "const" in schema else []
     if named is None:
         for value in [*(values if isinstance(values, list) else []), *constant]:
-            yield _KINDS.get(type(value), "string")
-    yield from _types(_referred(schema.get("$ref"), root), root, depth - 1)
+            yield TYPE_NAMES.get(type(value), "string")
+    yield from _types(referred(schema.get("$ref"), root), root, depth - 1)
     for several in ("anyOf", "oneOf", "allOf"):
         branches = schema.get(several)
         for branch in branches if isinstance(branches, list) else []:
@@ -54,15 +54,17 @@ def resolved(schema: object, root: Schema) -> Schema:
     for _ in range(_DEPTH):
         if not isinstance(schema, Mapping) or "$ref" not in schema:
             break
-        schema = _referred(schema["$ref"], root)
+        schema = referred(schema["$ref"], root)
     return schema if isinstance(schema, Mapping) else {}
 
 
-def _referred(reference: object, root: Schema) -> object:
+def referred(reference: object, root: Schema) -> object:
     """What a reference inside the schema names."""
+    found: object = root
+    if reference == "#":
+        return found
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
-    found: object = root
     for step in reference[2:].split("/"):
         name = step.replace("~1", "/").replace("~0", "~")
         found = found.get(name) if isinstance(found, Mapping) else None
@@ -87,7 +89,7 @@ def as_json(text: str, types: frozenset[str]) -> str:
         return bare.lower()
     if known & {"object", "array"} and bare[:1] in ("{", "["):
         value = _parsed(bare)
-        if _KINDS.get(type(value)) in known:
+        if TYPE_NAMES.get(type(value)) in known:
             return bare
     return json.dumps(text, ensure_ascii=False)
 
