@@ -163,10 +163,6 @@ class DiskStore:
             )
         return True
 
-    def discard(self, names: Iterable[bytes]) -> None:
-        """Remove these: nobody may read them again."""
-        self._forget(tuple(names))
-
     def dropped(self, count: int) -> None:
         """So many were not written."""
         with self._lock:

@@ -96,7 +96,7 @@ class DiskTier:
     def added(self, request: Request) -> None:
         self._added.append(request)
 
-    def released(self, request: Request) -> None:
+    def ended(self, request: Request) -> None:
         """Keep what the cache has of its tokens, if they are enough."""
         load = self._loads.get(request.id)
         if load is not None:
@@ -110,12 +110,6 @@ class DiskTier:
         self.writer.offer(
             [job for job in jobs if job.name not in self._store], (job.name for job in jobs)
         )
-
-    def failed(self, request: Request) -> None:
-        load = self._loads.get(request.id)
-        if load is not None:
-            self._drop(load)
-        self.writer.withdraw(request.id)
 
     def _measure(self, now: float, counters: Counters) -> None:
         """How long the last step took, which began behind the last turn."""

@@ -15,12 +15,10 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from moebius.engine.disk_store import DiskStore
-from moebius.schedule.groups import Lineage, tainted
 from moebius.schedule.tiers import Kept
 
 MOST_WAITING = 16_384
 _NICENESS = 10
-_SPARE_LINEAGES = 4096
 
 
 class Job(NamedTuple):
@@ -55,8 +53,6 @@ class DiskWriter:
         self._busy = False
         self._stopped = False
         self._until = 0.0
-        # What is queued or was written since the start, with what it derives from.
-        self._lineages: dict[bytes, Lineage] = {}
         self._thread = threading.Thread(target=self._run, name="disk-writer", daemon=True)
         self._thread.start()
 
@@ -66,7 +62,6 @@ class DiskWriter:
             fresh = [job for job in jobs if job.name not in self._waiting]
             room = max(0, self._most - len(self._queue))
             for job in fresh[:room]:
-                self._lineages[job.name] = job.kept.entry.lineage
                 self._waiting.add(job.name)
                 self._queue.append(job)
             # Of one text the end is to go first, as in memory.
@@ -74,15 +69,6 @@ class DiskWriter:
             self._changed.notify()
         if len(fresh) > room:
             self._store.dropped(len(fresh) - room)
-
-    def withdraw(self, publisher: str) -> None:
-        """Remove what derives from this request, whose numbers went wrong."""
-        with self._changed:
-            doomed = tainted(set(self._lineages.values()), publisher)
-            names = [name for name, lineage in self._lineages.items() if lineage in doomed]
-            for name in names:
-                del self._lineages[name]
-        self._store.discard(names)
 
     def wait(self, timeout: float) -> bool:
         """Until all that was offered is written, or dropped. False where that takes longer."""
@@ -114,26 +100,13 @@ class DiskWriter:
                 self._write(work)
 
     def _write(self, job: Job) -> None:
-        lineage = job.kept.entry.lineage
-        withdrawn = self._lineages.get(job.name) is not lineage
-        copied = None if withdrawn else self._copy(job.kept)
+        copied = self._copy(job.kept)
         if copied is None:
             self._store.dropped(1)
-        written = copied is not None and self._store.write(job.name, copied)
+        else:
+            self._store.write(job.name, copied)
         with self._changed:
             self._waiting.discard(job.name)
-            good = self._lineages.get(job.name) is lineage
-            if good and not written:
-                del self._lineages[job.name]
-            if len(self._lineages) > 2 * self._store.stats().files + _SPARE_LINEAGES:
-                self._forget_lost()
-        if written and not good:
-            self._store.discard((job.name,))
-
-    def _forget_lost(self) -> None:
-        for name in list(self._lineages):
-            if name not in self._store and name not in self._waiting:
-                del self._lineages[name]
 
 
 def _let_others_first() -> None:

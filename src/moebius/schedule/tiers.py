@@ -8,7 +8,7 @@ held between two steps, and a request that waits too long is computed as if ther
 These calls are plain data, and a trace that has them makes the same decisions again.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -22,7 +22,7 @@ from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan, WaitReason, _Draft
 
 FETCHED = Lineage("")
-"""What comes from a tier derives from no request that could still fail."""
+"""What comes from a tier derives from no request that could still fail: see `kept`."""
 
 
 class Piece(NamedTuple):
@@ -61,11 +61,8 @@ class Watcher(Protocol):
     def added(self, request: Request) -> None:
         """It is queued, and was never planned."""
 
-    def released(self, request: Request) -> None:
-        """It is about to give back all that it holds: finished, or preempted."""
-
-    def failed(self, request: Request) -> None:
-        """What it published was withdrawn, and all that derives from it."""
+    def ended(self, request: Request) -> None:
+        """It is over, and about to give back all that it holds."""
 
 
 class TieredScheduler(Scheduler):
@@ -143,17 +140,24 @@ class TieredScheduler(Scheduler):
             self._touch(self._requests[request_id])
 
     def kept(self, request: Request) -> Iterator[Kept]:
-        """What the cache holds of a request that is being released, from its beginning on."""
+        """What the cache holds of a request that has ended, from its beginning on.
+
+        Without what derives from a request that is unfinished: it may fail yet, and what a tier has
+        is withdrawn from nobody. It is kept when that request has ended.
+        """
         groups: list[int | None] = list(range(len(self.pool.groups.blocks)))
         if self.pool.states is not None:
             groups.append(None)
-        for index in range(request.num_published_blocks):
-            digest = request.block_hashes[index]
+        unfinished = self._requests.keys() - {request.id}
+        sound: set[Lineage] = set()
+        for number in range(request.num_published_blocks):
+            digest = request.block_hashes[number]
             for group in groups:
                 place = self._found(group).get(digest)
                 entry = None if place is None else self._places(group)._entries[place]
-                if place is not None and entry is not None:
-                    yield Kept(Piece(group, index), digest, place, entry)
+                if place is None or entry is None or _derives(entry.lineage, unfinished, sound):
+                    continue
+                yield Kept(Piece(group, number), digest, place, entry)
 
     def holds(self, kept: Kept) -> bool:
         """Whether that piece has lain there ever since; safe to ask from any thread."""
@@ -169,26 +173,15 @@ class TieredScheduler(Scheduler):
             del self._awaited[request_id]
         return super().plan(now)
 
-    def fail(self, request_id: str) -> Request | None:
-        request = super().fail(request_id)
-        if request is not None and self.watcher is not None:
-            self.watcher.failed(request)
-        return request
-
     def _admit(self, request: Request, promised: int, draft: _Draft) -> WaitReason | None:
         if request.id in self._awaited:
             return "prefix_on_disk"
         return super()._admit(request, promised, draft)
 
-    def _preempt(self, victim: Request) -> None:
-        if self.watcher is not None:
-            self.watcher.released(victim)
-        super()._preempt(victim)
-
     def _finish(self, request: Request, reason: FinishReason) -> Request:
         self._awaited.pop(request.id, None)
-        if self.watcher is not None and reason is not FinishReason.ERROR:
-            self.watcher.released(request)
+        if self.watcher is not None:
+            self.watcher.ended(request)
         return super()._finish(request, reason)
 
     def _places(self, group: int | None) -> Places:
@@ -208,6 +201,21 @@ class TieredScheduler(Scheduler):
                 place = cached.get(digest)
                 if place is not None and place in evictable:
                     evictable.move_to_end(place)
+
+
+def _derives(lineage: Lineage, publishers: Container[str], sound: set[Lineage]) -> bool:
+    """Whether a lineage leads back to one of these; `sound` are known to lead to none, and grow."""
+    seen: set[Lineage] = set()
+    stack = [lineage]
+    while stack:
+        each = stack.pop()
+        if each.publisher in publishers:
+            return True
+        if each not in sound and each not in seen:
+            seen.add(each)
+            stack += each.parents
+    sound |= seen
+    return False
 
 
 def _reach(pool: BlockPool, hashes: Sequence[bytes], has: Stored) -> int:
