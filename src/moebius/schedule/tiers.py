@@ -107,6 +107,7 @@ class TieredScheduler(Scheduler):
         """Let a waiting request wait for what is fetched, at most until then. What is cached of its
         prefix is evicted last from now on, as if it had been used."""
         request = self._requests[request_id]
+        self.pool._hash_blocks(request, self.pool._readable_blocks(request))  # what lands has them
         self._touch(request)
         self._awaited[request_id] = until
 
