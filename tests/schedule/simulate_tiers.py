@@ -39,9 +39,11 @@ class Tier:
         self.late = 0
         self.torn = 0
         # How often a write, a read and a request get on, and how often a read fails.
-        self.speed = rng.choice((0.2, 0.8, 1.0))
+        self.speed = rng.choice((0.6, 0.95, 1.0))
         self.failure = rng.choice((0.0, 0.0, 0.1))
-        self.most = rng.choice((3, 30, 1000))
+        self.most = rng.choice((10, 100, 1000))
+        # How often the memory forgets what nobody holds, as it does in a restart.
+        self.forgetting = rng.choice((0.0, 0.05, 0.2))
         self.scheduler.watcher = self
 
     def added(self, request: Request) -> None:
@@ -54,16 +56,25 @@ class Tier:
     def turn(self, now: float) -> None:
         """What happens between two steps."""
         self._copy()
-        for request in self.fresh:
-            self._ask(request, now)
-        self.fresh.clear()
+        if self.rng.random() < self.forgetting:
+            self._forget()
         for fetch in list(self.fetches.values()):
             if fetch.request.id not in self.scheduler.awaited:
                 self.late += 1
                 del self.fetches[fetch.request.id]
             else:
                 self._land(fetch)
+        for request in self.fresh:
+            self._ask(request, now)
+        self.fresh.clear()
         self.episode.checker.fetched()
+
+    def _forget(self) -> None:
+        pool = self.scheduler.pool
+        for places in (pool, pool.states):
+            for place in [] if places is None else list(places._evictable):
+                if place in places._evictable:  # it may have gone with the block before it
+                    places._discard(place)
 
     def _copy(self) -> None:
         checker = self.episode.checker

@@ -3,11 +3,11 @@
 import logging
 import sys
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from moebius import __version__
 from moebius.engine.config import EngineConfig
 from moebius.engine.disk_store import DiskBounds, DiskStore
 from moebius.engine.disk_tier import DiskTier
@@ -87,7 +87,7 @@ def realm(model: ModelConfig) -> bytes:
     cache's own description name: which program computed them, and with which of the model's
     variants. Nothing that changes no byte: no context, batch, thread, rank or port."""
     digest = blake2b(digest_size=32, person=b"moebius-disk")
-    for part in (__version__, torch.__version__, repr(model.layers)):
+    for part in (version("moebius"), torch.__version__, repr(model.layers)):
         digest.update(len(part).to_bytes(8, "little") + part.encode())
     kernels = sys.modules.get("moebius._cpu")
     if kernels is not None and kernels.__file__ is not None:

@@ -13,7 +13,7 @@ from moebius.engine.counters import Counters
 from moebius.engine.disk_pace import Pace
 from moebius.engine.disk_reader import DiskReader, Load, Read
 from moebius.engine.disk_store import DiskStore
-from moebius.engine.disk_writer import DiskWriter, Job
+from moebius.engine.disk_writer import DiskWriter
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.tracing import Tracing
 from moebius.schedule.request import Request
@@ -24,7 +24,7 @@ LEAST_TOKENS = 256
 _LANDED_BYTES = 32 * 2**20
 """What is put into the cache between two steps while there are requests that go on: milliseconds"""
 _NAP_SECONDS = 0.002
-_CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 3.0
 
 
 class DiskTier:
@@ -52,7 +52,7 @@ class DiskTier:
         self._least = least
         self.pace = Pace()
         self.reader = DiskReader(store, cache, self.pace)
-        self.writer = DiskWriter(store, self._copied)
+        self.writer = DiskWriter(store, self._kept_name, self._copied)
         groups: list[int | None] = list(range(len(scheduler.pool.groups.blocks)))
         if scheduler.pool.states is not None:
             groups.append(None)
@@ -78,7 +78,8 @@ class DiskTier:
             if load.request.id not in self._scheduler.awaited:  # its time ran out
                 self._late += 1
                 self._drop(load)
-        self._land(trace)
+        if self._reads:
+            self._land(trace)
         if self._loads and not self._scheduler.num_running and self._nap:
             self.reader.wait(self._nap)
             self._land(trace)
@@ -87,7 +88,7 @@ class DiskTier:
         return self._store.stats() + DiskStats(late=self._late)
 
     def close(self) -> None:
-        """Write what waits to be written, for two seconds at most, and let the folder go."""
+        """Write what waits to be written, for three seconds at most, and let the folder go."""
         self._scheduler.watcher = None
         self.reader.close(_CLOSE_SECONDS)
         self.writer.close(_CLOSE_SECONDS)
@@ -103,13 +104,7 @@ class DiskTier:
             self._drop(load)
         if request.num_published_blocks * self._scheduler.pool.block_size < self._least:
             return
-        jobs = [
-            Job(self._name(kept.piece.group, kept.digest), kept)
-            for kept in self._scheduler.kept(request)
-        ]
-        self.writer.offer(
-            [job for job in jobs if job.name not in self._store], (job.name for job in jobs)
-        )
+        self.writer.offer(list(self._scheduler.kept(request)))
 
     def _measure(self, now: float, counters: Counters) -> None:
         """How long the last step took, which began behind the last turn."""
@@ -195,6 +190,9 @@ class DiskTier:
     def _name(self, group: int | None, digest: bytes) -> bytes:
         """What a piece is kept under: a keyed digest, as prefix hashes are."""
         return self._scheduler.pool.hasher.digest(b"stored", self._realms[group], digest)
+
+    def _kept_name(self, kept: Kept) -> bytes:
+        return self._name(kept.piece.group, kept.digest)
 
     def _copied(self, kept: Kept) -> memoryview | None:
         """The piece's bytes, unless it has gone meanwhile; on the writer's thread."""
