@@ -43,7 +43,7 @@ CORE = (
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
 # What only training uses, where experts lie, whose turn it is among several owners of requests (with
-# one, that is their order), and what only some models have: recurrent layers,
+# one, that is their order), what waits for a disk, and what only some models have: recurrent layers,
 # narrower experts, a dense part beside experts. A mixer (nn/mixers/) is read by who wants to know
 # that mixer, as a family is.
 NOT_CORE = {
@@ -59,6 +59,7 @@ NOT_CORE = {
     "moe/ranks.py",
     "moe/share.py",
     "schedule/states.py",
+    "schedule/tiers.py",
     "schedule/turns.py",
 }
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import loop_guard
 from moebius.engine.config import EngineConfig
+from moebius.engine.disk_directory import launch_key
 from moebius.engine.in_process import InProcessClient
 from moebius.engine.load import load_engine
-from moebius.front.choices import draw_prefix_key
 from moebius.server.app import create_app
 from moebius.server.run import Server
 from moebius.server.settings import ServerSettings
@@ -30,7 +30,7 @@ def serving(
     tokenizer = Tokenizer.load(directory)
     defaults = GenerationDefaults.load(directory, tokenizer)
     config = EngineConfig(kv_cache_memory_bytes=2**24, **options)
-    key = draw_prefix_key()
+    key = launch_key(config)
     engine = load_engine(directory, config, eos_ids=defaults.eos_ids, prefix_key=key)
     client = InProcessClient(engine, step_deadline=60)
     settings = ServerSettings((name,), api_keys=api_keys)

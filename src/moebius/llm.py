@@ -19,6 +19,7 @@ from moebius import logs
 from moebius.cluster.engines import EngineProcesses
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.engine.config import EngineConfig
+from moebius.engine.disk_directory import launch_key
 from moebius.engine.inline import InlineClient
 from moebius.engine.interrupts import Uninterrupted
 from moebius.engine.load import check_ranks, load_engine
@@ -26,7 +27,7 @@ from moebius.engine.supervisor import EngineProcess
 from moebius.engine.wire import Launch
 from moebius.errors import OverloadError, RequestError
 from moebius.front.assemble import Delta
-from moebius.front.choices import Choice, ChoiceOpener, draw_prefix_key
+from moebius.front.choices import Choice, ChoiceOpener
 from moebius.front.conversation import Conversation, Opening, ReasoningSettings
 from moebius.front.results import RequestOutput
 from moebius.front.sessions import Session, Sessions
@@ -199,7 +200,7 @@ class LLM:
             raise TypeError("a ModelSource names its file and tokenizer itself: see find_model")
         self.tokenizer, self.defaults = load_text(model.path, model.tokenizer)
         replies = self.tokenizer.replies.with_tools(tool_format)
-        key = draw_prefix_key()
+        key = launch_key(self.config)
         self._engines: EngineProcesses | None = None
         self.client = self._start(model, key)
         info = self.client.info

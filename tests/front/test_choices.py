@@ -9,7 +9,7 @@ import pytest
 
 from moebius.engine.client import EngineInfo
 from moebius.errors import RequestError
-from moebius.front.choices import Choice, ChoiceOpener, choice_seed, draw_prefix_key
+from moebius.front.choices import Choice, ChoiceOpener, choice_seed
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.text import EncodedPrompt
 from server.serving import tokenizer
@@ -62,7 +62,3 @@ def test_each_prompt_draws_a_seed_where_none_is_given() -> None:
 def test_a_wrong_prompt_is_refused_before_any_choice() -> None:
     with pytest.raises(RequestError, match="token id 400"):
         opened(ChoiceOpener(tokenizer(), INFO), EncodedPrompt([400]), n=2)
-
-
-def test_a_launch_has_a_key_of_its_own() -> None:
-    assert len(draw_prefix_key()) == 32 and draw_prefix_key() != draw_prefix_key()

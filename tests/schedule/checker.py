@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
@@ -110,6 +110,14 @@ class Track:
     blocks: int = 0
 
 
+class Held(NamedTuple):
+    """What truly lies in a block or in a slot, and who has written what it derives from."""
+
+    tokens: list[int]
+    state: int | None
+    writers: frozenset[str]
+
+
 class Checker:
     """One scheduler's observer. Tell it what happens; it raises Violation as soon as something is
     wrong."""
@@ -134,6 +142,8 @@ class Checker:
         self._sharers: Counter[bytes] = Counter()
         self._snapshots = SnapshotWatch(self)
         self._turns = TurnWatch(self.broken)
+        # Until when requests wait at most for a prefix that another tier has.
+        self.fetching: dict[str, float] = {}
 
     def broken(self, invariant: str, message: str) -> NoReturn:
         raise Violation(invariant, message, seed=self.seed, step=self.step)
@@ -178,6 +188,7 @@ class Checker:
         for track in self.tracks.values():
             if track.request.asked.deadline is not None and track.request.asked.deadline <= now:
                 self.broken("I8", f"{track.request.id} is unfinished after its deadline")
+        self.fetching = {name: until for name, until in self.fetching.items() if until > now}
         self._check_victims(plan)
         self._turns.planned(plan)
         self._check_chunks(plan)
@@ -202,6 +213,8 @@ class Checker:
             if track is None or track.request.status is not RequestStatus.RUNNING:
                 self.broken("I10", f"{chunk.request_id} is computed, but does not run")
             request = track.request
+            if request.id in self.fetching:
+                self.broken("I7", f"{request.id} is computed, and its prefix is being fetched")
             if track.start is None:
                 self._check_hit(request, chunk.start)
             elif chunk.start != track.start:
@@ -308,7 +321,10 @@ class Checker:
             )
         if computed & plan.waiting.keys() or computed | plan.waiting.keys() != self.tracks.keys():
             self.broken("I7", "some requests have neither chunk nor reason, or both")
-        if self.tracks and not computed:
+        for_disk = {name for name, why in plan.waiting.items() if why == "prefix_on_disk"}
+        if not for_disk <= self.fetching.keys():
+            self.broken("I7", f"{for_disk - self.fetching.keys()} wait for what nobody fetches")
+        if self.tracks.keys() > for_disk and not computed:
             self.broken(
                 "I8", f"nothing is computed for {len(self.tracks)} requests: {dict(plan.waiting)}"
             )
@@ -354,6 +370,27 @@ class Checker:
             self._write(chunk, holders, cached)
         self._save_states(plan)
         return {c.request_id: self.tracks[c.request_id].values[c.end - 1] for c in plan.chunks}
+
+    def held(self, group: int | None, place: int) -> Held:
+        """What a block holds, or, without a group, a slot of states."""
+        if group is None:
+            return Held([], self._states[place], self._state_writers[place])
+        return Held(list(self._contents[place]), None, self._writers[place])
+
+    def landed(self, group: int | None, place: int, held: Held) -> None:
+        """This was put into a place by another tier."""
+        if group is None:
+            self._states[place] = held.state
+            self._state_writers[place] = held.writers
+        else:
+            self._contents[place] = held.tokens
+            self._groups[place] = group
+            self._writers[place] = held.writers
+
+    def fetched(self) -> None:
+        """Pieces came from another tier between two steps, and others went for them."""
+        self._snapshots.fetched()
+        self.books()
 
     def _read(self, chunk: Chunk) -> None:
         size, values = self.pool.block_size, self.tracks[chunk.request_id].values

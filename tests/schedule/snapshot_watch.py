@@ -271,6 +271,16 @@ class SnapshotWatch:
             certain = start not in self._odd and (digest == start or len(twins) == 1)
             (self._first if certain and not owned else self._unsure).add(digest)
 
+    def fetched(self) -> None:
+        """Some came from another tier, and others went for them; of which kind they are cannot be
+        told."""
+        found = self._found()
+        new = found.keys() - self._known
+        self._used |= dict.fromkeys(new, self._checker.step)
+        self._unsure |= new
+        self._odd |= new
+        self._known = set(found)
+
     def withdrawn(self) -> None:
         """A request has failed: what derives from it is gone."""
         self._known &= self._found().keys()

@@ -63,7 +63,7 @@ class TurnWatch:
         asked: set[str] = set()
         while (request := self._next(asked)) is not None:
             reason = plan.waiting.get(request.id)
-            if reason == "prefix_in_flight":
+            if reason in ("prefix_in_flight", "prefix_on_disk"):
                 asked.add(request.id)
             elif reason is not None:
                 break

@@ -36,7 +36,20 @@ COUNTERS = {
     "request_success",
     "admission_rejections",
 }
-OWN_COUNTERS = {"engine_restarts", "requests_replayed", "tool_calls"}
+OWN_COUNTERS = {"engine_restarts", "requests_replayed", "tool_calls"} | {
+    f"kv_disk_{what}"
+    for what in (
+        "reads",
+        "misses",
+        "writes",
+        "dropped",
+        "evictions",
+        "late",
+        "read_bytes",
+        "written_bytes",
+    )
+}
+OWN_GAUGES = {"kv_disk_files", "kv_disk_bytes"}
 HISTOGRAMS = {
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
@@ -95,7 +108,9 @@ def test_all_families_under_both_names() -> None:
                 for name, kind in types.items()
                 if name.startswith(prefix)
             }
-            assert {name for name, kind in found.items() if kind == "gauge"} == GAUGES
+            own_gauges = OWN_GAUGES if prefix == "moebius_" else set()
+            gauges = {name for name, kind in found.items() if kind == "gauge"}
+            assert gauges == GAUGES | own_gauges
             own = OWN_COUNTERS if prefix == "moebius_" else set()
             assert {name for name, kind in found.items() if kind == "counter"} == COUNTERS | own
             assert {name for name, kind in found.items() if kind == "histogram"} == HISTOGRAMS
@@ -108,7 +123,7 @@ def test_all_families_under_both_names() -> None:
             n.startswith(("process_", "http_")) for n in rest
         )
         shared = GAUGES | COUNTERS | HISTOGRAMS
-        assert len(types) == 2 * len(shared) + len(OWN_COUNTERS) + len(rest)
+        assert len(types) == 2 * len(shared) + len(OWN_COUNTERS | OWN_GAUGES) + len(rest)
         assert values["process_resident_memory_bytes", None] > 2**20
         assert (
             values["moebius_iteration_tokens_total_count", None]

@@ -109,16 +109,16 @@ def _batch(model: "ModelSource", config: EngineConfig, batch: Path, output: Path
 
 
 async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], out: Any) -> int:
+    from moebius.engine.disk_directory import launch_key
     from moebius.engine.in_process import InProcessClient
     from moebius.engine.load import load_engine
-    from moebius.front.choices import draw_prefix_key
     from moebius.server.app import create_app
     from moebius.server.batch import run_batch
     from moebius.server.settings import ServerSettings
     from moebius.text import load_text
 
     tokenizer, defaults = load_text(model.path, model.tokenizer)
-    key = draw_prefix_key()
+    key = launch_key(config)
     engine = load_engine(
         model.path,
         config,

@@ -218,15 +218,15 @@ def load_app(
     the error that this ends with.
     """
     # While the processes start.
+    from moebius.engine.disk_directory import launch_key
     from moebius.engine.wire import Launch
-    from moebius.front.choices import draw_prefix_key
     from moebius.server.app import create_app
     from moebius.server.spans import Spans
     from moebius.text import load_text
 
     spans = Spans.from_environment()
     tokenizer, generation = load_text(model.path, model.tokenizer)
-    key = draw_prefix_key()
+    key = launch_key(config)
     ends = generation.eos_ids
     launch = Launch(
         str(model.path.absolute()),

@@ -10,7 +10,7 @@ matched in the engine's process, where the logits are (engine/constraints.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 from msgspec import Struct
@@ -102,6 +102,41 @@ STEP_TOKENS_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 
 
 @dataclass(frozen=True, slots=True)
+class DiskStats:
+    """A KV cache on disk. Files are blocks of keys and values, and snapshots of states; all but the
+    first two only grow.
+
+    files, nbytes     what is there, of this engine's own
+    reads, writes     files read and found good, and written
+    misses            files that were gone, damaged or not to be read, when they were wanted
+    dropped           files not written: the queue was full, there was no room, or their blocks were
+                      used for something else meanwhile
+    evictions         files removed for want of room
+    late              requests that waited for their prefix in vain
+    """
+
+    files: int = 0
+    nbytes: int = 0
+    reads: int = 0
+    misses: int = 0
+    writes: int = 0
+    dropped: int = 0
+    evictions: int = 0
+    late: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    def __add__(self, other: "DiskStats") -> "DiskStats":
+        sums = (getattr(self, each.name) + getattr(other, each.name) for each in fields(self))
+        return DiskStats(*sums)
+
+    @property
+    def counters(self) -> "DiskStats":
+        """Without what is there."""
+        return replace(self, files=0, nbytes=0)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of the engine's gauges and counters. Counters only grow; tokens and requests are
     counts.
@@ -113,7 +148,7 @@ class EngineStats:
     blocks, and of slots of recurrent states, cached ones have no user, and hold what a later
     sequence may start from. last_step and now are on the engine's monotonic clock, in seconds.
     restarts counts engines that took the place of lost ones, and replayed the requests that were
-    asked for again. traffic is what was exchanged with other ranks.
+    asked for again. traffic is what was exchanged with other ranks, disk the KV cache on disk.
     """
 
     running: int = 0
@@ -141,6 +176,7 @@ class EngineStats:
     restarts: int = 0
     replayed: int = 0
     traffic: Traffic = field(default_factory=Traffic)
+    disk: DiskStats = field(default_factory=DiskStats)
 
     @property
     def kv_cache_usage(self) -> float:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from moebius.errors import ConfigError, require_seconds, require_word
+from moebius.errors import ConfigError, require, require_seconds, require_word
 from moebius.schedule.config import SchedulerConfig
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -41,6 +41,12 @@ class EngineConfig(SchedulerConfig):
     kv_cache_memory_bytes: Annotated[
         int | None, "What the KV cache reserves; default: see `moebius plan`."
     ] = None
+    kv_cache_disk: Annotated[
+        str | None,
+        "Directory, of nobody else's, that keeps what requests leave of the KV cache: it is found "
+        "again after a restart. Needs --kv-cache-disk-bytes.",
+    ] = None
+    kv_cache_disk_bytes: Annotated[int | None, "Most bytes that it takes, of all ranks."] = None
     step_deadline: Annotated[float, "Seconds after which a step without progress is a failure."] = (
         120.0
     )
@@ -83,6 +89,7 @@ class EngineConfig(SchedulerConfig):
         require_word("device", self.device, Device)
         require_word("switch_capacity", self.switch_capacity, SwitchCapacity)
         require_seconds("step_deadline", self.step_deadline)
+        self._check_disk()
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks!r}; it must be a number of at least 1")
         if not self.expert_placement:
@@ -92,3 +99,16 @@ class EngineConfig(SchedulerConfig):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, but one rank holds all experts; set ranks"
                 )
+
+    def _check_disk(self) -> None:
+        require(
+            (self.kv_cache_disk is None) == (self.kv_cache_disk_bytes is None),
+            "kv_cache_disk and kv_cache_disk_bytes go together: name a directory, and how many "
+            "bytes it may take",
+        )
+        if self.kv_cache_disk is not None:
+            require(self.kv_cache_disk != "", "kv_cache_disk is empty; name a directory")
+            require(
+                self.enable_prefix_caching,
+                "kv_cache_disk is a part of the prefix cache, and enable_prefix_caching is off",
+            )

@@ -1,32 +1,38 @@
 """What an engine counts from its start on, and the snapshot of it that its clients see."""
 
 from bisect import bisect_left
+from collections.abc import Callable
 
-from moebius.engine.client import STEP_TOKENS_BOUNDS, EngineStats
+from moebius.engine.client import STEP_TOKENS_BOUNDS, DiskStats, EngineStats
 from moebius.schedule.scheduler import Scheduler
 
 
 class Counters:
-    """Counts that only grow; the engine's thread adds, any thread may read."""
+    """Counts that only grow; the engine's thread adds, any thread may read.
 
-    def __init__(self, now: float) -> None:
-        self._last_step = now
+    last_step   when that was over
+    tokens      computed so far, prompts' and drawn ones alike
+    """
+
+    def __init__(self, now: float, disk: Callable[[], DiskStats] = DiskStats) -> None:
+        self._disk = disk
+        self.last_step = now
         self._steps = 0
         self._prompt_tokens = 0
         self._prompt_tokens_cached = 0
         self._generation_tokens = 0
         self._step_tokens = [0] * (len(STEP_TOKENS_BOUNDS) + 1)
-        self._step_tokens_sum = 0
+        self.tokens = 0
 
     def step(self, now: float) -> None:
         """A step is over."""
         self._steps += 1
-        self._last_step = now
+        self.last_step = now
 
     def computed(self, tokens: int) -> None:
         """A step computed so many tokens, prompts' and drawn ones alike."""
         self._step_tokens[bisect_left(STEP_TOKENS_BOUNDS, tokens)] += 1
-        self._step_tokens_sum += tokens
+        self.tokens += tokens
 
     def drawn(self, tokens: int) -> None:
         self._generation_tokens += tokens
@@ -59,8 +65,9 @@ class Counters:
             prompt_tokens_cached=self._prompt_tokens_cached,
             generation_tokens=self._generation_tokens,
             step_tokens=tuple(self._step_tokens),
-            step_tokens_sum=self._step_tokens_sum,
-            last_step=self._last_step,
+            step_tokens_sum=self.tokens,
+            last_step=self.last_step,
             now=now,
             ready=True,
+            disk=self._disk(),
         )

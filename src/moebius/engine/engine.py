@@ -14,11 +14,12 @@ from moebius.engine.batch import Batch, build_batch
 from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
 from moebius.engine.constraints import Constraints
 from moebius.engine.counters import Counters
-from moebius.engine.faults import failed, failure
+from moebius.engine.faults import failed, failure, told
 from moebius.engine.outputs import Outputs
 from moebius.engine.prompt_scores import PromptRows, score
 from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite
+from moebius.engine.tier import NO_TIER, Tier
 from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
 from moebius.errors import DeadlineError, EngineError, MoebiusError, PeerError
@@ -49,6 +50,7 @@ class Engine:
         constraints: Constraints | None = None,
         *,
         trace: TraceWriter | None = None,
+        tier: Tier = NO_TIER,
         torch_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -58,8 +60,9 @@ class Engine:
         self.clock = clock
         self._constraints = constraints or Constraints(None, info.limits.vocab_size, info.eos_ids)
         self._trace = Tracing(trace)
+        self._tier = tier
         self._torch_threads = TorchThreads(torch_threads)
-        self._counters = Counters(clock())
+        self._counters = Counters(clock(), tier.stats)
         self._outputs = Outputs(self._counters)
 
     @property
@@ -77,16 +80,13 @@ class Engine:
         """Queue what a client asks for; a refusal, or whatever fails, is its only output."""
         try:
             self.add(Request(asked, self.info.start_ids))
-        except MoebiusError as error:
-            return [failed(asked.id, error)]
         except Exception as error:
-            return [failed(asked.id, failure("queueing a request", error))]
+            return [failed(asked.id, told("queueing a request", error))]
         return []
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request between two steps; None if it is not here (any more)."""
-        request = self.scheduler.abort(request_id)
-        if request is None:
+        if self.scheduler.abort(request_id) is None:
             return None
         self._trace.record(lambda trace: trace.abort(request_id, FinishReason.ABORT))
         error = EngineError("the request was aborted")
@@ -141,12 +141,14 @@ class Engine:
         return self.runner.expert_counts.read()
 
     def close(self) -> None:
-        """Finish the trace, and let grammars' threads go."""
+        """Finish the trace, and let grammars' threads go, and the other tier's."""
+        self._tier.close()
         self._constraints.close()
         self._trace.close()
 
     def _plan(self) -> StepPlan:
         now = self.clock()
+        self._tier.turn(now, self._counters, self._trace)
         plan = self.scheduler.plan(now)
         self._trace.record(lambda trace: trace.plan(now, plan))
         return plan

@@ -23,6 +23,11 @@ def failure(what: str, error: Exception) -> EngineError:
     return told
 
 
+def told(what: str, error: Exception) -> MoebiusError:
+    """What the client is told: what was raised on purpose, or else a failure."""
+    return error if isinstance(error, MoebiusError) else failure(what, error)
+
+
 def lost(cause: EngineError) -> EngineLostError:
     """What requests end with whose engine is gone because of `cause`."""
     return EngineLostError(str(cause), error_id=cause.error_id)

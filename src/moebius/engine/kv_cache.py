@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -191,22 +192,56 @@ class KVCache:
 
         IndexError for a block or a group that is none of this cache's.
         """
-        return _seal(self._block_header(group), self._block_memory(group, block))
+        return bytes(self.sealed(group, block))
 
     def write_block(self, group: int, block: int, data: bytes) -> None:
         """Put back what `read_block` gave.
 
         Raises CacheDataError where that is another cache's, or damaged; nothing is written then.
         """
-        _unseal(data, self._block_header(group), self._block_memory(group, block))
+        self._memory(group, block)
+        self.fill(group, block, self.opened(group, data))
 
     def read_state(self, slot: int) -> bytes:
         """All layers' states in a slot, as `read_block` has it."""
-        return _seal(self._state_header(), self._state_memory(slot))
+        return bytes(self.sealed(None, slot))
 
     def write_state(self, slot: int, data: bytes) -> None:
         """Put back what `read_state` gave, or raise CacheDataError."""
-        _unseal(data, self._state_header(), self._state_memory(slot))
+        self._memory(None, slot)
+        self.fill(None, slot, self.opened(None, data))
+
+    def describe(self, group: int | None) -> bytes:
+        """What tells the bytes of a group's blocks from those of any other cache; with None, the
+        bytes of a slot of states."""
+        header = self._state_header() if group is None else self._block_header(group)
+        return json.dumps(header, sort_keys=True).encode()
+
+    def piece_bytes(self, group: int | None) -> int:
+        """Bytes of memory that a block of this group takes, or with None a slot of states."""
+        return sum(part.nbytes for part in self._memory(group, 0))
+
+    def sealed(self, group: int | None, place: int) -> memoryview:
+        """What `read_block` and, with None, `read_state` give.
+
+        Another thread may write to this place meanwhile; then what this gives is worth nothing.
+        """
+        return _seal(self.describe(group), self._memory(group, place))
+
+    def opened(self, group: int | None, data: bytes | memoryview) -> list[memoryview]:
+        """Check what `sealed` gave, on any thread: its memory, for `fill`, or CacheDataError."""
+        sizes = [part.nbytes for part in self._memory(group, 0)]
+        return _open(memoryview(data), self.describe(group), sizes)
+
+    def fill(self, group: int | None, place: int, pieces: Sequence[memoryview]) -> None:
+        """Put the memory of `opened` to this place, which is nobody else's."""
+        for part, piece in zip(self._memory(group, place), pieces, strict=True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that what is read alone cannot be written
+                _bytes_of(part).copy_(torch.frombuffer(piece, dtype=torch.uint8))
+
+    def _memory(self, group: int | None, place: int) -> list[Tensor]:
+        return self._state_memory(place) if group is None else self._block_memory(group, place)
 
     def _members(self, group: int) -> list[int]:
         places = self.layout.places
@@ -300,41 +335,46 @@ def _offset_name(offset: Tensor | None) -> str | None:
     return blake2b(_bytes_of(offset).cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def _seal(header: dict[str, Any], parts: Sequence[Tensor]) -> bytes:
-    """Magic, length of the header, header, memory, checksum of all of it."""
-    described = _described(header)
-    memory = [_bytes_of(part).cpu().numpy().tobytes() for part in parts]
-    sealed = b"".join((_MAGIC, len(described).to_bytes(4, "little"), described, *memory))
-    return sealed + blake2b(sealed, digest_size=_CHECKSUM_BYTES).digest()
+def _seal(described: bytes, parts: Sequence[Tensor]) -> memoryview:
+    """Magic, length of the header, header, memory, checksum of all of it.
+
+    By numpy, whose copies let other threads run and start none.
+    """
+    start = b"".join((_MAGIC, len(described).to_bytes(4, "little"), described))
+    memory = sum(part.nbytes for part in parts)
+    sealed = np.empty(len(start) + memory + _CHECKSUM_BYTES, np.uint8)
+    end = len(start)
+    sealed[:end] = np.frombuffer(start, np.uint8)
+    for part in parts:
+        np.copyto(sealed[end : end + part.nbytes], _bytes_of(part).cpu().numpy())
+        end += part.nbytes
+    view = sealed.data
+    view[end:] = blake2b(view[:end], digest_size=_CHECKSUM_BYTES).digest()
+    return view
 
 
-def _unseal(data: bytes, header: dict[str, Any], parts: Sequence[Tensor]) -> None:
-    """Check all of `data`, then copy it to `parts`."""
+def _open(data: memoryview, described: bytes, sizes: Sequence[int]) -> list[memoryview]:
+    """Check all of `data`; the memory in it, in parts of these sizes."""
     start = len(_MAGIC) + 4
-    if len(data) < start + _CHECKSUM_BYTES or not data.startswith(_MAGIC):
+    if len(data) < start + _CHECKSUM_BYTES or data[: len(_MAGIC)] != _MAGIC:
         raise CacheDataError("this is no block or state of a cache")
     sealed = data[:-_CHECKSUM_BYTES]
     if blake2b(sealed, digest_size=_CHECKSUM_BYTES).digest() != data[-_CHECKSUM_BYTES:]:
         raise CacheDataError("the bytes of a block or state do not match their checksum")
     end = start + int.from_bytes(sealed[len(_MAGIC) : start], "little")
-    if sealed[start:end] != _described(header):
-        raise CacheDataError(
-            f"the bytes are of another cache: {_difference(sealed[start:end], header)}"
-        )
-    memories = [_bytes_of(part) for part in parts]
-    wanted = sum(map(len, memories))
+    if sealed[start:end] != described:
+        difference = _difference(bytes(sealed[start:end]), json.loads(described))
+        raise CacheDataError(f"the bytes are of another cache: {difference}")
+    wanted = sum(sizes)
     if len(sealed) - end != wanted:
         raise CacheDataError(
             f"the bytes are of another cache: {len(sealed) - end} of memory instead of {wanted}"
         )
-    for memory in memories:
-        piece = sealed[end : end + len(memory)]
-        memory.copy_(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
-        end += len(memory)
-
-
-def _described(header: dict[str, Any]) -> bytes:
-    return json.dumps(header, sort_keys=True).encode()
+    pieces = []
+    for size in sizes:
+        pieces.append(sealed[end : end + size])
+        end += size
+    return pieces
 
 
 def _difference(described: bytes, header: dict[str, Any]) -> str:

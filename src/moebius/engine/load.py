@@ -1,9 +1,10 @@
 """From a model directory to a running engine: check, plan, load, reserve, warm up."""
 
 import logging
-import secrets
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.constraints import constraints_of_model
+from moebius.engine.disk_directory import launch_key
+from moebius.engine.disk_start import disk_tier, make_scheduler, open_disk
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
@@ -61,7 +64,6 @@ from moebius.parallel.exchange import ExchangeSpec
 from moebius.progress import bytes_bar
 from moebius.quantize.cached import Quantized
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.scheduler import Scheduler
 from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -332,48 +334,45 @@ def load_engine(
     """Load the model and reserve what the plan says. Raises UsageError before anything is
     allocated.
 
-    prefix_key: the launch's, by which the front hashes prompts too; None: one that nobody knows.
+    prefix_key: the launch's, by which the front hashes prompts too, so that nobody can aim for a
+    prefix that another tenant has cached; None: one that nobody knows, or the disk's.
     tokenizer: reads the one that grammars are matched by, when the first comes; None: the model's.
     """
     prepared = prepared or prepare(directory, config, ahead=True)
     plan = prepared.plan
+    model = prepared.checkpoint.config
     if prepared.quantized is not None:
         prepared.quantized.make(bytes_bar)
     name = _fingerprint(prepared)
-    # A key of its own for each launch: nobody can aim for a prefix that another tenant has cached.
-    pool = BlockPool(
-        plan.num_blocks,
-        plan.block_size,
-        groups=plan.groups,
-        enable_prefix_caching=shares_prefixes(prepared.checkpoint.config, config),
-        key=prefix_key or secrets.token_bytes(32),
-        namespace=name.encode(),
-    )
-    scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
-    trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
+    key = prefix_key or launch_key(config)
     threads = _torch_threads(prepared, config)
-    try:
+    with ExitStack() as undo:
+        store = open_disk(config, model, key, prepared.decoder.ranks)
+        undo.callback(store.close if store else bool)
+        pool = BlockPool(
+            plan.num_blocks,
+            plan.block_size,
+            groups=plan.groups,
+            enable_prefix_caching=shares_prefixes(model, config),
+            key=key,
+            namespace=name.encode(),
+        )
+        bounds = replace(config, max_model_len=plan.max_model_len)
+        scheduler = make_scheduler(bounds, pool, store)
+        trace = TraceWriter(config.trace, scheduler.config, pool) if config.trace else None
+        undo.callback(trace.abandon if trace else bool)
         with TorchThreads(threads):
             runner = _load_runner(prepared, config)
-    except BaseException:
-        if trace:
-            trace.abandon()
-        raise
-    info = engine_info(plan, prepared.checkpoint.config, config, eos_ids, name)
+        undo.pop_all()
+    info = engine_info(plan, model, config, eos_ids, name)
     constraints = constraints_of_model(directory, info, prepared.threads, tokenizer)
     ranks = runner.model.ranks
-    if ranks is None:
-        return Engine(runner, scheduler, info, constraints, trace=trace, torch_threads=threads)
-    return RankEngine(
-        runner,
-        scheduler,
-        info,
-        constraints,
-        use=ranks.join,
-        moves=ExpertMoves(prepared.loader, runner.model),
-        trace=trace,
-        torch_threads=threads,
-    )
+    tier = disk_tier(scheduler, runner.cache, store, model, alone=ranks is None)
+    made: Callable[..., Engine] = Engine
+    if ranks is not None:
+        moves = ExpertMoves(prepared.loader, runner.model)
+        made = partial(RankEngine, use=ranks.join, moves=moves)
+    return made(runner, scheduler, info, constraints, trace=trace, tier=tier, torch_threads=threads)
 
 
 @uncollected()

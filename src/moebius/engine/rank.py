@@ -13,6 +13,7 @@ from moebius.engine.faults import say
 from moebius.engine.lockstep import Lockstep
 from moebius.engine.moves import ExpertMoves
 from moebius.engine.runner import Runner
+from moebius.engine.tier import NO_TIER, Tier
 from moebius.engine.trace import TraceWriter
 from moebius.errors import PeerError
 from moebius.parallel.exchange import Exchange
@@ -42,10 +43,17 @@ class RankEngine(Engine):
         use: Callable[[Exchange], None],
         moves: ExpertMoves | None = None,
         trace: TraceWriter | None = None,
+        tier: Tier = NO_TIER,
         torch_threads: int | None = None,
     ) -> None:
         super().__init__(
-            runner, scheduler, info, constraints, trace=trace, torch_threads=torch_threads
+            runner,
+            scheduler,
+            info,
+            constraints,
+            trace=trace,
+            tier=tier,
+            torch_threads=torch_threads,
         )
         self._use = use
         self.moves = moves

@@ -23,9 +23,10 @@ from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
+from moebius.schedule.scheduler import Chunk, StepPlan
+from moebius.schedule.tiers import Piece, TieredScheduler
 
-VERSION = 6
+VERSION = 7
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline", "generation_start")
@@ -81,6 +82,15 @@ class TraceWriter:
 
     def fail(self, request_id: str) -> None:
         self._write(event="fail", id=request_id)
+
+    def expect(self, request_id: str, until: float) -> None:
+        self._write(event="expect", id=request_id, until=until)
+
+    def land(self, request_id: str, piece: Piece) -> None:
+        self._write(event="land", id=request_id, piece=piece)
+
+    def settle(self, request_id: str) -> None:
+        self._write(event="settle", id=request_id)
 
     def close(self) -> None:
         self._file.close()
@@ -184,11 +194,24 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
                 scheduler.abort(record["id"], FinishReason(record["reason"]))
             case "fail":
                 scheduler.fail(record["id"])
+            case "expect" | "land" | "settle":
+                _fetch(scheduler, record)
             case other:
                 raise ConfigError(
                     f"{path}: a line with the event {other!r} where none of the kind can stand"
                 )
     return ReplayReport(steps, requests)
+
+
+def _fetch(scheduler: TieredScheduler, record: dict[str, Any]) -> None:
+    """What a second tier of the prefix cache did between two steps."""
+    match record["event"]:
+        case "expect":
+            scheduler.expect(record["id"], record["until"])
+        case "land":
+            scheduler.land(record["id"], Piece(*record["piece"]), lambda place: None)
+        case "settle":
+            scheduler.settle(record["id"])
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -216,7 +239,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
+def _scheduler(start: dict[str, Any] | None, path: str | Path) -> TieredScheduler:
     if start is None or start["event"] != "start" or start.get("version") != VERSION:
         raise ConfigError(
             f"{path} does not begin with the start line of a trace of version {VERSION}"
@@ -227,7 +250,7 @@ def _scheduler(start: dict[str, Any] | None, path: str | Path) -> Scheduler:
         None if groups["states"] is None else StateSpec(**groups["states"]),
     )
     pool = BlockPool(**start["pool"], groups=cache, key=bytes(32))
-    return Scheduler(SchedulerConfig(**start["scheduler"]), pool)
+    return TieredScheduler(SchedulerConfig(**start["scheduler"]), pool)
 
 
 def _request(record: dict[str, Any]) -> Request:

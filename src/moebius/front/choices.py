@@ -18,11 +18,6 @@ from moebius.request.share import NOBODY, Share
 from moebius.text import EncodedPrompt, Expected, ReplyFormat, Tokenizer
 
 
-def draw_prefix_key() -> bytes:
-    """The key of a launch's prefix hashes: its engines get it, and nobody else."""
-    return secrets.token_bytes(32)
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One choice of a prompt: what was asked, which never changes, and what has come of it."""

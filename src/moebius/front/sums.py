@@ -41,7 +41,7 @@ def add_stats(present: Sequence[EngineStats], past: EngineStats) -> EngineStats:
 def counters_of(stats: EngineStats) -> EngineStats:
     """What stays of an engine that is gone: its counters, without its gauges."""
     zeros: dict[str, Any] = dict.fromkeys(_GAUGES, 0)
-    return replace(stats, ready=False, **zeros)
+    return replace(stats, ready=False, disk=stats.disk.counters, **zeros)
 
 
 def totals_of(loads: ExpertLoads) -> ExpertLoads:

@@ -37,7 +37,7 @@ from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.turns import service_order
 from moebius.schedule.waiting import WaitingQueue
 
-WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight"]
+WaitReason = Literal["no_budget", "no_blocks", "no_seats", "prefix_in_flight", "prefix_on_disk"]
 """Why a request has no chunk: it waits for budget, a block, a seat, or its prefix."""
 
 
@@ -318,7 +318,7 @@ class Scheduler:
         promised = sum(map(self._promised, self._running))
         for request in self._waiting.turns.in_turn():
             reason = self._admit(request, promised, draft)
-            if reason == "prefix_in_flight":
+            if reason in ("prefix_in_flight", "prefix_on_disk"):
                 draft.waiting[request.id] = reason
                 self.num_deferred += 1
             elif reason is not None:

@@ -326,7 +326,7 @@ class _Ranks(Collector):
 
 
 class _Engines(Collector):
-    """How many engines in processes of their own were lost."""
+    """How many engines in processes of their own were lost, and what a KV cache on disk does."""
 
     def __init__(self, client: EngineClient, labels: tuple[str, str]) -> None:
         self._client = client
@@ -338,6 +338,14 @@ class _Engines(Collector):
             family = CounterMetricFamily(_OWN + name, text, labels=_LABELS)
             family.add_metric(self._labels, getattr(stats, field))
             yield family
+        for kind, table in (
+            (GaugeMetricFamily, "disk_gauges"),
+            (CounterMetricFamily, "disk_counters"),
+        ):
+            for name, (text, field) in _TABLE[table].items():
+                series = kind(_OWN + name, text, labels=_LABELS)
+                series.add_metric(self._labels, getattr(stats.disk, field))
+                yield series
 
 
 def _figure(layer: LayerLoad, name: str) -> float:
