@@ -43,8 +43,8 @@ CORE = (
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
 # What only training uses, where experts lie, whose turn it is among several owners of requests (with
-# one, that is their order), and what only some models have: recurrent layers,
-# narrower experts, a dense part beside experts. A mixer (nn/mixers/) is read by who wants to know
+# one, that is their order), drafted tokens (which are off by default, and change none), and what only
+# some models have: recurrent layers, narrower experts, a dense part beside experts. A mixer (nn/mixers/) is read by who wants to know
 # that mixer, as a family is.
 NOT_CORE = {
     "nn/packed.py",
@@ -58,6 +58,7 @@ NOT_CORE = {
     "moe/placement.py",
     "moe/ranks.py",
     "moe/share.py",
+    "schedule/drafts.py",
     "schedule/states.py",
     "schedule/turns.py",
 }

@@ -12,6 +12,7 @@ from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.constraints import constraints_of_model
+from moebius.engine.drafting import scheduler_for, why_not
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
@@ -61,7 +62,7 @@ from moebius.parallel.exchange import ExchangeSpec
 from moebius.progress import bytes_bar
 from moebius.quantize.cached import Quantized
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.scheduler import Scheduler
+from moebius.schedule.drafts import DraftingScheduler
 from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class Prepared:
     loader: Loader
     quantized: Quantized | None = None
     """What `checkpoint` is made by, where it is to have fewer bits."""
+    speculative: str = "none"
 
     @property
     def batch_invariant(self) -> bool:
@@ -145,6 +147,7 @@ class Prepared:
             *self._format_rows(),
             *self._quantization_rows(),
             *rest,
+            *self._drafting_rows(),
             *self._rank_rows(),
             ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
         ]
@@ -163,6 +166,12 @@ class Prepared:
         after = human_bytes(sum(self.quantized.checkpoint.formats.values()))
         remark = f"{before} become {after}; kept in {self.quantized.file.parent}"
         return [("quantization", self.quantized.recipe.name, remark)]
+
+    def _drafting_rows(self) -> list[tuple[str, str, str]]:
+        if self.speculative == "none":
+            return []
+        reason = why_not(self.checkpoint.config, self.plan.groups)
+        return [("drafts", "off" if reason else self.speculative, reason or "where they pay")]
 
     def _rank_rows(self) -> list[tuple[str, str, str]]:
         ranks = self.decoder.ranks
@@ -237,6 +246,7 @@ def prepare(
         decoder=decoder,
         loader=loader,
         quantized=quantized,
+        speculative=config.speculative,
     )
 
 
@@ -349,16 +359,19 @@ def load_engine(
         key=prefix_key or secrets.token_bytes(32),
         namespace=name.encode(),
     )
-    scheduler = Scheduler(replace(config, max_model_len=plan.max_model_len), pool)
-    trace = TraceWriter(config.trace, scheduler.config, scheduler.pool) if config.trace else None
+    settled = replace(config, max_model_len=plan.max_model_len)
+    trace = TraceWriter(config.trace, settled, pool) if config.trace else None
     threads = _torch_threads(prepared, config)
     try:
         with TorchThreads(threads):
             runner = _load_runner(prepared, config)
+            scheduler = scheduler_for(settled, prepared.checkpoint.config, pool, runner)
     except BaseException:
         if trace:
             trace.abandon()
         raise
+    if trace and isinstance(scheduler, DraftingScheduler):
+        trace.drafting(scheduler)
     info = engine_info(plan, prepared.checkpoint.config, config, eos_ids, name)
     constraints = constraints_of_model(directory, info, prepared.threads, tokenizer)
     ranks = runner.model.ranks

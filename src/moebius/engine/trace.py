@@ -7,7 +7,7 @@ spell out prompts.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,11 +21,12 @@ from moebius.request.params import SamplingParams
 from moebius.request.share import Share
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
+from moebius.schedule.drafts import DraftingScheduler, StepCosts
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 
-VERSION = 6
+VERSION = 7
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline", "generation_start")
@@ -51,6 +52,10 @@ class TraceWriter:
         options = {field.name: getattr(config, field.name) for field in fields(SchedulerConfig)}
         self._write(event="start", version=VERSION, scheduler=options, pool=sizes, groups=groups)
 
+    def drafting(self, scheduler: DraftingScheduler) -> None:
+        """Before anything else: by which costs it drafts."""
+        self._write(event="drafting", costs=scheduler.costs.measured, most_rows=scheduler.most_rows)
+
     def add(self, request: Request) -> None:
         params = request.params
         self._write(
@@ -67,7 +72,7 @@ class TraceWriter:
         )
 
     def plan(self, now: float, plan: StepPlan) -> None:
-        self._write(event="plan", now=now, **plan_record(plan))
+        self._write(event="plan", now=now, **plan_record(plan, self._rename))
 
     def update(self, tokens: Mapping[str, Sequence[int]]) -> None:
         self._write(event="update", tokens={id: self._rename(ids) for id, ids in tokens.items()})
@@ -108,12 +113,14 @@ class TraceWriter:
         )
 
 
-def plan_record(plan: StepPlan) -> dict[str, Any]:
+def plan_record(
+    plan: StepPlan, named: Callable[[Iterable[int]], list[int]] = list
+) -> dict[str, Any]:
     """A plan as JSON types: what two runs of the same decisions have in common to the last block
-    id."""
+    id. named: what token ids are called."""
     return {
         "step": plan.step,
-        "chunks": [_chunk_record(chunk) for chunk in plan.chunks],
+        "chunks": [[*_chunk_record(chunk), named(chunk.drafts)] for chunk in plan.chunks],
         "preempted": list(plan.preempted),
         "expired": list(plan.expired),
         "waiting": dict(plan.waiting),
@@ -166,6 +173,10 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
     plan: StepPlan | None = None
     for record in lines:
         match record["event"]:
+            case "drafting":
+                costs = StepCosts([(rows, cost) for rows, cost in record["costs"]])
+                config = scheduler.config
+                scheduler = DraftingScheduler(config, scheduler.pool, costs, record["most_rows"])
             case "add":
                 scheduler.add(_request(record))
                 requests += 1

@@ -1,0 +1,227 @@
+"""Drafts: tokens that a decoding request may go on with, guessed from its own tokens alone.
+
+A step computes a request's last token and its drafts behind it, and draws from each of these rows
+as it would have drawn a step later. A draft is right where the row before it draws the very same
+token. So what is drawn does not depend on drafts, which change speed alone and may be guessed in
+any way: here by prompt lookup (Saxena, 2023; an n-gram that was there before goes on as it did).
+
+Drafts get what is left of a step once all else is served: of its token budget, of its rows with
+logits, and of blocks that can be had. Nobody is preempted for them. What was wrong leaves no trace:
+its blocks are given back when the step is over, and were never offered to the prefix cache.
+
+A recurrent state cannot be taken back to the last right draft, so models with states have none.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+from moebius.request.finish import FinishReason
+from moebius.request.params import MOST_DRAFTS
+from moebius.schedule.blocks import BlockPool
+from moebius.schedule.config import SchedulerConfig
+from moebius.schedule.request import Request
+from moebius.schedule.scheduler import Scheduler, StepPlan, _Draft
+
+_NGRAM = 3
+_REACH = 32_768
+"""So many last tokens are looked through: 0.1 ms at most, and 128 kB a request."""
+_FIRST_SHARE = 0.3
+"""Too few right guesses for drafts to pay: a request shows first that it repeats itself."""
+_MEMORY = 0.85
+_ID_BYTES = 4
+
+
+class StepCosts:
+    """What a step of so many rows takes, in any unit.
+
+    measured   (rows, cost), fewest rows first, of 1 row among them. What lies between two is
+               interpolated. Beyond the last, rows cost what those before did on average: there
+               drafts never pay.
+    """
+
+    def __init__(self, measured: Sequence[tuple[int, float]]) -> None:
+        self.measured = tuple(measured)
+        costs = [0.0, self.measured[0][1]]
+        for (low, low_cost), (high, high_cost) in pairwise(self.measured):
+            slope = (high_cost - low_cost) / (high - low)
+            costs += [low_cost + slope * more for more in range(1, high - low + 1)]
+        self._costs = costs
+
+    def of(self, rows: int) -> float:
+        last = len(self._costs) - 1
+        return self._costs[rows] if rows <= last else self._costs[last] * rows / last
+
+
+def worthwhile(share: float, useful: float, rows: int, most: int, costs: StepCosts) -> int:
+    """How many drafts of a request, up to `most`, bring a step most useful rows for its time; 0
+    where none pays.
+
+    share: how likely a draft is right behind right ones; k drafts bring share + ... + share ** k.
+    useful: of the `rows` that the step has without them, as many as are expected to be right.
+    """
+    best = 0
+    best_speed = useful / costs.of(rows)
+    for drafts in range(1, most + 1):
+        useful += share**drafts
+        speed = useful / costs.of(rows + drafts)
+        if speed > best_speed:
+            best = drafts
+            best_speed = speed
+    return best
+
+
+class Guesser(Protocol):
+    """One request's guesses, and how good they are."""
+
+    @property
+    def share(self) -> float:
+        """How likely a guess is right that follows right ones."""
+
+    def guess(self, request: Request, most: int) -> Sequence[int]:
+        """Up to `most` tokens that may follow all that the request has."""
+
+
+class Lookup:
+    """What followed the last tokens where they stood last.
+
+    Guesses cost next to nothing, and what is drawn shows whether they were right, be they verified
+    or not. So `share` is of all guesses, and nothing has to be tried out.
+    """
+
+    def __init__(self) -> None:
+        self.share = _FIRST_SHARE
+        self._tokens = bytearray()
+        self._end = 0
+        self._guess: Sequence[int] = ()
+
+    def guess(self, request: Request, most: int) -> Sequence[int]:
+        self._learn(request)
+        self._guess = ()
+        found = self._find()
+        if found is not None:
+            start = self._end - found
+            known = request.tokens(start, min(start + most, self._end))
+            # What would follow the last token follows what was guessed: a loop goes on.
+            self._guess = [known[place % found] for place in range(most)]
+        return self._guess
+
+    def _learn(self, request: Request) -> None:
+        """Read the tokens that came since, which say whether the guess was right."""
+        new = request.tokens(max(self._end, request.num_tokens - _REACH), request.num_tokens)
+        for guessed, drawn in zip(self._guess, new, strict=False):
+            self.share = _MEMORY * self.share + (1 - _MEMORY) * (guessed == drawn)
+            if guessed != drawn:
+                break
+        self._tokens += array("i", new).tobytes()
+        self._end = request.num_tokens
+        if len(self._tokens) > 2 * _REACH * _ID_BYTES:
+            del self._tokens[: -_REACH * _ID_BYTES]
+
+    def _find(self) -> int | None:
+        """How many tokens before the end the last ones stood before; None: nowhere."""
+        tokens = self._tokens
+        size = _NGRAM * _ID_BYTES
+        if len(tokens) <= size:
+            return None
+        wanted = tokens[-size:]
+        at = tokens.rfind(wanted, 0, -1)
+        while at > 0 and at % _ID_BYTES:  # the end of one token and the beginning of another
+            at = tokens.rfind(wanted, 0, at + size - 1)
+        return None if at < 0 else (len(tokens) - at - size) // _ID_BYTES
+
+
+class DraftingScheduler(Scheduler):
+    """A scheduler that adds drafts to the chunks of requests that decode.
+
+    costs       of this model's steps
+    most_rows   rows whose logits a step may have
+    guesser     makes what guesses for one request
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        costs: StepCosts,
+        most_rows: int,
+        guesser: Callable[[], Guesser] = Lookup,
+    ) -> None:
+        super().__init__(config, pool)
+        assert pool.states is None, "a state cannot be taken back to the last right draft"
+        self.costs = costs
+        self.most_rows = most_rows
+        self.drafted: dict[str, tuple[int, ...]] = {}
+        """What the step that is under way verifies, by request."""
+        self._guesser = guesser
+        self._guessers: dict[str, Guesser] = {}
+
+    def rollback(self, plan: StepPlan) -> None:
+        self.drafted.clear()
+        super().rollback(plan)
+
+    def _serve_waiting(self, draft: _Draft) -> None:
+        super()._serve_waiting(draft)
+        self._add_drafts(draft)
+
+    def _add_drafts(self, step: _Draft) -> None:
+        """Have requests that decode verify drafts, in the order of service, while it pays."""
+        self.drafted = {}
+        if len(self._guessers) > len(self._requests) + 16:
+            known = self._guessers.items()
+            self._guessers = {id: each for id, each in known if id in self._requests}
+        rows = sum(chunk.num_tokens for chunk in step.chunks.values())
+        logits = self.most_rows - sum(chunk.samples for chunk in step.chunks.values())
+        useful = float(rows)
+        if not worthwhile(1.0, useful, rows, MOST_DRAFTS, self.costs):  # not even right ones
+            return
+        for chunk in list(step.chunks.values()):
+            room = min(step.budget, logits, MOST_DRAFTS)
+            if room < 1 or not chunk.samples or chunk.num_tokens > 1:
+                continue
+            request = self._requests[chunk.request_id]
+            drafts, share = self._guess(request, useful, rows, room)
+            if drafts and self.pool.extend(request, chunk.end + len(drafts)):
+                self.drafted[request.id] = drafts
+                step.chunks[request.id] = chunk._replace(tables=request.tables, drafts=drafts)
+                step.budget -= len(drafts)
+                logits -= len(drafts)
+                rows += len(drafts)
+                useful += sum(share**place for place in range(1, len(drafts) + 1))
+
+    def _guess(
+        self, request: Request, useful: float, rows: int, room: int
+    ) -> tuple[tuple[int, ...], float]:
+        """As many drafts as pay, and how likely each is."""
+        guesser = self._guessers.get(request.id)
+        if guesser is None:
+            guesser = self._guessers[request.id] = self._guesser()
+        # Behind the last right draft one more token is drawn.
+        left = request.max_tokens - len(request.output_ids) - 1
+        most = min(room, left, self.max_model_len - request.num_tokens - 1)
+        guessed = guesser.guess(request, max(most, 0))
+        most = worthwhile(guesser.share, useful, rows, len(guessed), self.costs)
+        return tuple(guessed[:most]), guesser.share
+
+    def _append(self, request: Request, drawn: Iterable[int]) -> FinishReason | None:
+        length = len(request.output_ids)
+        reason = super()._append(request, drawn)
+        drafts = self.drafted.pop(request.id, ())
+        if drafts:
+            # The last token drawn is still to be computed, even where it is the next draft.
+            right = _num_alike(drafts, request.output_ids[length:-1])
+            request.num_computed_tokens += right
+            self.pool.trim(request, request.num_computed_tokens)
+            self.pool.publish(request, request.num_computed_tokens)
+        return reason
+
+
+def _num_alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many of their first entries are the same."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
