@@ -174,13 +174,13 @@ class DraftingScheduler(Scheduler):
         rows = sum(chunk.num_tokens for chunk in step.chunks.values())
         logits = self.most_rows - sum(chunk.samples for chunk in step.chunks.values())
         useful = float(rows)
-        if not worthwhile(1.0, useful, rows, MOST_DRAFTS, self.costs):  # not even right ones
-            return
+        if not rows or not worthwhile(1.0, useful, rows, MOST_DRAFTS, self.costs):
+            return  # not even right ones would pay
         for chunk in list(step.chunks.values()):
-            room = min(step.budget, logits, MOST_DRAFTS)
-            if room < 1 or not chunk.samples or chunk.num_tokens > 1:
+            if not chunk.samples or chunk.num_tokens > 1:
                 continue
             request = self._requests[chunk.request_id]
+            room = min(step.budget, logits, MOST_DRAFTS, self._room(request))
             drafts, share = self._guess(request, useful, rows, room)
             if drafts and self.pool.extend(request, chunk.end + len(drafts)):
                 self.drafted[request.id] = drafts
@@ -189,6 +189,11 @@ class DraftingScheduler(Scheduler):
                 logits -= len(drafts)
                 rows += len(drafts)
                 useful += sum(share**place for place in range(1, len(drafts) + 1))
+
+    def _room(self, request: Request) -> int:
+        """How many tokens its blocks would hold behind those that it has, with all that are free."""
+        blocks = len(request.tables[0]) + self.pool.num_free // len(request.tables)
+        return blocks * self.pool.block_size - request.num_tokens
 
     def _guess(
         self, request: Request, useful: float, rows: int, room: int
@@ -199,9 +204,9 @@ class DraftingScheduler(Scheduler):
             guesser = self._guessers[request.id] = self._guesser()
         # Behind the last right draft one more token is drawn.
         left = request.max_tokens - len(request.output_ids) - 1
-        most = min(room, left, self.max_model_len - request.num_tokens - 1)
-        guessed = guesser.guess(request, max(most, 0))
-        most = worthwhile(guesser.share, useful, rows, len(guessed), self.costs)
+        most = max(min(room, left, self.max_model_len - request.num_tokens - 1), 0)
+        guessed = guesser.guess(request, most)
+        most = worthwhile(guesser.share, useful, rows, min(most, len(guessed)), self.costs)
         return tuple(guessed[:most]), guesser.share
 
     def _append(self, request: Request, drawn: Iterable[int]) -> FinishReason | None:
