@@ -168,9 +168,6 @@ class DraftingScheduler(Scheduler):
     def _add_drafts(self, step: _Draft) -> None:
         """Have requests that decode verify drafts, in the order of service, while it pays."""
         self.drafted = {}
-        if len(self._guessers) > len(self._requests) + 16:
-            known = self._guessers.items()
-            self._guessers = {id: each for id, each in known if id in self._requests}
         rows = sum(chunk.num_tokens for chunk in step.chunks.values())
         logits = self.most_rows - sum(chunk.samples for chunk in step.chunks.values())
         useful = float(rows)
@@ -191,7 +188,7 @@ class DraftingScheduler(Scheduler):
                 useful += sum(share**place for place in range(1, len(drafts) + 1))
 
     def _room(self, request: Request) -> int:
-        """How many tokens its blocks would hold behind those that it has, with all that are free."""
+        """How many more tokens its blocks would hold, with all that can be had."""
         blocks = len(request.tables[0]) + self.pool.num_free // len(request.tables)
         return blocks * self.pool.block_size - request.num_tokens
 
@@ -220,6 +217,10 @@ class DraftingScheduler(Scheduler):
             self.pool.trim(request, request.num_computed_tokens)
             self.pool.publish(request, request.num_computed_tokens)
         return reason
+
+    def _finish(self, request: Request, reason: FinishReason) -> Request:
+        self._guessers.pop(request.id, None)
+        return super()._finish(request, reason)
 
 
 def _num_alike(a: Sequence[int], b: Sequence[int]) -> int:
