@@ -33,6 +33,10 @@ COUNTERS = {
     "prompt_tokens",
     "prompt_tokens_cached",
     "generation_tokens",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+    "spec_decode_num_accepted_tokens_per_pos",
     "request_success",
     "admission_rejections",
 }
