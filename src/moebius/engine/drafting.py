@@ -12,6 +12,7 @@ from collections.abc import Callable
 from moebius.engine.config import EngineConfig
 from moebius.engine.memory import logit_rows
 from moebius.engine.runner import Runner
+from moebius.engine.trace import TraceWriter
 from moebius.models.config import ModelConfig
 from moebius.ops.steps import StepInputs
 from moebius.schedule.blocks import BlockPool
@@ -39,7 +40,11 @@ def why_not(model: ModelConfig, groups: CacheGroups) -> str:
 
 
 def scheduler_for(
-    config: EngineConfig, model: ModelConfig, pool: BlockPool, runner: Runner
+    config: EngineConfig,
+    model: ModelConfig,
+    pool: BlockPool,
+    runner: Runner,
+    trace: TraceWriter | None = None,
 ) -> Scheduler:
     """A scheduler of the engine's; where its requests draft, with what steps of its runner cost."""
     if config.speculative == "none":
@@ -53,7 +58,10 @@ def scheduler_for(
     one = costs.of(1)
     told = ", ".join(f"{rows} rows {costs.of(rows) / one:.2f}" for rows in (2, 4, 8, 16, 64))
     log.info("drafts: a step of one row takes %.2f ms; over it take %s", 1e3 * one, told)
-    return DraftingScheduler(config, pool, costs, most)
+    scheduler = DraftingScheduler(config, pool, costs, most)
+    if trace is not None:
+        trace.drafting(scheduler)
+    return scheduler
 
 
 def step_costs(

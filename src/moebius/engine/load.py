@@ -62,7 +62,6 @@ from moebius.parallel.exchange import ExchangeSpec
 from moebius.progress import bytes_bar
 from moebius.quantize.cached import Quantized
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.drafts import DraftingScheduler
 from moebius.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -192,9 +191,8 @@ def prepare(
 ) -> Prepared:
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
-    share: the rank to plan for, where several share the experts; None: of config.ranks the one that
-    has least memory, as if all were on this host. ahead: an engine will be made of it, and the
-    system may begin to read weights that there is room for.
+    share: the rank to plan for; None: of config.ranks the one that has least memory, as if all were
+    on this host. ahead: an engine will be made of it; weights that there is room for may be read.
     """
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
@@ -365,13 +363,11 @@ def load_engine(
     try:
         with TorchThreads(threads):
             runner = _load_runner(prepared, config)
-            scheduler = scheduler_for(settled, prepared.checkpoint.config, pool, runner)
+            scheduler = scheduler_for(settled, prepared.checkpoint.config, pool, runner, trace)
     except BaseException:
         if trace:
             trace.abandon()
         raise
-    if trace and isinstance(scheduler, DraftingScheduler):
-        trace.drafting(scheduler)
     info = engine_info(plan, prepared.checkpoint.config, config, eos_ids, name)
     constraints = constraints_of_model(directory, info, prepared.threads, tokenizer)
     ranks = runner.model.ranks

@@ -174,19 +174,16 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
     for record in lines:
         match record["event"]:
             case "drafting":
-                costs = StepCosts([(rows, cost) for rows, cost in record["costs"]])
-                config = scheduler.config
-                scheduler = DraftingScheduler(config, scheduler.pool, costs, record["most_rows"])
+                scheduler = _drafting(scheduler, record)
             case "add":
                 scheduler.add(_request(record))
                 requests += 1
             case "plan":
                 plan = scheduler.plan(record["now"])
                 steps += 1
-                for key, value in plan_record(plan).items():
-                    if record[key] != value:
-                        difference = f"step {plan.step}: {key} was {record[key]}, now it is {value}"
-                        return ReplayReport(steps, requests, difference)
+                difference = _difference(plan, record)
+                if difference is not None:
+                    return ReplayReport(steps, requests, difference)
             case "update" if plan is not None:
                 scheduler.update(plan, record["tokens"])
             case "rollback" if plan is not None:
@@ -200,6 +197,19 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
                     f"{path}: a line with the event {other!r} where none of the kind can stand"
                 )
     return ReplayReport(steps, requests)
+
+
+def _difference(plan: StepPlan, record: dict[str, Any]) -> str | None:
+    for key, value in plan_record(plan).items():
+        if record[key] != value:
+            return f"step {plan.step}: {key} was {record[key]}, now it is {value}"
+    return None
+
+
+def _drafting(scheduler: Scheduler, record: dict[str, Any]) -> Scheduler:
+    """The scheduler, by the costs of the machine that the trace is of."""
+    costs = StepCosts([(rows, cost) for rows, cost in record["costs"]])
+    return DraftingScheduler(scheduler.config, scheduler.pool, costs, record["most_rows"])
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
