@@ -89,20 +89,19 @@ class _(DraftingScheduler):
 
 @bug("drafts go beyond the last token that may be drawn")
 class _(DraftingScheduler):
-    def _guess(self, request, useful, rows, room):
+    def _verify(self, chunk, guessed, share, step, load):
+        request = self._requests[chunk.request_id]
         request.max_tokens += MOST_DRAFTS
-        found = super()._guess(request, useful, rows, room)
+        super()._verify(chunk, guessed, share, step, load)
         request.max_tokens -= MOST_DRAFTS
-        return found
 
 
 @bug("drafts go beyond the context")
 class _(DraftingScheduler):
-    def _guess(self, request, useful, rows, room):
+    def _verify(self, chunk, guessed, share, step, load):
         self.max_model_len += MOST_DRAFTS
-        found = super()._guess(request, useful, rows, room)
+        super()._verify(chunk, guessed, share, step, load)
         self.max_model_len -= MOST_DRAFTS
-        return found
 
 
 @bug("drafts go before what waits")

@@ -14,6 +14,7 @@ A recurrent state cannot be taken back to the last right draft, so models with s
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from moebius.request.params import MOST_DRAFTS
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import Scheduler, StepPlan, _Draft
+from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan, _Draft
 
 _NGRAM = 3
 _REACH = 32_768
@@ -97,27 +98,29 @@ class Lookup:
         self._guess: Sequence[int] = ()
 
     def guess(self, request: Request, most: int) -> Sequence[int]:
-        self._learn(request)
+        end = request.num_tokens
+        new = request.tokens(max(self._end, end - _REACH), end)
+        if self._guess:
+            self._judge(new)
+        self._tokens += array("i", new).tobytes()
+        self._end = end
+        if len(self._tokens) > 2 * _REACH * _ID_BYTES:
+            del self._tokens[: -_REACH * _ID_BYTES]
         self._guess = ()
         found = self._find()
         if found is not None:
-            start = self._end - found
-            known = request.tokens(start, min(start + most, self._end))
+            start = end - found
+            known = request.tokens(start, min(start + most, end))
             # What would follow the last token follows what was guessed: a loop goes on.
             self._guess = [known[place % found] for place in range(most)]
         return self._guess
 
-    def _learn(self, request: Request) -> None:
-        """Read the tokens that came since, which say whether the guess was right."""
-        new = request.tokens(max(self._end, request.num_tokens - _REACH), request.num_tokens)
-        for guessed, drawn in zip(self._guess, new, strict=False):
-            self.share = _MEMORY * self.share + (1 - _MEMORY) * (guessed == drawn)
-            if guessed != drawn:
+    def _judge(self, drawn: Sequence[int]) -> None:
+        """Learn from the tokens that came since whether the guess was right."""
+        for guess, token in zip(self._guess, drawn, strict=False):
+            self.share = _MEMORY * self.share + (1 - _MEMORY) * (guess == token)
+            if guess != token:
                 break
-        self._tokens += array("i", new).tobytes()
-        self._end = request.num_tokens
-        if len(self._tokens) > 2 * _REACH * _ID_BYTES:
-            del self._tokens[: -_REACH * _ID_BYTES]
 
     def _find(self) -> int | None:
         """How many tokens before the end the last ones stood before; None: nowhere."""
@@ -130,6 +133,20 @@ class Lookup:
         while at > 0 and at % _ID_BYTES:  # the end of one token and the beginning of another
             at = tokens.rfind(wanted, 0, at + size - 1)
         return None if at < 0 else (len(tokens) - at - size) // _ID_BYTES
+
+
+@dataclass(slots=True)
+class _Load:
+    """What a step has so far.
+
+    rows     all of them, drafts too
+    useful   as many of these as are expected to be right
+    logits   how many more may have logits
+    """
+
+    rows: int
+    useful: float
+    logits: int
 
 
 class DraftingScheduler(Scheduler):
@@ -156,6 +173,7 @@ class DraftingScheduler(Scheduler):
         """What the step that is under way verifies, by request."""
         self._guesser = guesser
         self._guessers: dict[str, Guesser] = {}
+        self._paying: dict[int, bool] = {}
 
     def rollback(self, plan: StepPlan) -> None:
         self.drafted.clear()
@@ -168,54 +186,62 @@ class DraftingScheduler(Scheduler):
     def _add_drafts(self, step: _Draft) -> None:
         """Have requests that decode verify drafts, in the order of service, while it pays."""
         self.drafted = {}
-        rows = sum(chunk.num_tokens for chunk in step.chunks.values())
+        rows = self.config.max_num_batched_tokens - step.budget
+        if not rows or not self._may_pay(rows):
+            return
         logits = self.most_rows - sum(chunk.samples for chunk in step.chunks.values())
-        useful = float(rows)
-        if not rows or not worthwhile(1.0, useful, rows, MOST_DRAFTS, self.costs):
-            return  # not even right ones would pay
+        load = _Load(rows, float(rows), logits)
         for chunk in list(step.chunks.values()):
-            if not chunk.samples or chunk.num_tokens > 1:
-                continue
-            request = self._requests[chunk.request_id]
-            room = min(step.budget, logits, MOST_DRAFTS, self._room(request))
-            drafts, share = self._guess(request, useful, rows, room)
-            if drafts and self.pool.extend(request, chunk.end + len(drafts)):
-                self.drafted[request.id] = drafts
-                step.chunks[request.id] = chunk._replace(tables=request.tables, drafts=drafts)
-                step.budget -= len(drafts)
-                logits -= len(drafts)
-                rows += len(drafts)
-                useful += sum(share**place for place in range(1, len(drafts) + 1))
+            if chunk.samples and chunk.num_tokens == 1:
+                request = self._requests[chunk.request_id]
+                guesser = self._guessers.get(request.id)
+                if guesser is None:
+                    guesser = self._guessers[request.id] = self._guesser()
+                guessed = guesser.guess(request, MOST_DRAFTS)
+                if guessed:
+                    self._verify(chunk, guessed, guesser.share, step, load)
+
+    def _may_pay(self, rows: int) -> bool:
+        """Whether right drafts would, in a step of so many rows: as a rule that is known."""
+        known = self._paying.get(rows)
+        if known is None:
+            best = worthwhile(1.0, float(rows), rows, MOST_DRAFTS, self.costs)
+            known = self._paying[rows] = best > 0
+        return known
+
+    def _verify(
+        self, chunk: Chunk, guessed: Sequence[int], share: float, step: _Draft, load: _Load
+    ) -> None:
+        """Add as many of the guesses to a chunk as pay and as there is room for."""
+        request = self._requests[chunk.request_id]
+        # Behind the last right draft one more token is drawn.
+        left = request.max_tokens - len(request.output_ids) - 1
+        left = min(left, self.max_model_len - request.num_tokens - 1, len(guessed))
+        most = max(min(left, step.budget, load.logits, self._room(request)), 0)
+        count = worthwhile(share, load.useful, load.rows, most, self.costs)
+        if count and self.pool.extend(request, chunk.end + count):
+            drafts = self.drafted[request.id] = tuple(guessed[:count])
+            step.chunks[request.id] = chunk._replace(tables=request.tables, drafts=drafts)
+            step.budget -= count
+            load.logits -= count
+            load.rows += count
+            load.useful += sum(share**place for place in range(1, count + 1))
 
     def _room(self, request: Request) -> int:
         """How many more tokens its blocks would hold, with all that can be had."""
         blocks = len(request.tables[0]) + self.pool.num_free // len(request.tables)
         return blocks * self.pool.block_size - request.num_tokens
 
-    def _guess(
-        self, request: Request, useful: float, rows: int, room: int
-    ) -> tuple[tuple[int, ...], float]:
-        """As many drafts as pay, and how likely each is."""
-        guesser = self._guessers.get(request.id)
-        if guesser is None:
-            guesser = self._guessers[request.id] = self._guesser()
-        # Behind the last right draft one more token is drawn.
-        left = request.max_tokens - len(request.output_ids) - 1
-        most = max(min(room, left, self.max_model_len - request.num_tokens - 1), 0)
-        guessed = guesser.guess(request, most)
-        most = worthwhile(guesser.share, useful, rows, min(most, len(guessed)), self.costs)
-        return tuple(guessed[:most]), guesser.share
-
     def _append(self, request: Request, drawn: Iterable[int]) -> FinishReason | None:
+        drafts = self.drafted.pop(request.id, ())
+        if not drafts:
+            return super()._append(request, drawn)
         length = len(request.output_ids)
         reason = super()._append(request, drawn)
-        drafts = self.drafted.pop(request.id, ())
-        if drafts:
-            # The last token drawn is still to be computed, even where it is the next draft.
-            right = _num_alike(drafts, request.output_ids[length:-1])
-            request.num_computed_tokens += right
-            self.pool.trim(request, request.num_computed_tokens)
-            self.pool.publish(request, request.num_computed_tokens)
+        # The last token drawn is still to be computed, even where it is the next draft.
+        request.num_computed_tokens += _num_alike(drafts, request.output_ids[length:-1])
+        self.pool.trim(request, request.num_computed_tokens)
+        self.pool.publish(request, request.num_computed_tokens)
         return reason
 
     def _finish(self, request: Request, reason: FinishReason) -> Request:
