@@ -102,13 +102,14 @@ class Lookup:
         new = request.tokens(max(self._end, end - _REACH), end)
         if self._guess:
             self._judge(new)
-        self._tokens += array("i", new).tobytes()
+            self._guess = ()
+        tokens = self._tokens
+        tokens += array("i", new).tobytes()
         self._end = end
-        if len(self._tokens) > 2 * _REACH * _ID_BYTES:
-            del self._tokens[: -_REACH * _ID_BYTES]
-        self._guess = ()
-        found = self._find()
-        if found is not None:
+        if len(tokens) > 2 * _REACH * _ID_BYTES:
+            del tokens[: -_REACH * _ID_BYTES]
+        found = _last_place(tokens)
+        if found:
             start = end - found
             known = request.tokens(start, min(start + most, end))
             # What would follow the last token follows what was guessed: a loop goes on.
@@ -122,17 +123,15 @@ class Lookup:
             if guess != token:
                 break
 
-    def _find(self) -> int | None:
-        """How many tokens before the end the last ones stood before; None: nowhere."""
-        tokens = self._tokens
-        size = _NGRAM * _ID_BYTES
-        if len(tokens) <= size:
-            return None
-        wanted = tokens[-size:]
-        at = tokens.rfind(wanted, 0, -1)
-        while at > 0 and at % _ID_BYTES:  # the end of one token and the beginning of another
-            at = tokens.rfind(wanted, 0, at + size - 1)
-        return None if at < 0 else (len(tokens) - at - size) // _ID_BYTES
+
+def _last_place(tokens: bytearray) -> int:
+    """How many tokens before the end the last n-gram stood before; 0: nowhere."""
+    size = _NGRAM * _ID_BYTES
+    wanted = tokens[-size:]
+    at = tokens.rfind(wanted, 0, -1) if len(tokens) > size else -1
+    while at > 0 and at % _ID_BYTES:  # the end of one token and the beginning of another
+        at = tokens.rfind(wanted, 0, at + size - 1)
+    return 0 if at < 0 else (len(tokens) - at - size) // _ID_BYTES
 
 
 @dataclass(slots=True)
