@@ -34,6 +34,7 @@ from moebius.request.engine_request import EngineRequest
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.request.structured import StructuredOutput
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.drafts import DraftingScheduler, Guesser, Lookup, StepCosts
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
@@ -202,6 +203,8 @@ class Schedule:
 
     Of a model with states there are slots for all that run, and a few for snapshots, which are
     taken every few blocks.
+
+    guesser: what makes drafts, where the model's requests can have any; None: there are none.
     """
 
     block_size: int
@@ -212,6 +215,7 @@ class Schedule:
     arrivals: tuple[int, ...]
     rounds: int
     kv_dtype: torch.dtype | None = None
+    guesser: Callable[[], Guesser] | None = None
 
     @property
     def states(self) -> StateSpec:
@@ -230,6 +234,8 @@ class Seen:
     rounds: list[dict[str, Answer]]
     preemptions: int
     prefix_hits: int
+    drafts: int = 0
+    right_drafts: int = 0
 
 
 def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
@@ -283,7 +289,23 @@ def random_schedule(count: int, rng: random.Random, groups: CacheGroups | None =
         prefix_caching=rng.random() < 0.7,
         arrivals=tuple(rng.choice((0, 0, rng.randint(0, 40))) for _ in range(count)),
         rounds=rng.choice((1, 2)),
+        guesser=rng.choice((None, Lookup, Wild)),
     )
+
+
+class Wild:
+    """Guesses what the request has said anywhere, right or wrong."""
+
+    share = 0.9
+
+    def guess(self, request: Request, most: int) -> list[int]:
+        rng = random.Random(request.num_tokens)
+        known = request.tokens(0, request.num_tokens)
+        return [rng.choice(known) for _ in range(rng.randint(0, most))]
+
+
+FREE = StepCosts([(1, 1.0), (2048, 1.0)])
+"""Drafts cost nothing, so that all are made that there is room for."""
 
 
 class PoisonedPool(BlockPool):
@@ -317,6 +339,9 @@ class PoisonedStates(StatePool):
 def build(decoder: Decoder, schedule: Schedule) -> Engine:
     """An engine around a decoder that is already loaded."""
     runner, scheduler, info = parts(decoder, schedule)
+    if schedule.guesser is not None and scheduler.pool.states is None:
+        config = scheduler.config
+        scheduler = DraftingScheduler(config, scheduler.pool, FREE, 2048, schedule.guesser)
     return Engine(runner, scheduler, info, constraints=constraints(info))
 
 
@@ -425,7 +450,10 @@ def answers(
                 note(output, found)
             step += 1
         rounds.append(found)
-    return Seen(rounds, engine.scheduler.preemptions, engine.scheduler.prefix_hits)
+    stats = engine.stats()
+    return Seen(
+        rounds, stats.preemptions, stats.prefix_hits, stats.draft_tokens, stats.accepted_tokens
+    )
 
 
 def each_alone(

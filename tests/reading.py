@@ -43,9 +43,9 @@ CORE = (
 # Built from csrc.
 COMPILED = {"moebius._cpu"}
 # What only training uses, where experts lie, whose turn it is among several owners of requests (with
-# one, that is their order), what waits for a disk, and what only some models have: recurrent layers,
-# narrower experts, a dense part beside experts. A mixer (nn/mixers/) is read by who wants to know
-# that mixer, as a family is.
+# one, that is their order), what waits for a disk, drafted tokens (which are off by default, and
+# change none), and what only some models have: recurrent layers, narrower experts, a dense part
+# beside experts. A mixer (nn/mixers/) is read by who wants to know that mixer, as a family is.
 NOT_CORE = {
     "nn/packed.py",
     "moe/beside.py",
@@ -58,7 +58,9 @@ NOT_CORE = {
     "moe/placement.py",
     "moe/ranks.py",
     "moe/share.py",
+    "schedule/drafts.py",
     "schedule/states.py",
+    "schedule/tiered_drafts.py",
     "schedule/tiers.py",
     "schedule/turns.py",
 }

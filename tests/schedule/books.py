@@ -4,10 +4,12 @@ broken invariant."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.drafts import DraftingScheduler
 from moebius.schedule.groups import NO_BLOCK
 from moebius.schedule.places import Places
 from moebius.schedule.request import Request, RequestStatus
@@ -15,14 +17,18 @@ from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.waiting import WaitingQueue
 
 
-def check_pool(pool: BlockPool, requests: Collection[Request]) -> None:
+def check_pool(
+    pool: BlockPool,
+    requests: Collection[Request],
+    drafted: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> None:
     """Recompute everything from the tables of all unfinished requests; AssertionError names the
-    invariant."""
+    invariant. drafted: what a step that is under way verifies behind their tokens."""
     holders = Counter(chain.from_iterable(t for request in requests for t in request.tables))
     del holders[NO_BLOCK]
     check_places(pool, holders)
     for request in requests:
-        _check_tables(pool, request, holders)
+        _check_tables(pool, request, holders, len(drafted.get(request.id, ())))
     if pool.states is not None:
         _check_states(pool, requests)
     unfinished = {id(request) for request in requests}
@@ -56,21 +62,25 @@ def check_places(places: Places, holders: Mapping[int, int]) -> None:
     assert not any(place in by_place for place in places._free), "I4: a free block kept its hash"
 
 
-def _check_tables(pool: BlockPool, request: Request, holders: Mapping[int, int]) -> None:
+def _check_tables(
+    pool: BlockPool, request: Request, holders: Mapping[int, int], drafts: int
+) -> None:
     computed = request.num_computed_tokens
-    entries = pool.blocks_for(computed)
+    entries = pool.blocks_for(computed + drafts)
     running = request.status is RequestStatus.RUNNING
     assert len(request.tables) == len(pool.groups.blocks) * (running or bool(request.tables)), (
         "I6: a group has no table"
     )
     for group, table in enumerate(request.tables):
-        assert len(table) == entries, f"I6: {len(table)} blocks hold {computed} tokens"
+        assert len(table) == entries, (
+            f"I6: {len(table)} blocks hold {computed} tokens and {drafts} drafts"
+        )
         passed = request.num_passed[group]
         assert list(table[:passed]) == [NO_BLOCK] * passed and NO_BLOCK not in table[passed:], (
             "I6: what a window has passed is not what was given back"
         )
-        if computed % pool.block_size:
-            assert holders[table[-1]] == 1 and pool._entries[table[-1]] is None, (
+        for block in table[computed // pool.block_size :]:
+            assert holders[block] == 1 and pool._entries[block] is None, (
                 "I5: a block being written is shared"
             )
 
@@ -114,7 +124,8 @@ def _check_queue(queue: WaitingQueue, waiting: Collection[Request]) -> None:
 def check_books(scheduler: Scheduler) -> None:
     """Recompute the books from the requests; AssertionError names the broken invariant, by its
     number in schedule/checker.py."""
-    check_pool(scheduler.pool, scheduler.requests.values())
+    drafted = scheduler.drafted if isinstance(scheduler, DraftingScheduler) else {}
+    check_pool(scheduler.pool, scheduler.requests.values(), drafted)
     queue, requests = scheduler._waiting, scheduler.requests.values()
     running = [r for r in requests if r.status is RequestStatus.RUNNING]
     waiting = [r for r in requests if r.status is not RequestStatus.RUNNING]

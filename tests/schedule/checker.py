@@ -31,11 +31,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, takewhile
 from typing import NamedTuple, NoReturn
 
 from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.drafts import DraftingScheduler
 from moebius.schedule.groups import NO_BLOCK, GroupSpec
 from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
@@ -191,6 +192,7 @@ class Checker:
         self.fetching = {name: until for name, until in self.fetching.items() if until > now}
         self._check_victims(plan)
         self._turns.planned(plan)
+        self._check_bounds(plan)
         self._check_chunks(plan)
         self._check_reasons(plan)
         self._snapshots.planned(plan)
@@ -198,8 +200,8 @@ class Checker:
             request = track.request
             track.blocks = sum(map(len, request.tables)) - sum(request.num_passed)
 
-    def _check_chunks(self, plan: StepPlan) -> None:
-        """Each chunk goes on where the last one ended, within a step's bounds."""
+    def _check_bounds(self, plan: StepPlan) -> None:
+        """A step has no more tokens and sequences than it may."""
         config = self.scheduler.config
         if plan.num_tokens > config.max_num_batched_tokens:
             self.broken("budget", f"{plan.num_tokens} tokens of {config.max_num_batched_tokens}")
@@ -208,6 +210,10 @@ class Checker:
             plan.chunks
         ):
             self.broken("budget", f"{running} sequences of {config.max_num_seqs}")
+
+    def _check_chunks(self, plan: StepPlan) -> None:
+        """Each chunk goes on where the last one ended."""
+        config = self.scheduler.config
         for chunk in plan.chunks:
             track = self.tracks.get(chunk.request_id)
             if track is None or track.request.status is not RequestStatus.RUNNING:
@@ -237,7 +243,28 @@ class Checker:
             ):
                 self.broken("I10", f"{request.id} samples at the wrong time")
             self._check_tables(chunk, request)
+            if chunk.drafts:
+                self._check_drafts(chunk, request, plan)
             track.start = chunk.end
+
+    def _check_drafts(self, chunk: Chunk, request: Request, plan: StepPlan) -> None:
+        """Drafts stand behind all tokens, never beyond what may be drawn, and get what is left."""
+        if self.pool.states is not None:
+            self.broken("I4", f"{request.id} has drafts, but a state that cannot be undone")
+        if not chunk.samples or chunk.num_tokens > 1:
+            self.broken("I10", f"{request.id} has drafts, but does not decode")
+        room = self.scheduler.config.max_model_len - request.num_tokens
+        left = min(request.max_tokens - len(request.output_ids), room)
+        if len(chunk.drafts) >= left:
+            self.broken("I10", f"{request.id} has {len(chunk.drafts)} drafts, and {left} to draw")
+        assert isinstance(self.scheduler, DraftingScheduler)
+        logits = sum(each.samples + len(each.drafts) for each in plan.chunks)
+        if logits > self.scheduler.most_rows:
+            self.broken("budget", f"{logits} rows with logits of {self.scheduler.most_rows}")
+        if "no_budget" in plan.waiting.values() and self.scheduler.config.enable_chunked_prefill:
+            wholes = [self.tracks[id].request.source for id in plan.waiting]
+            if not any(wholes):
+                self.broken("I8", f"{request.id} has drafts, but others wait for budget")
 
     def _check_tables(self, chunk: Chunk, request: Request) -> None:
         """Each group has the blocks that the chunk reads and writes, and none before its window."""
@@ -245,8 +272,9 @@ class Checker:
         if chunk.tables != request.tables or len(chunk.tables) != len(specs):
             self.broken("I6", f"{request.id} is not computed in its own blocks")
         for table, spec in zip(chunk.tables, specs, strict=True):
-            if len(table) != -(-chunk.end // size):
-                self.broken("I6", f"{request.id} has {len(table)} blocks for {chunk.end} tokens")
+            end = chunk.end + len(chunk.drafts)
+            if len(table) != -(-end // size):
+                self.broken("I6", f"{request.id} has {len(table)} blocks for {end} tokens")
             passed = first_seen(spec, chunk.start) // size
             if table.count(NO_BLOCK) != passed:
                 self.broken(
@@ -407,7 +435,9 @@ class Checker:
                     )
 
     def _write(self, chunk: Chunk, holders: Mapping[int, int], cached: set[int]) -> None:
-        size, values = self.pool.block_size, self.tracks[chunk.request_id].values
+        size, values = self.pool.block_size, self.tracks[chunk.request_id].values[: chunk.end]
+        for draft in chunk.drafts:
+            values.append(advance(values[-1], draft))
         first = chunk.start // size
         lineage = frozenset((chunk.request_id,))
         for table in chunk.tables if first else ():
@@ -422,7 +452,7 @@ class Checker:
                     self.broken(
                         "I5", f"{chunk.request_id} writes to block {block}, which is shared"
                     )
-                self._contents[block] = values[i * size : min((i + 1) * size, chunk.end)]
+                self._contents[block] = values[i * size : (i + 1) * size]
                 self._groups[block] = group
                 self._writers[block] = lineage
 
@@ -517,6 +547,11 @@ class Checker:
                 )
             if chunk.samples and not drawn.get(request.id):
                 track.start = self._goes_on(track, chunk.end - 1)
+            elif chunk.drafts:  # all of them that were right, but for the last token drawn
+                truth = track.expected[track.outputs : got - 1]
+                pairs = zip(chunk.drafts, truth, strict=False)
+                alike = list(takewhile(lambda pair: pair[0] == pair[1], pairs))
+                track.start = chunk.end + len(alike)
             over = (
                 got == len(track.expected) and chunk.end == len(request.prompt_ids) + track.outputs
             )

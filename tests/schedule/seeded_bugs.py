@@ -15,10 +15,21 @@ from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSlots
 from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
-from schedule import seeded_snapshot_bugs, seeded_source_bugs, seeded_turn_bugs
+from schedule import (
+    seeded_draft_bugs,
+    seeded_snapshot_bugs,
+    seeded_source_bugs,
+    seeded_turn_bugs,
+)
 from schedule.seeding import BUGS, bug
 
-__all__ = ["BUGS", "seeded_snapshot_bugs", "seeded_source_bugs", "seeded_turn_bugs"]
+__all__ = [
+    "BUGS",
+    "seeded_draft_bugs",
+    "seeded_snapshot_bugs",
+    "seeded_source_bugs",
+    "seeded_turn_bugs",
+]
 
 
 def live(hit: Hit) -> list[int]:

@@ -6,7 +6,7 @@ configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, the lay
 models: windows, recurrent states with few slots, both; slots a request; prompts that an encoder
 reads) and workload (shared
 prefixes, turns of chats, tenants, owners, priorities, deadlines, aborts in every state, failed steps,
-numerical failures, several tokens a step), ending when all is drained. A violation names the invariant, the episode's seed and the step,
+numerical failures, several tokens a step, drafts of every kind), ending when all is drained. A violation names the invariant, the episode's seed and the step,
 and comes again from that seed.
 """
 
@@ -28,10 +28,12 @@ from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams, ServingLimits
 from moebius.request.share import Share
 from moebius.schedule.blocks import BlockPool
+from moebius.schedule.drafts import DraftingScheduler, StepCosts
 from moebius.schedule.groups import NO_BLOCK, CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import Scheduler, StepPlan
+from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
 from schedule.checker import Checker, Violation, advance, draw
+from schedule.guessers import KINDS
 
 EPISODE_STEPS = 600
 DRAIN_STEPS = 5_000
@@ -59,6 +61,8 @@ class Stats:
     snapshots: int = 0
     restores: int = 0
     computed_tokens: int = 0
+    drafts: int = 0
+    right_drafts: int = 0
 
     def add(self, other: Stats) -> None:
         for f in fields(self):
@@ -170,9 +174,10 @@ class Episode:
         seed: int,
         *,
         family: str | None = None,
-        scheduler_class: type[Scheduler] = Scheduler,
+        scheduler_class: type[Scheduler] | None = None,
         pool_class: type[BlockPool] = BlockPool,
     ) -> None:
+        """scheduler_class: None: one that drafts in half of the episodes."""
         self.rng = rng = Random(seed)
         self.mood = Mood.random(rng)
         self.stats = Stats(episodes=1)
@@ -196,7 +201,9 @@ class Episode:
         key = rng.randbytes(32)
         caching = rng.random() < 0.9 and not self.start_ids
         pool = pool_class(num_blocks, size, groups=groups, enable_prefix_caching=caching, key=key)
-        self.scheduler = scheduler_class(self.config, pool)
+        # Of its own, as that of owners below.
+        self.draft_rng = Random(f"drafts {seed}")
+        self.scheduler = self._make_scheduler(pool, scheduler_class)
         self.checker = Checker(self.scheduler, key, self.mood.vocab, seed)
         self.limits = ServingLimits(self.mood.vocab, self.config.max_model_len + 4, priorities=True)
         self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest)] for _ in range(3)]
@@ -204,6 +211,24 @@ class Episode:
         # Of its own, so that what else happens does not depend on it.
         self.owners = Owners(Random(f"owners {seed}"))
         self.turns: list[Request] = []
+
+    def _make_scheduler(
+        self, pool: BlockPool, scheduler_class: type[Scheduler] | None
+    ) -> Scheduler:
+        rng = self.draft_rng
+        if scheduler_class is None:
+            scheduler_class = rng.choice((Scheduler, DraftingScheduler))
+        if not issubclass(scheduler_class, DraftingScheduler):
+            return scheduler_class(self.config, pool)
+        if pool.states is not None:
+            return Scheduler(self.config, pool)
+        costs = StepCosts([(1, 1.0), (8, rng.choice((1.0, 2.0))), (64, rng.choice((2.0, 16.0)))])
+        most_rows = self.config.max_num_seqs + rng.choice((0, 3, 100))
+        expected = lambda request: self.checker.tracks[request.id].expected  # noqa: E731
+        kind = rng.choice(KINDS)
+        return scheduler_class(
+            self.config, pool, costs, most_rows, lambda: kind(rng, expected, self.mood.vocab)
+        )
 
     def run(self, steps: int) -> Stats:
         """At most `steps` steps with new work, then as many as it takes to drain; all of them are
@@ -261,10 +286,9 @@ class Episode:
             first = plan.chunks[0]  # others may have read what it has computed
             self._fail(self.rng.choice((first, *plan.chunks)).request_id)
         drawn = {
-            chunk.request_id: self._draw(chunk.request_id, values)
-            for chunk in plan.chunks
-            if chunk.samples
+            chunk.request_id: self._draw(chunk, values) for chunk in plan.chunks if chunk.samples
         }
+        self.stats.drafts += sum(len(chunk.drafts) for chunk in plan.chunks)
         finished = self.scheduler.update(plan, drawn)
         self.checker.updated(plan, drawn, finished)
         self.done += [request.id for request in finished]
@@ -281,16 +305,30 @@ class Episode:
             self.stats.snapshots += sum(one.save is not None for one in slots)
             self.stats.restores += sum(one.restore is not None for one in slots)
 
-    def _draw(self, request_id: str, values: dict[str, int]) -> list[int]:
+    def _draw(self, chunk: Chunk, values: dict[str, int]) -> list[int]:
         """One token, now and then several or none; from what the cache holds and from the request's
         secret."""
-        track = self.checker.tracks.get(request_id)
+        track = self.checker.tracks.get(chunk.request_id)
         if track is None or self.rng.random() < self.mood.nothing_drawn:
             return []
-        value, tokens = values[request_id], []
+        value, tokens = values[chunk.request_id], []
+        if chunk.drafts:
+            return self._verify(chunk.drafts, track.secret, value)
         for _ in range(self.rng.randint(2, 5) if self.rng.random() < self.mood.several else 1):
             tokens.append(draw(track.secret, value, self.mood.vocab))
             value = advance(value, tokens[-1])
+        return tokens
+
+    def _verify(self, drafts: Sequence[int], secret: int, value: int) -> list[int]:
+        """A token behind the last one, and behind each right draft; now and then fewer, as where a
+        later row cannot be drawn from yet."""
+        tokens = [draw(secret, value, self.mood.vocab)]
+        for draft in drafts:
+            if tokens[-1] != draft or self.draft_rng.random() < 0.05:
+                break
+            self.stats.right_drafts += 1
+            value = advance(value, draft)
+            tokens.append(draw(secret, value, self.mood.vocab))
         return tokens
 
     def _arrivals(self) -> None:
@@ -445,7 +483,7 @@ def simulate(
     seed: int,
     *,
     family: str | None = None,
-    scheduler_class: type[Scheduler] = Scheduler,
+    scheduler_class: type[Scheduler] | None = None,
     pool_class: type[BlockPool] = BlockPool,
 ) -> Stats:
     """At least `steps` checked steps, in episodes with seeds from `seed` on, of one family of

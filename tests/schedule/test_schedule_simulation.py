@@ -41,6 +41,7 @@ def test_200_000_steps_without_a_violation(capsys):
     assert total.prefix_hits > 10_000 and total.refused > 1000
     assert total.blocks_passed > 10_000 and total.snapshots > 3000 and total.restores > 300
     assert total.turns > 10_000
+    assert total.right_drafts > 5000 and total.drafts - total.right_drafts > 5000
 
 
 @pytest.mark.parametrize("family", FAMILIES)

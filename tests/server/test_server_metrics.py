@@ -33,6 +33,10 @@ COUNTERS = {
     "prompt_tokens",
     "prompt_tokens_cached",
     "generation_tokens",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+    "spec_decode_num_accepted_tokens_per_pos",
     "request_success",
     "admission_rejections",
 }
@@ -261,6 +265,22 @@ def test_times_come_from_the_engine_and_preemptions_are_counted_a_request() -> N
     run(check, engine("hello world", preemptions=7))
 
 
+def test_drafts_are_counted_under_vllms_names() -> None:
+    async def check(server: Server) -> None:
+        _, values = await scrape(server)
+        for prefix in ("moebius_", "vllm:"):
+            name = prefix + "spec_decode_num_"
+            assert values[f"{name}drafts_total", None] == 6
+            assert values[f"{name}draft_tokens_total", None] == 20
+            assert values[f"{name}accepted_tokens_total", None] == 9
+            places = [
+                values[f"{name}accepted_tokens_per_pos_total", str(place)] for place in range(7)
+            ]
+            assert places == [5, 3, 1, 0, 0, 0, 0]
+
+    run(check, engine())
+
+
 @pytest.mark.case("C21")
 def test_expert_loads_as_metrics_and_as_json() -> None:
     async def check(server: Server) -> None:
@@ -268,7 +288,7 @@ def test_expert_loads_as_metrics_and_as_json() -> None:
         found = {
             name: value
             for (name, layer), value in values.items()
-            if layer == "3" and "vllm" not in name
+            if layer == "3" and "vllm" not in name and "per_pos" not in name
         }
         assert found == {
             "moebius_expert_load_max_over_mean": 1.5,

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from moebius.models.hub import ModelSource
 
 
-@o.options_of("config", EngineConfig, *o.SIZES, "threads", "switch_capacity", "trace")
+@o.options_of(
+    "config", EngineConfig, *o.SIZES, "threads", "switch_capacity", "speculative", "trace"
+)
 @o.options_of("which", o.ModelOptions)
 def generate(
     config: EngineConfig,
@@ -149,6 +151,7 @@ async def _answer(model: "ModelSource", config: EngineConfig, calls: list[Any], 
     "max_model_len",
     "kv_cache_dtype",
     "threads",
+    "speculative",
     max_num_seqs=1,
 )
 @o.options_of("which", o.ModelOptions)

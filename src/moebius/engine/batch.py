@@ -8,6 +8,7 @@ import torch
 
 from moebius.engine.prompt_reading import read_by_encoder
 from moebius.engine.prompt_scores import PromptRows
+from moebius.engine.verify import ahead
 from moebius.ops.steps import StateInputs, StepInputs
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, StepPlan
@@ -38,10 +39,10 @@ def build_batch(
     prompts: list[PromptRows] = []
     row = 0
     reading, chunks = read_by_encoder(plan.chunks, requests)
-    for request_id, start, num_tokens, samples, blocks, _ in chunks:
+    for request_id, start, num_tokens, samples, blocks, _, drafts in chunks:
         request = requests[request_id]
         stop = start + num_tokens
-        token_ids.append(request.tokens(start, stop))
+        token_ids.append([*request.tokens(start, stop), *drafts])
         starts.append(start)
         tables.append(blocks)
         if request.params.prompt_logprobs is not None:
@@ -50,8 +51,9 @@ def build_batch(
                 prompts.append(scored)
         row += num_tokens
         if samples:
-            sampled.append(request)
-            sampled_rows.append(row - 1)
+            sampled += ahead(request, drafts)
+            sampled_rows += range(row - 1, row + len(drafts))
+            row += len(drafts)
     groups = range(len(tables[0]) if tables else 0)
     by_group = [[each[group] for each in tables] for group in groups]
     inputs = StepInputs.build(

@@ -20,7 +20,7 @@ from moebius.parallel.traffic import Traffic
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 from moebius.request.hashes import BlockHasher
-from moebius.request.params import ServingLimits
+from moebius.request.params import MOST_DRAFTS, ServingLimits
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -147,8 +147,10 @@ class EngineStats:
     prefix that another was computing, not for room. most_running is how many may run at once. Of
     blocks, and of slots of recurrent states, cached ones have no user, and hold what a later
     sequence may start from. last_step and now are on the engine's monotonic clock, in seconds.
-    restarts counts engines that took the place of lost ones, and replayed the requests that were
-    asked for again. traffic is what was exchanged with other ranks, disk the KV cache on disk.
+    drafts counts how often a request had draft_tokens verified, of which accepted_tokens were
+    right; accepted_per_place[i] of these were the (i + 1)-th behind its last token. restarts counts
+    engines that took the place of lost ones, and replayed the requests that were asked for again.
+    traffic is what was exchanged with other ranks, disk the KV cache on disk.
     """
 
     running: int = 0
@@ -168,6 +170,10 @@ class EngineStats:
     prompt_tokens: int = 0
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_place: tuple[int, ...] = (0,) * MOST_DRAFTS
     step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS_BOUNDS) + 1)
     step_tokens_sum: int = 0
     last_step: float = 0.0

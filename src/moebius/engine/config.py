@@ -11,6 +11,7 @@ KVCacheDtype = Literal["auto", "bfloat16", "float32", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Activations = Literal["int8", "float"]
 SwitchCapacity = Literal["published", "none"]
+Speculative = Literal["none", "ngram"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,11 @@ class EngineConfig(SchedulerConfig):
         "Of Switch Transformers, how many of a prompt's tokens an encoder's expert takes: "
         "published (expert_capacity of config.json; those beyond pass it by) or none (all).",
     ] = "published"
+    speculative: Annotated[
+        Speculative,
+        "ngram: guess tokens from what a text has said before, and verify several in a step, where "
+        "that pays. No token changes. none: draw one at a time.",
+    ] = "none"
     trace: Annotated[
         str | None, "File that every scheduling decision is written to, as JSON lines."
     ] = None
@@ -88,10 +94,16 @@ class EngineConfig(SchedulerConfig):
         require_word("kv_cache_dtype", self.kv_cache_dtype, KVCacheDtype)
         require_word("device", self.device, Device)
         require_word("switch_capacity", self.switch_capacity, SwitchCapacity)
+        require_word("speculative", self.speculative, Speculative)
         require_seconds("step_deadline", self.step_deadline)
         self._check_disk()
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks!r}; it must be a number of at least 1")
+        if self.ranks > 1 and self.speculative != "none":
+            raise ConfigError(
+                f"speculative is {self.speculative!r}, but ranks are {self.ranks}: what a step "
+                "costs depends on all of them, and whether drafts pay is not known; leave one out"
+            )
         if not self.expert_placement:
             raise ConfigError("expert_placement is empty; use linear, balanced, or a file")
         for name in ("expert_placement", "spare_experts"):

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from moebius.engine.client import EngineInfo
 from moebius.engine.faults import failure
-from moebius.engine.follower import CompiledGrammar, Follower
+from moebius.engine.follower import CompiledGrammar, Follower, Found
 from moebius.engine.restriction import Restriction
 from moebius.engine.sampler import Sampled, sample
+from moebius.engine.verify import ahead
 from moebius.errors import ConstraintError, MoebiusError
 from moebius.ops.sampling import SamplerOps
 from moebius.request.constraint import Constraint
@@ -128,11 +129,14 @@ class Constraints:
             return
         for request_id in [id for id in self._followers if id not in requests]:
             del self._followers[request_id]
-        drawing = [chunk.request_id for chunk in plan.chunks if chunk.samples]
-        held = [self._followers[id] for id in drawing if id in self._followers]
+        held = [
+            (self._followers[chunk.request_id], chunk.drafts)
+            for chunk in plan.chunks
+            if chunk.samples and chunk.request_id in self._followers
+        ]
         if not held:
             return
-        compiling = [each.grammar for each in held if each.grammar and not each.ready]
+        compiling = [each.grammar for each, _ in held if each.grammar and not each.ready]
         if len(compiling) == len(plan.chunks):  # else the step would be made for nothing
             wait(compiling, _COMPILING_SECONDS, FIRST_COMPLETED)
         # More threads than work for one step: some masks take longer than many steps.
@@ -147,14 +151,21 @@ class Constraints:
         if not self._finding:
             return list(sample(logits_LV, requests, ops))
         wait(self._finding, _FINDING_SECONDS)
-        followers = [self._followers.get(request.id) for request in requests]
-        found = [_FREE if each is None else each.found for each in followers]
-        restrictions = [each if isinstance(each, Restriction) else None for each in found]
+        held = [self._held(request) for request in requests]
+        restrictions = [found if isinstance(found, Restriction) else None for _, found in held]
         drawn = sample(logits_LV, requests, ops, restrictions)
         return [
-            _taken(follower, outcome) if isinstance(each, Restriction) else each
-            for follower, each, outcome in zip(followers, found, drawn, strict=True)
+            _taken(follower, outcome) if isinstance(found, Restriction) else found
+            for (follower, found), outcome in zip(held, drawn, strict=True)
         ]
+
+    def _held(self, row: Request) -> tuple[Follower | None, Found | None]:
+        """Who follows a row, if anybody does, and what it is held to; None: not known yet."""
+        follower = self._followers.get(row.id)
+        if follower is None:
+            return None, _FREE
+        follower = follower.at(row)
+        return follower, None if follower is None else follower.found
 
     def close(self) -> None:
         self._grammars.close()
@@ -162,9 +173,10 @@ class Constraints:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _find(followers: Sequence[Follower]) -> None:
-    for follower in followers:
-        follower.find()
+def _find(held: Sequence[tuple[Follower, Sequence[int]]]) -> None:
+    """For each of them, and behind each of its drafts."""
+    for follower, drafts in held:
+        follower.find(ahead(follower.request, drafts)[1:])
 
 
 def _taken(follower: Follower | None, outcome: Sampled | MoebiusError) -> Outcome:

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from moebius.engine.client import STEP_TOKENS_BOUNDS, DiskStats, EngineStats
+from moebius.request.params import MOST_DRAFTS
 from moebius.schedule.scheduler import Scheduler
 
 
@@ -21,6 +22,9 @@ class Counters:
         self._prompt_tokens = 0
         self._prompt_tokens_cached = 0
         self._generation_tokens = 0
+        self._drafts = 0
+        self._draft_tokens = 0
+        self._accepted = [0] * MOST_DRAFTS
         self._step_tokens = [0] * (len(STEP_TOKENS_BOUNDS) + 1)
         self.tokens = 0
 
@@ -34,8 +38,14 @@ class Counters:
         self._step_tokens[bisect_left(STEP_TOKENS_BOUNDS, tokens)] += 1
         self.tokens += tokens
 
-    def drawn(self, tokens: int) -> None:
+    def drawn(self, tokens: int, drafts: int = 0) -> None:
+        """A request drew so many tokens; of `drafts` that it verified all but the last one's."""
         self._generation_tokens += tokens
+        if drafts:
+            self._drafts += 1
+            self._draft_tokens += drafts
+            for place in range(tokens - 1):
+                self._accepted[place] += 1
 
     def prompt(self, tokens: int, cached: int) -> None:
         """A prompt was computed, or `cached` of its tokens were found."""
@@ -64,6 +74,10 @@ class Counters:
             prompt_tokens=self._prompt_tokens,
             prompt_tokens_cached=self._prompt_tokens_cached,
             generation_tokens=self._generation_tokens,
+            drafts=self._drafts,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=sum(self._accepted),
+            accepted_per_place=tuple(self._accepted),
             step_tokens=tuple(self._step_tokens),
             step_tokens_sum=self.tokens,
             last_step=self.last_step,

@@ -18,8 +18,6 @@ from moebius.engine.tier import NO_TIER, Tier
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.moe.ranks import ExpertRank
-from moebius.schedule.blocks import BlockPool
-from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.tiers import TieredScheduler
 
@@ -56,10 +54,6 @@ def open_disk(
         config.kv_cache_disk,
     )
     return store
-
-
-def make_scheduler(config: SchedulerConfig, pool: BlockPool, store: DiskStore | None) -> Scheduler:
-    return Scheduler(config, pool) if store is None else TieredScheduler(config, pool)
 
 
 def disk_tier(

@@ -22,6 +22,7 @@ from moebius.engine.sampler import Sampled, not_finite
 from moebius.engine.tier import NO_TIER, Tier
 from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
+from moebius.engine.verify import accepted
 from moebius.errors import DeadlineError, EngineError, MoebiusError, PeerError
 from moebius.ops.threads import TorchThreads
 from moebius.request.engine_request import EngineRequest
@@ -34,7 +35,7 @@ from moebius.schedule.scheduler import Scheduler, StepPlan
 class _Results:
     """What a step computed, by request: tokens drawn, prompt tokens scored, and who failed."""
 
-    sampled: dict[str, Sampled] = field(default_factory=dict)
+    sampled: dict[str, list[Sampled]] = field(default_factory=dict)
     prompts: dict[str, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[str, MoebiusError] = field(default_factory=dict)
 
@@ -170,11 +171,7 @@ class Engine:
         results = _Results()
         logits_LV = self._logits(batch.sampled_rows)
         outcomes = self._constraints.draw(logits_LV, batch.sampled, self.runner.ops)
-        for request, outcome in zip(batch.sampled, outcomes, strict=True):
-            if isinstance(outcome, Sampled):
-                results.sampled[request.id] = outcome
-            elif outcome is not None:
-                results.failed[request.id] = outcome
+        results.sampled, results.failed = accepted(batch.sampled, outcomes)
         for rows in batch.prompts:
             if rows.request.id not in results.failed:
                 try:
@@ -199,25 +196,21 @@ class Engine:
         """Hand the tokens to the scheduler, and what is new to the clients."""
         now = self.clock()
         requests = [self.scheduler.requests[chunk.request_id] for chunk in plan.chunks]
+        lengths = [len(request.output_ids) for request in requests]
         outputs = [self._fail(id, error) for id, error in results.failed.items()]
-        tokens = {
-            id: (drawn.token_id,)
-            for id, drawn in results.sampled.items()
-            if id not in results.failed
-        }
+        tokens = {id: [each.token_id for each in drawn] for id, drawn in results.sampled.items()}
         self.scheduler.update(plan, tokens)
         self._trace.record(lambda trace: trace.update(tokens))
-        self._counters.drawn(len(tokens))
-        for request in requests:
-            drawn = tokens.get(request.id, ())
+        for chunk, request, length in zip(plan.chunks, requests, lengths, strict=True):
+            drawn = results.sampled.get(request.id, [])[: len(request.output_ids) - length]
+            self._counters.drawn(len(drawn), len(chunk.drafts))
             scored = results.prompts.get(request.id, ()) if results.prompts else ()
             if not (drawn or scored or (request.finished and request.id not in results.failed)):
                 continue
-            logprob = results.sampled[request.id].logprob if drawn else None
-            if drawn and results.sampled[request.id].complete:
+            if drawn and drawn[-1].complete:
                 self._complete(request)
             try:
-                outputs.append(self._outputs.news(request, drawn, logprob, scored, now))
+                outputs.append(self._outputs.news(request, drawn, scored, now))
             except Exception as error:
                 cause = failure("handing out a request's tokens", error)
                 outputs.append(self._fail(request.id, cause))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from copy import copy, deepcopy
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,7 @@ class Follower:
         self._late = time.monotonic() + MOST_SECONDS
         self._busy = threading.Lock()
         self._found: tuple[int, Found] | None = None
+        self._later: tuple[Follower, ...] = ()
         self._begin()
 
     @property
@@ -68,14 +70,50 @@ class Follower:
         known = self._found
         return known[1] if known is not None and known[0] == len(self.request.output_ids) else None
 
-    def find(self) -> None:
-        """Find that out, unless another thread is about it. May be called from any."""
+    def find(self, later: Sequence[Request] = ()) -> None:
+        """Find that out, unless another thread is about it. May be called from any.
+
+        later: the request as it would be behind each of its drafts, for which it is found out too.
+        """
         if self.found is not None or not self.ready or not self._busy.acquire(blocking=False):
             return
         try:
+            self._later = ()
             self._found = (len(self.request.output_ids), self._find())
+            last = self
+            for request in later:
+                last = last._copy(request)
+                last.find()
+                self._later += (last,)
+                if not isinstance(
+                    last.found, Restriction
+                ):  # a draft that the grammar does not take
+                    break
         finally:
             self._busy.release()
+
+    def at(self, row: Request) -> "Follower | None":
+        """The follower of a row: this one, or that behind the row's drafts; None: not there yet."""
+        if row is self.request:
+            return self
+        ahead = len(row.output_ids) - len(self.request.output_ids)
+        later = self._later
+        if not 0 < ahead <= len(later):
+            return None
+        found = later[ahead - 1]
+        return found if found.request.output_ids == row.output_ids else None
+
+    def _copy(self, request: Request) -> "Follower":
+        """One that has read what this one has, for the request as it would be further on."""
+        later = copy(self)
+        later.request = request
+        later._busy = threading.Lock()
+        later._found = None
+        later._later = ()
+        later._finder = copy(self._finder)
+        later._budget = deepcopy(self._budget)
+        later._matcher = None if self._matcher is None else self._matcher.deep_copy()
+        return later
 
     def _find(self) -> Found:
         try:

@@ -14,7 +14,8 @@ from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.constraints import constraints_of_model
 from moebius.engine.disk_directory import launch_key
-from moebius.engine.disk_start import disk_tier, make_scheduler, open_disk
+from moebius.engine.disk_start import disk_tier, open_disk
+from moebius.engine.drafting import scheduler_for, why_not
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
@@ -133,6 +134,7 @@ class Prepared:
     loader: Loader
     quantized: Quantized | None = None
     """What `checkpoint` is made by, where it is to have fewer bits."""
+    speculative: str = "none"
 
     @property
     def batch_invariant(self) -> bool:
@@ -147,6 +149,7 @@ class Prepared:
             *self._format_rows(),
             *self._quantization_rows(),
             *rest,
+            *self._drafting_rows(),
             *self._rank_rows(),
             ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
         ]
@@ -165,6 +168,12 @@ class Prepared:
         after = human_bytes(sum(self.quantized.checkpoint.formats.values()))
         remark = f"{before} become {after}; kept in {self.quantized.file.parent}"
         return [("quantization", self.quantized.recipe.name, remark)]
+
+    def _drafting_rows(self) -> list[tuple[str, str, str]]:
+        if self.speculative == "none":
+            return []
+        reason = why_not(self.checkpoint.config, self.plan.groups)
+        return [("drafts", "off" if reason else self.speculative, reason or "where they pay")]
 
     def _rank_rows(self) -> list[tuple[str, str, str]]:
         ranks = self.decoder.ranks
@@ -185,9 +194,8 @@ def prepare(
 ) -> Prepared:
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
-    share: the rank to plan for, where several share the experts; None: of config.ranks the one that
-    has least memory, as if all were on this host. ahead: an engine will be made of it, and the
-    system may begin to read weights that there is room for.
+    share: the rank to plan for; None: of config.ranks the one that has least memory, as if all were
+    on this host. ahead: an engine will be made of it; weights that there is room for may be read.
     """
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
@@ -239,6 +247,7 @@ def prepare(
         decoder=decoder,
         loader=loader,
         quantized=quantized,
+        speculative=config.speculative,
     )
 
 
@@ -358,11 +367,11 @@ def load_engine(
             namespace=name.encode(),
         )
         bounds = replace(config, max_model_len=plan.max_model_len)
-        scheduler = make_scheduler(bounds, pool, store)
-        trace = TraceWriter(config.trace, scheduler.config, pool) if config.trace else None
+        trace = TraceWriter(config.trace, bounds, pool) if config.trace else None
         undo.callback(trace.abandon if trace else bool)
         with TorchThreads(threads):
             runner = _load_runner(prepared, config)
+            scheduler = scheduler_for(bounds, model, pool, runner, trace, tiered=store is not None)
         undo.pop_all()
     info = engine_info(plan, model, config, eos_ids, name)
     constraints = constraints_of_model(directory, info, prepared.threads, tokenizer)

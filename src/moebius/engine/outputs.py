@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.engine.counters import Counters
+from moebius.engine.sampler import Sampled
 from moebius.errors import MoebiusError
 from moebius.request.finish import FinishReason
 from moebius.schedule.request import Request
@@ -55,14 +56,13 @@ class Outputs:
     def news(
         self,
         request: Request,
-        token_ids: tuple[int, ...],
-        logprob: TokenLogprob | None,
+        drawn: Sequence[Sampled],
         scored: Sequence[TokenLogprob],
         now: float,
     ) -> StepOutput:
-        """What a step brought: tokens and the last one's log-probability, scores, the end."""
+        """What a step brought: tokens and their log-probabilities, scores, the end."""
         told = self._told[request.id]
-        if not told.counted and (token_ids or request.finished):
+        if not told.counted and (drawn or request.finished):
             told.counted = True
             prompt = len(request.asked.prompt_ids)
             # What an earlier engine has drawn may have been found, too.
@@ -72,8 +72,8 @@ class Outputs:
             del self._told[request.id]
         return StepOutput(
             request_id=request.id,
-            token_ids=token_ids,
-            logprobs=(logprob,) if logprob else (),
+            token_ids=tuple(each.token_id for each in drawn),
+            logprobs=tuple(each.logprob for each in drawn if each.logprob),
             prompt_logprobs=tuple(scored),
             finish_reason=request.finish_reason,
             num_cached_tokens=told.num_cached,

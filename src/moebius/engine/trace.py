@@ -7,7 +7,7 @@ spell out prompts.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,9 +21,11 @@ from moebius.request.params import SamplingParams
 from moebius.request.share import Share
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
+from moebius.schedule.drafts import DraftingScheduler, StepCosts
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Chunk, StepPlan
+from moebius.schedule.tiered_drafts import TieredDraftingScheduler
 from moebius.schedule.tiers import Piece, TieredScheduler
 
 VERSION = 7
@@ -52,6 +54,10 @@ class TraceWriter:
         options = {field.name: getattr(config, field.name) for field in fields(SchedulerConfig)}
         self._write(event="start", version=VERSION, scheduler=options, pool=sizes, groups=groups)
 
+    def drafting(self, scheduler: DraftingScheduler) -> None:
+        """Before anything else: by which costs it drafts."""
+        self._write(event="drafting", costs=scheduler.costs.measured, most_rows=scheduler.most_rows)
+
     def add(self, request: Request) -> None:
         params = request.params
         self._write(
@@ -68,7 +74,7 @@ class TraceWriter:
         )
 
     def plan(self, now: float, plan: StepPlan) -> None:
-        self._write(event="plan", now=now, **plan_record(plan))
+        self._write(event="plan", now=now, **plan_record(plan, self._rename))
 
     def update(self, tokens: Mapping[str, Sequence[int]]) -> None:
         self._write(event="update", tokens={id: self._rename(ids) for id, ids in tokens.items()})
@@ -118,12 +124,14 @@ class TraceWriter:
         )
 
 
-def plan_record(plan: StepPlan) -> dict[str, Any]:
+def plan_record(
+    plan: StepPlan, named: Callable[[Iterable[int]], list[int]] = list
+) -> dict[str, Any]:
     """A plan as JSON types: what two runs of the same decisions have in common to the last block
-    id."""
+    id. named: what token ids are called."""
     return {
         "step": plan.step,
-        "chunks": [_chunk_record(chunk) for chunk in plan.chunks],
+        "chunks": [[*_chunk_record(chunk), named(chunk.drafts)] for chunk in plan.chunks],
         "preempted": list(plan.preempted),
         "expired": list(plan.expired),
         "waiting": dict(plan.waiting),
@@ -176,16 +184,17 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
     plan: StepPlan | None = None
     for record in lines:
         match record["event"]:
+            case "drafting":
+                scheduler = _drafting(scheduler, record)
             case "add":
                 scheduler.add(_request(record))
                 requests += 1
             case "plan":
                 plan = scheduler.plan(record["now"])
                 steps += 1
-                for key, value in plan_record(plan).items():
-                    if record[key] != value:
-                        difference = f"step {plan.step}: {key} was {record[key]}, now it is {value}"
-                        return ReplayReport(steps, requests, difference)
+                difference = _difference(plan, record)
+                if difference is not None:
+                    return ReplayReport(steps, requests, difference)
             case "update" if plan is not None:
                 scheduler.update(plan, record["tokens"])
             case "rollback" if plan is not None:
@@ -212,6 +221,19 @@ def _fetch(scheduler: TieredScheduler, record: dict[str, Any]) -> None:
             scheduler.land(record["id"], Piece(*record["piece"]), lambda place: None)
         case "settle":
             scheduler.settle(record["id"])
+
+
+def _difference(plan: StepPlan, record: dict[str, Any]) -> str | None:
+    for key, value in plan_record(plan).items():
+        if record[key] != value:
+            return f"step {plan.step}: {key} was {record[key]}, now it is {value}"
+    return None
+
+
+def _drafting(scheduler: TieredScheduler, record: dict[str, Any]) -> TieredScheduler:
+    """The scheduler, by the costs of the machine that the trace is of."""
+    costs = StepCosts([(rows, cost) for rows, cost in record["costs"]])
+    return TieredDraftingScheduler(scheduler.config, scheduler.pool, costs, record["most_rows"])
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -37,6 +37,8 @@ class Limits:
 
 
 LIMITS = Limits()
+MOST_DRAFTS = 7
+"""Drafted tokens of one request that a step verifies at most."""
 
 
 def check_tokens(ids: Collection[int], vocab_size: int, param: str = "prompt") -> None:

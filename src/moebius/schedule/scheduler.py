@@ -48,6 +48,7 @@ class Chunk(NamedTuple):
     tables             for each group of layers the blocks of positions 0 to start + num_tokens - 1,
                        in order; NO_BLOCK where none of the chunk's rows sees them
     states             where the sequence's recurrent state is, if the model has one
+    drafts             what may follow, to be verified: each is one more row, held by `tables`
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class Chunk(NamedTuple):
     samples: bool
     tables: "tuple[array[int], ...]"
     states: StateSlots | None = None
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -79,7 +81,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return sum(chunk.num_tokens + len(chunk.drafts) for chunk in self.chunks)
 
 
 @dataclass(slots=True)

@@ -233,6 +233,7 @@ class ServerMetrics:
                 yield family
         yield self._waiting_by_reason(stats)
         yield self._step_tokens(stats)
+        yield self._accepted_drafts(stats)
         facts = {
             "block_size": str(info.block_size),
             "num_gpu_blocks": str(info.num_blocks),
@@ -266,6 +267,16 @@ class ServerMetrics:
             _OWN + "iteration_tokens_total", "Tokens computed in a step", labels=_LABELS
         )
         family.add_metric(self._labels, buckets, stats.step_tokens_sum)
+        return family
+
+    def _accepted_drafts(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            _OWN + "spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were right, by their place behind the last token",
+            labels=(*_LABELS, "position"),
+        )
+        for place, count in enumerate(stats.accepted_per_place):
+            family.add_metric((*self._labels, str(place)), count)
         return family
 
     def _counter(self, name: str, text: str, label: str, values: Iterable[str]) -> Counter:

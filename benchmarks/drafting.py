@@ -1,0 +1,185 @@
+"""What `--speculative ngram` brings where a text repeats what was said, and costs elsewhere.
+
+    .venv/bin/python benchmarks/drafting.py [--models bundled DIRECTORY] [--sequences 1 4 16]
+    [--tokens 200] [--rounds 5] [--json FILE]
+
+Texts are dictated: a step computes and draws as it would, and what it drew is then replaced by the
+text's next token, so that a model's quality is no part of it. `edit` is a module of Python's
+standard library with two of its names changed, behind the module as it is; `prose` is a page of
+the documentation, behind nothing; `chance` are ids drawn at random. `own` is what the model itself
+says, greedily, behind the beginning of the module.
+
+Two engines that differ in the option alone answer in turn, on one thread each. Time is the
+process's on its processor, which other processes disturb little: of the steps behind the last first
+token, and of those that the costs are of. What is told is the best round's tokens a second with
+drafts over the best without.
+"""
+
+import argparse
+import inspect
+import random
+import textwrap
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moebius.engine.config import EngineConfig
+from moebius.engine.constraints import Constraints, Outcome
+from moebius.engine.drafting import step_costs
+from moebius.engine.engine import Engine
+from moebius.engine.load import load_engine
+from moebius.engine.sampler import Sampled
+from moebius.models.hub import resolve_model
+from moebius.ops.sampling import SamplerOps
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
+from moebius.schedule.drafts import DraftingScheduler
+from moebius.schedule.request import Request
+from moebius.text import load_text
+from records import processor, save
+
+PROMPT = 700
+Text = tuple[list[int], list[int] | None]
+"""Token ids of a prompt, and of what is dictated behind it; None: the model goes on by itself."""
+
+
+class Dictation(Constraints):
+    """Draws as ever, and then says what it is told."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(None, engine.info.limits.vocab_size, engine.info.eos_ids)
+        self.text: list[int] | None = None
+
+    def draw(self, logits_LV: Tensor, requests: "list[Request]", ops: SamplerOps) -> list[Outcome]:
+        drawn = super().draw(logits_LV, requests, ops)
+        if self.text is None:
+            return drawn
+        return [Sampled(self.text[len(request.output_ids)]) for request in requests]
+
+
+def texts(tokens: int, vocab_size: int) -> dict[str, Text]:
+    """By name; all are in the bundled model's tokens, which other models take for their own."""
+    tokenizer, _ = load_text(resolve_model("bundled"))
+    draw = random.Random(0)
+
+    def ids(text: str) -> list[int]:
+        return [token % vocab_size for token in tokenizer.encode(text)]
+
+    module = inspect.getsource(textwrap)
+    edited = module.replace("chunks", "pieces").replace("cur_line", "line")
+    prose = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    beginning = ids(module)[:PROMPT]
+    chance = [draw.randrange(vocab_size) for _ in range(tokens + PROMPT)]
+    found: dict[str, Text] = {
+        "edit": (beginning, ids(edited)[:tokens]),
+        "prose": (ids("Training."), ids(prose)[:tokens]),
+        "chance": (chance[tokens:], chance[:tokens]),
+        "own": (beginning, None),
+    }
+    assert all(told is None or len(told) == tokens for _, told in found.values())
+    return found
+
+
+def run(engine: Engine, text: Text, sequences: int, tokens: int) -> tuple[float, list[int]]:
+    """Tokens a second once all have begun, and what the first of them says."""
+    prompt, dictated = text
+    assert isinstance(engine._constraints, Dictation)
+    engine._constraints.text = dictated
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    requests = []
+    for i in range(sequences):
+        asked = EngineRequest.create(
+            str(i), prompt, params, engine.info.limits, arrival=float(i), seed=0
+        )
+        requests.append(Request(asked))
+        engine.add(requests[-1])
+    while any(not request.output_ids for request in requests):
+        engine.step()
+    before = sum(len(request.output_ids) for request in requests)
+    began = time.process_time()
+    while engine.has_work:
+        engine.step()
+    seconds = time.process_time() - began
+    return (sequences * tokens - before) / seconds, requests[0].output_ids
+
+
+def compare(
+    engines: dict[str, Engine], text: Text, sequences: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    said: dict[str, list[int]] = {}
+    before = engines["ngram"].stats()
+    for _ in range(rounds + 1):
+        for name, engine in engines.items():
+            rate, said[name] = run(engine, text, sequences, tokens)
+            rates[name].append(rate)
+    assert said["none"] == said["ngram"], "drafts have changed a token"
+    after = engines["ngram"].stats()
+    drafted = after.draft_tokens - before.draft_tokens
+    accepted = after.accepted_tokens - before.accepted_tokens
+    best = {name: max(found) for name, found in rates.items()}
+    return {
+        "sequences": sequences,
+        "tokens_per_s": {name: round(rate, 1) for name, rate in best.items()},
+        "gain": round(best["ngram"] / best["none"], 3),
+        "drafted": drafted,
+        "accepted": accepted,
+    }
+
+
+def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
+    config = EngineConfig(
+        max_model_len=PROMPT + args.tokens,
+        max_num_seqs=max(args.sequences),
+        kv_cache_memory_bytes=2**29,
+        threads=1,
+        enable_prefix_caching=False,
+    )
+    directory = resolve_model(model)
+    off = load_engine(directory, config)
+    with closing(off), closing(load_engine(directory, replace(config, speculative="ngram"))) as on:
+        engines = {"none": off, "ngram": on}
+        for engine in engines.values():
+            engine._constraints = Dictation(engine)
+        assert isinstance(on.scheduler, DraftingScheduler)
+        most = min(on.scheduler.most_rows, config.max_num_batched_tokens)
+        costs = step_costs(on.runner, on.info.num_blocks, most, time.process_time)
+        on.scheduler.costs = costs
+        told = {rows: round(costs.of(rows) / costs.of(1), 2) for rows in (2, 4, 8, 16, 32)}
+        print(f"{model}: a step's costs over one of one row {told}", flush=True)
+        found = []
+        for name, text in texts(args.tokens, off.info.limits.vocab_size).items():
+            for sequences in args.sequences:
+                row = {"text": name, **compare(engines, text, sequences, args.tokens, args.rounds)}
+                found.append(row)
+                print(
+                    f"{name:>8} {sequences:>3} sequences: {row['gain']:.3f} of "
+                    f"{row['tokens_per_s']['none']:.0f} tokens/s; {row['accepted']} of "
+                    f"{row['drafted']} drafts right",
+                    flush=True,
+                )
+    return {"model": Path(model).name, "costs": told, "texts": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["bundled"])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    record: dict[str, Any] = {"processor": processor(), "tokens": args.tokens, "models": []}
+    for model in args.models:
+        record["models"].append(measure(model, args))
+        save(args.json, record)
+
+
+if __name__ == "__main__":
+    main()
