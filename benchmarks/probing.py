@@ -30,7 +30,8 @@ from overload import opened, server
 
 PROMPT = 500
 IDS = range(100, 900)
-VICTIM, PROBER = "crowd", "one"
+VICTIM = "crowd"
+PROBER = "one"
 
 
 class Probe(NamedTuple):
