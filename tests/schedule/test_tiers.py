@@ -157,6 +157,7 @@ def test_a_wait_ends_with_its_time() -> None:
     assert step(scheduler, now=5.0)[0].chunks[0].request_id == "a"
     assert not scheduler.awaited
     scheduler.settle("a")  # which comes too late, and is no error
+    drain(scheduler)
 
 
 def test_a_wait_ends_with_its_request() -> None:
@@ -252,7 +253,7 @@ def test_random_work_beside_a_slow_and_forgetful_tier(family: str | None) -> Non
         landed += episode.tier.landed
         late += episode.tier.late
         torn += episode.tier.torn
-    assert landed > 5 and torn > 50 and steps > 3000, (landed, late, torn, steps)
+    assert landed > 5 and torn > 10 and steps > 3000, (landed, late, torn, steps)
     assert late or family is not None
 
 
