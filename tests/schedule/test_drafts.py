@@ -78,8 +78,11 @@ def naive(tokens: Sequence[int], most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("vocab", [2, 5, 300, 200_000])
-def test_a_lookup_finds_what_comparing_all_finds(vocab: int) -> None:
+def test_a_lookup_finds_what_comparing_all_finds(
+    vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Token by token, and with several at a time, over ids whose bytes are mostly zeros."""
+    monkeypatch.setattr(drafts, "_RESTS", 0)
     rng = Random(vocab)
     found = 0
     for _ in range(30):
@@ -98,6 +101,7 @@ def test_a_lookup_finds_what_comparing_all_finds(vocab: int) -> None:
 
 def test_a_lookup_reaches_back_so_far_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "_REACH", 20)
+    monkeypatch.setattr(drafts, "_RESTS", 0)
     request = make_request("one", [1, 2, 3, 4, *range(100, 140), 1, 2, 3], max_tokens=99)
     assert Lookup().guess(request, 1) == ()
     lookup = Lookup()
@@ -107,6 +111,16 @@ def test_a_lookup_reaches_back_so_far_and_no_further(monkeypatch: pytest.MonkeyP
         assert len(lookup._tokens) <= 4 * 41
     request.output_ids += [290, 291, 292]
     assert list(lookup.guess(request, 2)) == [293, 294]
+
+
+def test_a_lookup_that_found_nothing_rests_for_two_steps() -> None:
+    request = make_request("one", [1, 2, 3, 4], max_tokens=99)
+    lookup = Lookup()
+    found = []
+    for token in (1, 2, 3, 4, 1, 2, 3):
+        found.append(list(lookup.guess(request, 1)))
+        request.output_ids.append(token)
+    assert found == [[], [], [], [4], [1], [2], [3]]
 
 
 def test_what_is_drawn_tells_how_good_guesses_are() -> None:

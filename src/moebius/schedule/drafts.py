@@ -31,6 +31,8 @@ _REACH = 32_768
 _FIRST_SHARE = 0.3
 """Too few right guesses for drafts to pay: a request shows first that it repeats itself."""
 _MEMORY = 0.85
+_RESTS = 2
+"""So many steps go by without a look after one that found nothing: what was new is still there."""
 _ID_BYTES = 4
 
 
@@ -96,8 +98,12 @@ class Lookup:
         self._tokens = bytearray()
         self._end = 0
         self._guess: Sequence[int] = ()
+        self._rest = 0
 
     def guess(self, request: Request, most: int) -> Sequence[int]:
+        if self._rest:
+            self._rest -= 1
+            return ()
         end = request.num_tokens
         new = request.tokens(max(self._end, end - _REACH), end)
         if self._guess:
@@ -109,7 +115,9 @@ class Lookup:
         if len(tokens) > 2 * _REACH * _ID_BYTES:
             del tokens[: -_REACH * _ID_BYTES]
         found = _last_place(tokens)
-        if found:
+        if not found:
+            self._rest = _RESTS
+        else:
             start = end - found
             known = request.tokens(start, min(start + most, end))
             # What would follow the last token follows what was guessed: a loop goes on.
