@@ -142,7 +142,8 @@ def compare(
     }
 
 
-def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(model: str, args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Adds to the record, and saves it, text by text."""
     config = EngineConfig(
         max_model_len=PROMPT + args.tokens,
         max_num_seqs=max(args.sequences),
@@ -162,18 +163,19 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         on.scheduler.costs = costs
         told = {rows: round(costs.of(rows) / costs.of(1), 2) for rows in (2, 4, 8, 16, 32)}
         print(f"{model}: a step's costs over one of one row {told}", flush=True)
-        found = []
+        found: list[dict[str, Any]] = []
+        record["models"].append({"model": Path(model).name, "costs": told, "texts": found})
         for name, text in texts(args.tokens, off.info.limits.vocab_size).items():
             for sequences in args.sequences:
                 row = {"text": name, **compare(engines, text, sequences, args.tokens, args.rounds)}
                 found.append(row)
+                save(args.json, record)
                 print(
                     f"{name:>8} {sequences:>3} sequences: {row['gain']:.3f} of "
                     f"{row['tokens_per_s']:.0f} tokens/s; {row['accepted']} of "
                     f"{row['drafted']} drafts right",
                     flush=True,
                 )
-    return {"model": Path(model).name, "costs": told, "texts": found}
 
 
 def main() -> None:
@@ -188,8 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     record: dict[str, Any] = {"processor": processor(), "tokens": args.tokens, "models": []}
     for model in args.models:
-        record["models"].append(measure(model, args))
-        save(args.json, record)
+        measure(model, args, record)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ from moebius.request.params import MOST_DRAFTS
 from moebius.schedule import drafts
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
-from moebius.schedule.drafts import DraftingScheduler, Guesser, Lookup, StepCosts, worthwhile
+from moebius.schedule.drafts import (
+    DraftingScheduler,
+    Guesser,
+    Lookup,
+    StepCosts,
+    least_share,
+    worthwhile,
+)
 from moebius.schedule.groups import CacheGroups, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import StepPlan
@@ -159,6 +166,16 @@ def test_as_many_drafts_as_bring_most_tokens_for_their_time(
     share: float, costs: list[tuple[int, float]], expected: int
 ) -> None:
     assert worthwhile(share, 1.0, 1, MOST_DRAFTS, StepCosts(costs)) == expected
+
+
+def test_below_the_least_share_nothing_pays_and_a_little_above_it_does() -> None:
+    costs = StepCosts([(1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5), (64, 36.0)])
+    for rows in (1, 2, 3, 7):
+        least = least_share(rows, costs)
+        assert not worthwhile(least, float(rows), rows, MOST_DRAFTS, costs) or not least
+        assert worthwhile(least + 0.02, float(rows), rows, MOST_DRAFTS, costs)
+    assert abs(least_share(1, costs) - 0.5) < 0.02  # 1 + 0.5 tokens for 1.5
+    assert least_share(64, costs) == 2.0 and least_share(200, costs) == 2.0
 
 
 def test_costs_between_what_was_measured_are_interpolated() -> None:

@@ -75,6 +75,25 @@ def worthwhile(share: float, useful: float, rows: int, most: int, costs: StepCos
     return best
 
 
+def least_share(rows: int, costs: StepCosts) -> float:
+    """A share below which no draft pays beside `rows` rows, near the largest; 2 where none does."""
+
+    def pays(share: float) -> bool:
+        return worthwhile(share, float(rows), rows, MOST_DRAFTS, costs) > 0
+
+    if not pays(1.0):
+        return 2.0
+    low = 0.0
+    high = 1.0
+    for _ in range(6):
+        middle = (low + high) / 2
+        if pays(middle):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
 class Guesser(Protocol):
     """One request's guesses, and how good they are."""
 
@@ -180,7 +199,7 @@ class DraftingScheduler(Scheduler):
         """What the step that is under way verifies, by request."""
         self._guesser = guesser
         self._guessers: dict[str, Guesser] = {}
-        self._paying: dict[int, bool] = {}
+        self._least: dict[int, float] = {}
 
     def rollback(self, plan: StepPlan) -> None:
         self.drafted.clear()
@@ -194,7 +213,8 @@ class DraftingScheduler(Scheduler):
         """Have requests that decode verify drafts, in the order of service, while it pays."""
         self.drafted = {}
         rows = self.config.max_num_batched_tokens - step.budget
-        if not rows or not self._may_pay(rows):
+        least = self._least_share(rows) if rows else 2.0
+        if least > 1.0:
             return
         logits = self.most_rows - sum(chunk.samples for chunk in step.chunks.values())
         load = _Load(rows, float(rows), logits)
@@ -205,15 +225,15 @@ class DraftingScheduler(Scheduler):
                 if guesser is None:
                     guesser = self._guessers[request.id] = self._guesser()
                 guessed = guesser.guess(request, MOST_DRAFTS)
-                if guessed:
+                if guessed and guesser.share >= least:
                     self._verify(chunk, guessed, guesser.share, step, load)
 
-    def _may_pay(self, rows: int) -> bool:
-        """Whether right drafts would, in a step of so many rows: as a rule that is known."""
-        known = self._paying.get(rows)
+    def _least_share(self, rows: int) -> float:
+        """Below which no draft pays in a step of so many rows; beyond 1 where even right ones do
+        not. As a rule it is known."""
+        known = self._least.get(rows)
         if known is None:
-            best = worthwhile(1.0, float(rows), rows, MOST_DRAFTS, self.costs)
-            known = self._paying[rows] = best > 0
+            known = self._least[rows] = least_share(rows, self.costs)
         return known
 
     def _verify(
