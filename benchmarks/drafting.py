@@ -9,15 +9,16 @@ standard library with two of its names changed, behind the module as it is; `pro
 the documentation, behind nothing; `chance` are ids drawn at random. `own` is what the model itself
 says, greedily, behind the beginning of the module.
 
-Two engines that differ in the option alone answer in turn, on one thread each. Time is the
-process's on its processor, which other processes disturb little: of the steps behind the last first
-token, and of those that the costs are of. What is told is the best round's tokens a second with
-drafts over the best without.
+Two engines that differ in the option alone make a step in turn, on one thread each, and read the
+same weights. Time is the process's on its processor, which other processes disturb little: of the
+steps behind the last first token, and of those that the costs are of. What is told is the median,
+over rounds, of tokens a second with drafts over without.
 """
 
 import argparse
 import inspect
 import random
+import statistics
 import textwrap
 import time
 from contextlib import closing
@@ -84,8 +85,8 @@ def texts(tokens: int, vocab_size: int) -> dict[str, Text]:
     return found
 
 
-def run(engine: Engine, text: Text, sequences: int, tokens: int) -> tuple[float, list[int]]:
-    """Tokens a second once all have begun, and what the first of them says."""
+def begin(engine: Engine, text: Text, sequences: int, tokens: int) -> list[Request]:
+    """The requests, once each has drawn its first token."""
     prompt, dictated = text
     assert isinstance(engine._constraints, Dictation)
     engine._constraints.text = dictated
@@ -99,39 +100,50 @@ def run(engine: Engine, text: Text, sequences: int, tokens: int) -> tuple[float,
         engine.add(requests[-1])
     while any(not request.output_ids for request in requests):
         engine.step()
-    before = sum(len(request.output_ids) for request in requests)
-    began = time.process_time()
-    while engine.has_work:
-        engine.step()
-    seconds = time.process_time() - began
-    return (sequences * tokens - before) / seconds, requests[0].output_ids
+    return requests
+
+
+def race(engines: dict[str, Engine], text: Text, sequences: int, tokens: int) -> dict[str, float]:
+    """Tokens a second of each engine, which make a step in turn."""
+    requests = {name: begin(engine, text, sequences, tokens) for name, engine in engines.items()}
+    drawn = {
+        name: sequences * tokens - sum(len(each.output_ids) for each in own)
+        for name, own in requests.items()
+    }
+    seconds = dict.fromkeys(engines, 0.0)
+    while any(engine.has_work for engine in engines.values()):
+        for name, engine in engines.items():
+            began = time.process_time()
+            if engine.has_work:
+                engine.step()
+                seconds[name] += time.process_time() - began
+    said = [own[0].output_ids for own in requests.values()]
+    assert said[0] == said[1], "drafts have changed a token"
+    return {name: drawn[name] / seconds[name] for name in engines}
 
 
 def compare(
     engines: dict[str, Engine], text: Text, sequences: int, tokens: int, rounds: int
 ) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    said: dict[str, list[int]] = {}
     before = engines["ngram"].stats()
-    for _ in range(rounds + 1):
-        for name, engine in engines.items():
-            rate, said[name] = run(engine, text, sequences, tokens)
-            rates[name].append(rate)
-    assert said["none"] == said["ngram"], "drafts have changed a token"
+    found = []
+    for number in range(rounds):
+        order = list(engines) if number % 2 else list(engines)[::-1]
+        found.append(race({name: engines[name] for name in order}, text, sequences, tokens))
     after = engines["ngram"].stats()
-    drafted = after.draft_tokens - before.draft_tokens
-    accepted = after.accepted_tokens - before.accepted_tokens
-    best = {name: max(found) for name, found in rates.items()}
+    gains = sorted(rates["ngram"] / rates["none"] for rates in found)
     return {
         "sequences": sequences,
-        "tokens_per_s": {name: round(rate, 1) for name, rate in best.items()},
-        "gain": round(best["ngram"] / best["none"], 3),
-        "drafted": drafted,
-        "accepted": accepted,
+        "tokens_per_s": round(statistics.median(rates["none"] for rates in found), 1),
+        "gain": round(statistics.median(gains), 3),
+        "gains": [round(gain, 3) for gain in gains],
+        "drafted": after.draft_tokens - before.draft_tokens,
+        "accepted": after.accepted_tokens - before.accepted_tokens,
     }
 
 
-def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(model: str, args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Adds to the record, and saves it, text by text."""
     config = EngineConfig(
         max_model_len=PROMPT + args.tokens,
         max_num_seqs=max(args.sequences),
@@ -151,18 +163,19 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         on.scheduler.costs = costs
         told = {rows: round(costs.of(rows) / costs.of(1), 2) for rows in (2, 4, 8, 16, 32)}
         print(f"{model}: a step's costs over one of one row {told}", flush=True)
-        found = []
+        found: list[dict[str, Any]] = []
+        record["models"].append({"model": Path(model).name, "costs": told, "texts": found})
         for name, text in texts(args.tokens, off.info.limits.vocab_size).items():
             for sequences in args.sequences:
                 row = {"text": name, **compare(engines, text, sequences, args.tokens, args.rounds)}
                 found.append(row)
+                save(args.json, record)
                 print(
                     f"{name:>8} {sequences:>3} sequences: {row['gain']:.3f} of "
-                    f"{row['tokens_per_s']['none']:.0f} tokens/s; {row['accepted']} of "
+                    f"{row['tokens_per_s']:.0f} tokens/s; {row['accepted']} of "
                     f"{row['drafted']} drafts right",
                     flush=True,
                 )
-    return {"model": Path(model).name, "costs": told, "texts": found}
 
 
 def main() -> None:
@@ -177,8 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     record: dict[str, Any] = {"processor": processor(), "tokens": args.tokens, "models": []}
     for model in args.models:
-        record["models"].append(measure(model, args))
-        save(args.json, record)
+        measure(model, args, record)
 
 
 if __name__ == "__main__":

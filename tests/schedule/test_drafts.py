@@ -13,7 +13,14 @@ from moebius.request.params import MOST_DRAFTS
 from moebius.schedule import drafts
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
-from moebius.schedule.drafts import DraftingScheduler, Guesser, Lookup, StepCosts, worthwhile
+from moebius.schedule.drafts import (
+    DraftingScheduler,
+    Guesser,
+    Lookup,
+    StepCosts,
+    least_share,
+    worthwhile,
+)
 from moebius.schedule.groups import CacheGroups, StateSpec
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import StepPlan
@@ -78,8 +85,11 @@ def naive(tokens: Sequence[int], most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("vocab", [2, 5, 300, 200_000])
-def test_a_lookup_finds_what_comparing_all_finds(vocab: int) -> None:
+def test_a_lookup_finds_what_comparing_all_finds(
+    vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Token by token, and with several at a time, over ids whose bytes are mostly zeros."""
+    monkeypatch.setattr(drafts, "_RESTS", 0)
     rng = Random(vocab)
     found = 0
     for _ in range(30):
@@ -98,6 +108,7 @@ def test_a_lookup_finds_what_comparing_all_finds(vocab: int) -> None:
 
 def test_a_lookup_reaches_back_so_far_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "_REACH", 20)
+    monkeypatch.setattr(drafts, "_RESTS", 0)
     request = make_request("one", [1, 2, 3, 4, *range(100, 140), 1, 2, 3], max_tokens=99)
     assert Lookup().guess(request, 1) == ()
     lookup = Lookup()
@@ -107,6 +118,16 @@ def test_a_lookup_reaches_back_so_far_and_no_further(monkeypatch: pytest.MonkeyP
         assert len(lookup._tokens) <= 4 * 41
     request.output_ids += [290, 291, 292]
     assert list(lookup.guess(request, 2)) == [293, 294]
+
+
+def test_a_lookup_that_found_nothing_rests_for_two_steps() -> None:
+    request = make_request("one", [1, 2, 3, 4], max_tokens=99)
+    lookup = Lookup()
+    found = []
+    for token in (1, 2, 3, 4, 1, 2, 3):
+        found.append(list(lookup.guess(request, 1)))
+        request.output_ids.append(token)
+    assert found == [[], [], [], [4], [1], [2], [3]]
 
 
 def test_what_is_drawn_tells_how_good_guesses_are() -> None:
@@ -145,6 +166,16 @@ def test_as_many_drafts_as_bring_most_tokens_for_their_time(
     share: float, costs: list[tuple[int, float]], expected: int
 ) -> None:
     assert worthwhile(share, 1.0, 1, MOST_DRAFTS, StepCosts(costs)) == expected
+
+
+def test_below_the_least_share_nothing_pays_and_a_little_above_it_does() -> None:
+    costs = StepCosts([(1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5), (64, 36.0)])
+    for rows in (1, 2, 3, 7):
+        least = least_share(rows, costs)
+        assert not worthwhile(least, float(rows), rows, MOST_DRAFTS, costs) or not least
+        assert worthwhile(least + 0.02, float(rows), rows, MOST_DRAFTS, costs)
+    assert abs(least_share(1, costs) - 0.5) < 0.02  # 1 + 0.5 tokens for 1.5
+    assert least_share(64, costs) == 2.0 and least_share(200, costs) == 2.0
 
 
 def test_costs_between_what_was_measured_are_interpolated() -> None:

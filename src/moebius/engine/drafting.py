@@ -25,7 +25,9 @@ from moebius.schedule.tiers import TieredScheduler
 log = logging.getLogger(__name__)
 
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
-_ROUNDS = 5
+_ROUNDS = 6
+_ROUNDS_OF_MANY = 2
+"""Of more than `_LEAST` rows, whose steps take longer and vary less."""
 _SECONDS = 2.0
 """What is not measured by then is not: a step of a large model takes long, and so would this."""
 _LEAST = 8
@@ -86,10 +88,12 @@ def step_costs(
     most = min(most, num_blocks // groups * cache.block_size)
     best: dict[int, float] = {}
     began = clock()
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         for rows in _ROWS:
-            late = clock() - began > _SECONDS
-            if rows > most or (late and (rows > _LEAST or rows in best)):
+            late = clock() - began > _SECONDS or number >= _ROUNDS_OF_MANY
+            if rows > most or (late and rows > _LEAST):
+                break
+            if rows in best and clock() - began > _SECONDS:
                 break
             seconds = _timed(runner, rows, groups, clock)
             best[rows] = min(seconds, best.get(rows, seconds))

@@ -31,6 +31,8 @@ _REACH = 32_768
 _FIRST_SHARE = 0.3
 """Too few right guesses for drafts to pay: a request shows first that it repeats itself."""
 _MEMORY = 0.85
+_RESTS = 2
+"""So many steps go by without a look after one that found nothing: what was new is still there."""
 _ID_BYTES = 4
 
 
@@ -73,6 +75,25 @@ def worthwhile(share: float, useful: float, rows: int, most: int, costs: StepCos
     return best
 
 
+def least_share(rows: int, costs: StepCosts) -> float:
+    """A share below which no draft pays beside `rows` rows, near the largest; 2 where none does."""
+
+    def pays(share: float) -> bool:
+        return worthwhile(share, float(rows), rows, MOST_DRAFTS, costs) > 0
+
+    if not pays(1.0):
+        return 2.0
+    low = 0.0
+    high = 1.0
+    for _ in range(6):
+        middle = (low + high) / 2
+        if pays(middle):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
 class Guesser(Protocol):
     """One request's guesses, and how good they are."""
 
@@ -96,8 +117,12 @@ class Lookup:
         self._tokens = bytearray()
         self._end = 0
         self._guess: Sequence[int] = ()
+        self._rest = 0
 
     def guess(self, request: Request, most: int) -> Sequence[int]:
+        if self._rest:
+            self._rest -= 1
+            return ()
         end = request.num_tokens
         new = request.tokens(max(self._end, end - _REACH), end)
         if self._guess:
@@ -109,7 +134,9 @@ class Lookup:
         if len(tokens) > 2 * _REACH * _ID_BYTES:
             del tokens[: -_REACH * _ID_BYTES]
         found = _last_place(tokens)
-        if found:
+        if not found:
+            self._rest = _RESTS
+        else:
             start = end - found
             known = request.tokens(start, min(start + most, end))
             # What would follow the last token follows what was guessed: a loop goes on.
@@ -172,7 +199,7 @@ class DraftingScheduler(Scheduler):
         """What the step that is under way verifies, by request."""
         self._guesser = guesser
         self._guessers: dict[str, Guesser] = {}
-        self._paying: dict[int, bool] = {}
+        self._least: dict[int, float] = {}
 
     def rollback(self, plan: StepPlan) -> None:
         self.drafted.clear()
@@ -186,7 +213,8 @@ class DraftingScheduler(Scheduler):
         """Have requests that decode verify drafts, in the order of service, while it pays."""
         self.drafted = {}
         rows = self.config.max_num_batched_tokens - step.budget
-        if not rows or not self._may_pay(rows):
+        least = self._least_share(rows) if rows else 2.0
+        if least > 1.0:
             return
         logits = self.most_rows - sum(chunk.samples for chunk in step.chunks.values())
         load = _Load(rows, float(rows), logits)
@@ -197,15 +225,15 @@ class DraftingScheduler(Scheduler):
                 if guesser is None:
                     guesser = self._guessers[request.id] = self._guesser()
                 guessed = guesser.guess(request, MOST_DRAFTS)
-                if guessed:
+                if guessed and guesser.share >= least:
                     self._verify(chunk, guessed, guesser.share, step, load)
 
-    def _may_pay(self, rows: int) -> bool:
-        """Whether right drafts would, in a step of so many rows: as a rule that is known."""
-        known = self._paying.get(rows)
+    def _least_share(self, rows: int) -> float:
+        """Below which no draft pays in a step of so many rows; beyond 1 where even right ones do
+        not. As a rule it is known."""
+        known = self._least.get(rows)
         if known is None:
-            best = worthwhile(1.0, float(rows), rows, MOST_DRAFTS, self.costs)
-            known = self._paying[rows] = best > 0
+            known = self._least[rows] = least_share(rows, self.costs)
         return known
 
     def _verify(
