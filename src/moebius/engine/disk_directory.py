@@ -100,7 +100,7 @@ class Folder:
             if time.monotonic() >= until:
                 os.close(self._lock)
                 raise ConfigError(
-                    f"{_OPTION}: {directory} is in use by another process; name another one"
+                    f"{_OPTION}: {directory} is in use by another engine; name another one"
                 )
             time.sleep(_RETRY_SECONDS)
 
