@@ -9,6 +9,7 @@ import pytest
 
 from moebius.schedule.groups import CacheGroups, GroupSpec, StateSpec
 from moebius.schedule.request import Request, RequestStatus
+from moebius.schedule.tiered_drafts import TieredDraftingScheduler
 from moebius.schedule.tiers import Kept, Piece, TieredScheduler
 from schedule.books import check_books
 from schedule.checker import Violation
@@ -255,6 +256,16 @@ def test_random_work_beside_a_slow_and_forgetful_tier(family: str | None) -> Non
         torn += episode.tier.torn
     assert landed > 5 and torn > 10 and steps > 3000, (landed, late, torn, steps)
     assert late or family is not None
+
+
+@pytest.mark.parametrize("family", ["full attention", "two windows"])
+def test_requests_draft_beside_a_tier(family: str) -> None:
+    landed = drafts = 0
+    for seed in range(8):
+        episode = TieredEpisode(seed, family=family, scheduler_class=TieredDraftingScheduler)
+        drafts += episode.run(600).right_drafts
+        landed += episode.tier.landed
+    assert landed > 5 and drafts > 50, (landed, drafts)
 
 
 @pytest.mark.parametrize("description", TIER_BUGS)
