@@ -329,7 +329,7 @@ def test_a_step_that_is_rolled_back_is_drawn_again(monkeypatch: pytest.MonkeyPat
             break
         engine._constraints.fill(plan, engine.scheduler.requests)
         results = engine._sample(engine._execute(plan))
-        drawn = {id: (one.token_id,) for id, one in results.sampled.items()}
+        drawn = {id: [each.token_id for each in row] for id, row in results.sampled.items()}
         interrupted(plan, drawn)
         if request.output_ids == expected:
             break
