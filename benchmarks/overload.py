@@ -134,29 +134,38 @@ def percentile(values: list[float], share: float) -> float:
 
 
 async def flood(url: str, seconds: float, rng: random.Random) -> dict[str, Any]:
-    done = 0
+    ended: list[float] = []
+
+    async def answer() -> Asked:
+        asked = await ask_plainly(url, "crowd", prompt(rng))
+        if asked.status == 200:
+            ended.append(time.perf_counter())
+        return asked
+
+    def rate_from(began: float) -> float:
+        """Answers a second behind a first quarter of the time, in which the batch fills."""
+        warm = began + seconds / 4
+        return sum(warm < at < began + seconds for at in ended) / (0.75 * seconds)
 
     async def one_after_the_other(until: float) -> None:
-        nonlocal done
         while time.perf_counter() < until:
-            asked = await ask_plainly(url, "crowd", prompt(rng))
-            done += asked.status == 200
+            await answer()
 
-    until = time.perf_counter() + seconds
-    await asyncio.gather(*(one_after_the_other(until) for _ in range(24)))
-    peak = done / seconds
+    began = time.perf_counter()
+    await asyncio.gather(*(one_after_the_other(began + seconds) for _ in range(24)))
+    peak = rate_from(began)
     normal = statistics.median(
         [(await ask_plainly(url, "one", prompt(rng))).whole for _ in range(5)]
     )
 
     rate = OVERLOAD * peak
-    began = time.perf_counter()
     tasks: list[asyncio.Task[Asked]] = []
+    began = time.perf_counter()
     while (now := time.perf_counter() - began) < seconds:
         while len(tasks) < now * rate:
-            tasks.append(asyncio.create_task(ask_plainly(url, "crowd", prompt(rng))))
+            tasks.append(asyncio.create_task(answer()))
         await asyncio.sleep(0.005)
-    whole = sum(t.done() and not t.exception() and t.result().status == 200 for t in tasks)
+    goodput = rate_from(began)
     stopped = time.perf_counter()
     while (await ask_plainly(url, "one", prompt(rng))).whole > 2 * normal:
         await asyncio.sleep(0.05)
@@ -167,7 +176,7 @@ async def flood(url: str, seconds: float, rng: random.Random) -> dict[str, Any]:
     return {
         "peak_answers_per_s": peak,
         "asked_per_s": len(tasks) / seconds,
-        "goodput_of_peak": whole / seconds / peak,
+        "goodput_of_peak": goodput / peak,
         "refused": len(refused),
         "refusal_p50_ms": 1e3 * percentile(refused, 0.5),
         "refusal_p99_ms": 1e3 * percentile(refused, 0.99),
