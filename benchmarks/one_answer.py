@@ -41,6 +41,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import moebius  # noqa: E402
+from moebius.engine.kv_cache import block_bytes  # noqa: E402
+from moebius.errors import ConfigError  # noqa: E402
 from moebius.models.decoder import Decoder  # noqa: E402
 from moebius.models.store.load import load_decoder  # noqa: E402
 from moebius.ops.cpu import CpuOps  # noqa: E402
@@ -181,6 +183,17 @@ def load(
     return [load_decoder(directory, dtype, ops=ops) for ops in kernels]
 
 
+def caches_of(decoder: Decoder) -> Iterator[torch.dtype | None]:
+    """Of CACHES what this model's can be; latents are held as they are computed."""
+    for kv_dtype in CACHES:
+        specs = decoder.config.caches(decoder.dtype, kv_dtype)
+        try:
+            block_bytes(specs, decoder.ops, 16)
+        except ConfigError:
+            continue
+        yield kv_dtype
+
+
 def bundled_models(scratch: Path, kernels: list[CpuOps], *, quantised: bool) -> Iterator[Subject]:
     """The bundled model, or the GGUF files that it is written as."""
     places = {"bundled": Path(moebius.__file__).parent / "bundled"}
@@ -227,7 +240,7 @@ def random_models(scratch: Path, kernels: list[CpuOps]) -> Iterator[Subject]:
         model.half().save_pretrained(half)
         as_stored = load(directory, kernels)
         wide = load(half, kernels, torch.float32)
-        for kv_dtype in CACHES:
+        for kv_dtype in caches_of(as_stored[0]):
             yield Subject(name, as_stored, directory, kv_dtype)
             yield Subject(half.name, wide, half, kv_dtype)
     for dtype in (torch.bfloat16, torch.float32):
