@@ -283,8 +283,6 @@ FOREIGN = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 FOREIGN |= {"TORCH_NCCL_BLOCKING_WAIT"}
 # OpenTelemetry's own, which a host sets for all programs; whoever has no collector knows none.
 FOREIGN |= {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME"}
-# Python's own, which engines' processes inherit with our own directory before it.
-FOREIGN |= {"PYTHONPATH"}
 
 
 def test_options_are_counted() -> None:

@@ -91,7 +91,7 @@ def small_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     script = tmp_path / "python"
     code = tmp_path / "engine.py"
     code.write_text(ENGINE)
-    # What is called is `python -P -m moebius.engine.process ADDRESS TICKET`.
+    # What is called is `python -P -c CODE ADDRESS TICKET`.
     script.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} {code} "$@"\n')
     script.chmod(0o700)
     monkeypatch.setattr("moebius.engine.child.sys.executable", str(script))

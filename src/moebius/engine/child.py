@@ -85,9 +85,9 @@ class ChildProcess:
             signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "moebius.engine.process", *self._arguments],
+                [sys.executable, "-P", "-c", _program(), *self._arguments],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **_own_path(), **self._variables},
+                env={**os.environ, **self._variables},
             )
         except OSError as error:
             self._failure = error
@@ -107,10 +107,13 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _own_path() -> dict[str, str]:
-    """The variable by which Python finds this very package, where that is not installed."""
+def _program() -> str:
+    """Runs `moebius.engine.process` of this very package, where that is not installed too."""
     root = str(Path(__file__).parents[2])
-    if root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        return {}
-    others = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": root if not others else os.pathsep.join([root, others])}
+    installed = root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    lines = [
+        "import runpy, sys",
+        "" if installed else f"sys.path.insert(0, {root!r})",
+        "runpy.run_module('moebius.engine.process', run_name='__main__', alter_sys=True)",
+    ]
+    return "\n".join(lines)
