@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 def test_a_vocabulary_of_150_000_is_no_wait(tmp_path: Path) -> None:
     """0.3 s of processor time for all that a tokenizer is made of; an engine asks for none of it.
 
-    The best of several tries counts: a neighbour on the same core makes processor time longer.
+    Where a plain loop over the strings takes longer than half of that, the processor is slow, or
+    has a busy neighbour: then twice the loop's time is allowed. The best of several tries counts.
     """
     path = tmp_path / "a.gguf"
     words = [f"Ġtoken{i}".encode() for i in range(150_000)]
@@ -173,12 +175,25 @@ def test_a_vocabulary_of_150_000_is_no_wait(tmp_path: Path) -> None:
     named = b"".join(len(key).to_bytes(8, "little") + key + listed for key in keys)
     path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(keys)) + named)
 
-    def seconds() -> float:
+    def loop() -> list[str]:
+        texts, at = [], 0
+        while at < len(strings):
+            size = int.from_bytes(strings[at : at + 8], "little")
+            texts.append(strings[at + 8 : at + 8 + size].decode())
+            at += 8 + size
+        return texts
+
+    def seconds(work: Callable[[], object]) -> float:
         start = time.process_time()
-        dict(open_gguf(path).metadata)
+        work()
         return time.process_time() - start
 
-    assert min(seconds() for _ in range(5)) < 0.3
+    tries = [
+        (seconds(lambda: dict(open_gguf(path).metadata)), seconds(lambda: (loop(), loop())))
+        for _ in range(5)
+    ]
+    ours, plain = map(min, zip(*tries, strict=True))
+    assert ours < max(0.3, 2 * plain)
     values = dict(open_gguf(path).metadata)
     assert [len(value) for value in values.values()] == [150_000] * 2
     assert values["tokenizer.ggml.merges"][149_999] == "Ġtoken149999"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moebius.errors import EngineError
 from moebius.parallel.meet import Address, name_of
 
 _GRACE_SECONDS = 2.0
+_STOPPED_SECONDS = 0.5
 
 
 class ChildProcess:
@@ -21,7 +23,9 @@ class ChildProcess:
     variables   of its environment, beside this process's own
     ended       called once, on a thread of its own, when it has ended
 
-    Its log goes where this process's goes. Raises EngineError where none can be started.
+    Its log goes where this process's goes. Where it is stopped (SIGSTOP), and not continued within
+    half a second, it is killed: nobody would hear of it for longer. Raises EngineError where none
+    can be started.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class ChildProcess:
         self._ended = ended
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: OSError | None = None
+        self._was_stopped = False
         self._started = threading.Event()
         threading.Thread(target=self._watch, name="engine process", daemon=True).start()
         self._started.wait()
@@ -62,6 +67,8 @@ class ChildProcess:
             return "the engine's process runs"
         if status >= 0:
             return f"the engine's process ended with exit status {status}"
+        if self._was_stopped:
+            return "the engine's process was stopped, and not continued, so it was ended"
         hint = " (as the system does when memory runs out)" if status == -signal.SIGKILL else ""
         return f"the engine's process was ended by {_signal_name(-status)}{hint}"
 
@@ -94,9 +101,39 @@ class ChildProcess:
             return
         finally:
             self._started.set()
+        if hasattr(os, "waitid"):
+            self._was_stopped = _ends_stopped(self._process.pid)
+            if self._was_stopped:
+                self._process.kill()
         self._process.wait()
         self.exited.set()
         self._ended()
+
+
+def _ends_stopped(pid: int) -> bool:
+    """Wait until a child has ended, or is stopped for good: whether it is stopped."""
+    while True:
+        # The end stays to be waited for, as subprocess does; that it was stopped is taken.
+        change = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+        if change is None or change.si_code != os.CLD_STOPPED:
+            return False
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+        if _stays_stopped(pid):
+            return True
+
+
+def _stays_stopped(pid: int) -> bool:
+    """Whether a child that was stopped is not continued for `_STOPPED_SECONDS`.
+
+    This process has to run in that time, too: Ctrl-Z stops both, and `fg` continues both.
+    """
+    while True:
+        began = time.monotonic()
+        time.sleep(_STOPPED_SECONDS)
+        if os.waitid(os.P_PID, pid, os.WCONTINUED | os.WNOHANG) is not None:
+            return False
+        if time.monotonic() - began < 2 * _STOPPED_SECONDS:
+            return True
 
 
 def _signal_name(number: int) -> str:
