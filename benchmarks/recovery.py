@@ -5,7 +5,7 @@
 
 One server for all kills. Before each, clients ask for 16 answers at once, greedy and drawn, some
 streamed, with log-probabilities; after a random part of a second one engine's process, chosen at
-random, gets SIGKILL or, one time in four, SIGSTOP, which only its silence tells. Every answer is
+random, gets SIGKILL or, one time in four, SIGSTOP, which its channel does not tell. Every answer is
 compared with what the same server gave undisturbed: text, log-probabilities, finish reason, usage.
 Ends with exit code 1 where one differs.
 
