@@ -12,7 +12,7 @@ import pytest
 import moebius
 from covering import chosen
 from schedule.checker import Violation
-from schedule.simulate import FAMILIES, READING, Episode, Stats, main, simulate
+from schedule.simulate import FAMILIES, READING, Episode, main, simulate
 
 # The trace that coverage needs makes a step of the simulation three times as slow.
 no_cover = pytest.mark.no_cover
