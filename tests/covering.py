@@ -7,7 +7,7 @@ need three certain values at once are rarer, and wait for the whole product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from itertools import combinations, product
 from typing import TypeVar
 
@@ -27,35 +27,38 @@ def chosen(cases: Iterable[T], choose: Callable[[T], bool]) -> list[T | Paramete
     return [case if choose(case) else rest(case) for case in cases]
 
 
-def pairwise(*axes: Iterable[Hashable]) -> list[ParameterSet]:
+def pairwise(*axes: Iterable[object]) -> list[ParameterSet]:
     """The whole product of the axes; every run takes cases that have each pair of values of two
     axes, chosen one after the other by how many new pairs they bring."""
-    cases = list(product(*map(tuple, axes)))
-    taken = _pairwise(cases)
-    return [pytest.param(*case) if case in taken else rest(*case) for case in cases]
-
-
-def each_value(*axes: Iterable[Hashable]) -> list[ParameterSet]:
-    """The whole product of the axes; every run takes as many cases as the longest axis has values,
-    the others' values in turn."""
-    lists = [tuple(axis) for axis in axes]
-    taken = {
-        tuple(values[i % len(values)] for values in lists) for i in range(max(map(len, lists)))
-    }
-    return [pytest.param(*case) if case in taken else rest(*case) for case in product(*lists)]
-
-
-def _pairwise(cases: Sequence[tuple[Hashable, ...]]) -> set[tuple[Hashable, ...]]:
-    pairs = {case: set(_pairs(case)) for case in cases}
+    places = list(product(*(range(len(axis)) for axis in _lists(axes))))
+    pairs = {place: set(combinations(enumerate(place), 2)) for place in places}
     missing = set().union(*pairs.values())
     taken = set()
     while missing:
-        best = max(cases, key=lambda case: len(pairs[case] & missing))
+        best = max(places, key=lambda place: len(pairs[place] & missing))
         taken.add(best)
         missing -= pairs[best]
-    return taken
+    return _product(axes, taken)
 
 
-def _pairs(case: tuple[Hashable, ...]) -> Iterable[Hashable]:
-    """Every two of its values, with their places."""
-    return combinations(enumerate(case), 2)
+def each_value(*axes: Iterable[object]) -> list[ParameterSet]:
+    """The whole product of the axes; every run takes as many cases as the longest axis has values,
+    the others' values in turn."""
+    lengths = [len(axis) for axis in _lists(axes)]
+    return _product(axes, {tuple(i % n for n in lengths) for i in range(max(lengths))})
+
+
+def _lists(axes: Iterable[Iterable[object]]) -> list[list[object]]:
+    return [list(axis) for axis in axes]
+
+
+def _product(
+    axes: Iterable[Iterable[object]], taken: Collection[tuple[int, ...]]
+) -> list[ParameterSet]:
+    """Of which those at the places `taken` are no rest."""
+    cases = product(*(enumerate(axis) for axis in _lists(axes)))
+    made = []
+    for case in cases:
+        place, values = zip(*case, strict=True)
+        made.append(pytest.param(*values) if place in taken else rest(*values))
+    return made

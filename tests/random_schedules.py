@@ -238,9 +238,11 @@ class Seen:
     right_drafts: int = 0
 
 
-def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
+def wishes(count: int, vocab_size: int, rng: random.Random, *, free: bool = False) -> list[Wish]:
     """Prompts of 1 to 150 tokens, some with a common beginning; greedy and drawn; some score their
-    prompt; some are held to a grammar, behind reasoning or not, or kept from some words."""
+    prompt; some are held to a grammar, behind reasoning or not, or kept from some words.
+
+    free: none is, as what grammars do is no matter of the model, and half of a short schedule."""
     common = [rng.randrange(vocab_size) for _ in range(90)]
     made = []
     for i in range(count):
@@ -260,7 +262,7 @@ def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
                 tuple(common[: rng.choice((0, 0, 40, 90))] + own),
                 params,
                 rng.getrandbits(60),
-                CONSTRAINTS[i % len(CONSTRAINTS)],
+                None if free else CONSTRAINTS[i % len(CONSTRAINTS)],
             )
         )
     return made

@@ -103,14 +103,14 @@ def test_every_architecture_gives_one_answer_on_any_number_of_ranks(
     save_tiny(tmp_path, model_type, **sizes, **changes)
     one = load_decoder(tmp_path, dtype, ops=cpu.CpuOps(1))
     rng = random.Random(f"{name} {dtype}")
-    check(tmp_path, one, wishes(12, 300, rng), rng.choice((2, 3, 4)), rng)
+    check(tmp_path, one, wishes(6, 300, rng, free=True), rng.choice((2, 3, 4)), rng)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_bundled_model_gives_one_answer_on_any_number_of_ranks(ranks: int) -> None:
     one = load_decoder(BUNDLED, torch.bfloat16, ops=cpu.CpuOps(1))
     rng = random.Random(ranks)
-    check(BUNDLED, one, wishes(8, one.config.vocab_size, rng), ranks, rng)
+    check(BUNDLED, one, wishes(6, one.config.vocab_size, rng), ranks, rng)
 
 
 def test_preemption_and_warm_caches_are_among_the_schedules(tmp_path: Path) -> None:
