@@ -10,8 +10,12 @@ STEPS ?= 10000000
 SEED ?= 0
 BIN := .venv/bin
 
-# Tests of what computes, which take about as long as what test-schedule leaves of the time.
-CORE := engine models ops
+# Tests of what computes, which with test-schedule take about as long as all others.
+CORE := engine models ops quantize train
+
+# Where the environment forbids bytecode, each of some hundred processes that the tests start would
+# compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: serve test test-schedule test-core test-others reading simulate wheel setup format constraints clean
 

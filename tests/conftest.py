@@ -20,7 +20,7 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for mark in ("losses", "hosts", "faults", "signals"):
+    for mark in ("exhaustive", "losses", "hosts", "faults", "signals"):
         if item.get_closest_marker(mark) and mark not in item.config.getoption("-m"):
             pytest.skip(f"takes minutes; ask for it with -m {mark}")
     for needed in item.iter_markers("needs_file"):

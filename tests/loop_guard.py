@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from pace import allowed
+
 MOST_SECONDS = 0.05
 T = TypeVar("T")
 
@@ -60,7 +62,8 @@ def timed(callback: Callable[..., T], *args: Any) -> T:
         seconds = _now() - before
         task = getattr(callback, "__self__", None)
         exempt = isinstance(task, asyncio.Task) and task in _tests_own
-        if seconds > MOST_SECONDS and not exempt and sys.gettrace() is None:
+        late = seconds > MOST_SECONDS and not exempt and sys.gettrace() is None
+        if late and seconds > allowed(MOST_SECONDS):
             slow.append(f"{_name(callback)} took the event loop for {1000 * seconds:.0f} ms")
 
 

@@ -238,9 +238,11 @@ class Seen:
     right_drafts: int = 0
 
 
-def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
+def wishes(count: int, vocab_size: int, rng: random.Random, *, free: bool = False) -> list[Wish]:
     """Prompts of 1 to 150 tokens, some with a common beginning; greedy and drawn; some score their
-    prompt; some are held to a grammar, behind reasoning or not, or kept from some words."""
+    prompt; some are held to a grammar, behind reasoning or not, or kept from some words.
+
+    free: none is, as what grammars do is no matter of the model, and half of a short schedule."""
     common = [rng.randrange(vocab_size) for _ in range(90)]
     made = []
     for i in range(count):
@@ -260,7 +262,7 @@ def wishes(count: int, vocab_size: int, rng: random.Random) -> list[Wish]:
                 tuple(common[: rng.choice((0, 0, 40, 90))] + own),
                 params,
                 rng.getrandbits(60),
-                CONSTRAINTS[i % len(CONSTRAINTS)],
+                None if free else CONSTRAINTS[i % len(CONSTRAINTS)],
             )
         )
     return made
@@ -274,12 +276,14 @@ def groups_of(decoder: Decoder, states: StateSpec | None = None) -> CacheGroups:
     return CacheGroups(tuple(map(GroupSpec, windows)), states if recurs else None)
 
 
-def random_schedule(count: int, rng: random.Random, groups: CacheGroups | None = None) -> Schedule:
-    """Batches of 1 to 64, chunks of 1 to 2,048 tokens, blocks of 8 to 64, and caches too small for
-    all at once: down to what one sequence holds at most, which is little where there are windows.
-    """
+def random_schedule(
+    count: int, rng: random.Random, groups: CacheGroups | None = None, *, least: int = 1
+) -> Schedule:
+    """Batches of 1 to 64, chunks of `least` to 2,048 tokens, blocks of 8 to 64, and caches too small
+    for all at once: down to what one sequence holds at most, which is little where there are
+    windows."""
     block_size = rng.choice((8, 12, 16, 24, 32, 64))
-    budget = rng.choice((1, 2, 5, 17, 64, 300, 2048))
+    budget = rng.choice([one for one in (1, 2, 5, 17, 64, 300, 2048) if one >= least])
     one = (groups or CacheGroups()).most_blocks(MAX_MODEL_LEN, budget, block_size)
     return Schedule(
         block_size=block_size,

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,21 @@ MARKDOWN = MarkdownIt("commonmark").enable("table")
 COMMAND = re.compile(r"(?<![\w./-])(?:\.venv/bin/|-m )?moebius((?: [^\s`|&;#<]+)+)")
 
 
+@cache
+def markdown(text: str) -> list[Token]:
+    return MARKDOWN.parse(text)
+
+
 def tokens(path: Path) -> Iterator[Token]:
     """A page's tokens, those inside of paragraphs, headings and cells among them."""
-    for token in MARKDOWN.parse(path.read_text(encoding="utf-8")):
+    for token in markdown(path.read_text(encoding="utf-8")):
         yield token
         yield from token.children or ()
 
 
 def anchors(path: Path) -> set[str]:
     """The fragments of a page's headings, as GitHub makes them."""
-    parsed = MARKDOWN.parse(path.read_text(encoding="utf-8"))
+    parsed = markdown(path.read_text(encoding="utf-8"))
     found: set[str] = set()
     for opening, inline in pairwise(parsed):
         if opening.type == "heading_open":
@@ -93,9 +99,14 @@ def commands(path: Path) -> Iterator[list[str]]:
                 yield found[1].split()
 
 
+@cache
+def all_commands() -> Any:
+    return typer.main.get_command(app)
+
+
 def options_of(words: list[str]) -> tuple[set[str], list[str]]:
     """The options that the command knows which the words name, and the words behind its name."""
-    command: Any = typer.main.get_command(app)
+    command: Any = all_commands()
     rest = list(words)
     while rest and rest[0] in getattr(command, "commands", ()):
         command = command.commands[rest.pop(0)]
@@ -107,7 +118,7 @@ def options_of(words: list[str]) -> tuple[set[str], list[str]]:
 
 
 def command_names() -> set[str]:
-    command: Any = typer.main.get_command(app)
+    command: Any = all_commands()
     return set(command.commands)
 
 

@@ -108,7 +108,7 @@ def test_no_files_import_one_another_in_a_ring() -> None:
 
 
 def test_the_report_has_every_measure() -> None:
-    text = report(FILES)
+    text = report(FILES[::8])
     for measure in ("core path", "longest function", "tokens a line", "comments", "circle"):
         assert measure in text
 

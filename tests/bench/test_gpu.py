@@ -38,6 +38,7 @@ def gpu(
     return done.returncode, records, done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_rehearsal_measures_prefill_and_decode(tmp_path: Path) -> None:
     stages = ("checkpoint", "prefill", "decode")
     code, records, said = gpu(

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import moebius
+from covering import chosen, each_value, rest
 from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
 from moebius.models.decoder import Decoder
@@ -60,7 +61,7 @@ def bundled_answers() -> tuple[list[Wish], dict[str, Answer]]:
     return asked, each_alone(bundled(1), asked)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", chosen(range(10), lambda seed: seed < 4))
 def test_the_bundled_model_gives_one_answer(seed: int) -> None:
     rng = random.Random(seed)
     asked, expected = bundled_answers()
@@ -86,7 +87,7 @@ def test_answers_that_end_with_their_grammars_are_one_answer() -> None:
     rng = random.Random(3)
     asked = [
         replace(wish, constraint=word if i % 2 else wish.constraint)
-        for i, wish in enumerate(wishes(20, decoder.config.vocab_size, rng))
+        for i, wish in enumerate(wishes(14, decoder.config.vocab_size, rng))
     ]
     expected = each_alone(decoder, asked)
     ended = [wish for wish in asked if len(expected[wish.id][0]) < (wish.params.max_tokens or 0)]
@@ -104,8 +105,8 @@ def _differs(decoder: Decoder, asked: list[Wish], schedule: Schedule) -> bool:
 
 def test_plain_pytorch_does_not_pass_and_so_the_comparison_can_fail() -> None:
     decoder = load_decoder(BUNDLED, torch.bfloat16, ops=ReferenceOps())
-    asked = wishes(12, decoder.config.vocab_size, random.Random(1))
-    assert _differs(decoder, asked, Schedule(16, 400, 12, 300, True, (0,) * 12, 1))
+    asked = wishes(6, decoder.config.vocab_size, random.Random(1), free=True)
+    assert _differs(decoder, asked, Schedule(16, 400, 6, 300, True, (0,) * 6, 1))
 
 
 def windowed(name: str, directory: Path, dtype: torch.dtype) -> list[Decoder]:
@@ -121,7 +122,7 @@ def windowed(name: str, directory: Path, dtype: torch.dtype) -> list[Decoder]:
 def growing(count: int, rng: random.Random) -> list[Wish]:
     """The first half have short prompts and long answers, for which no room is promised: so that
     several of them run out of blocks together."""
-    made = wishes(count, 300, rng)
+    made = wishes(count, 300, rng, free=True)
     for i in range(count // 2):
         params = made[i].params.with_(max_tokens=60)
         made[i] = replace(made[i], prompt=made[i].prompt[:2], params=params)
@@ -159,8 +160,9 @@ def check_all_schedules(
     assert preemptions and prefix_hits, "or else nothing was compared"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [*sorted(WINDOWED), "mixed"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), each_value([*sorted(WINDOWED), "mixed"], [torch.bfloat16, torch.float32])
+)
 def test_windows_that_give_blocks_back_give_one_answer(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -280,39 +282,43 @@ def test_weights_in_blocks_give_one_answer(name: str, dtype: torch.dtype) -> Non
     """Every type of GGUF's, in linear layers, experts, embeddings and the head."""
     decoders = [in_blocks(name, ops, dtype) for ops in KERNELS.values()]
     rng = random.Random(name)
-    asked = wishes(12, 300, rng)
+    asked = wishes(8, 300, rng, free=True)
     expected = each_alone(decoders[0], asked)
     schedule = random_schedule(len(asked), rng)
     for found in answers(decoders[1], asked, schedule).rounds:
         assert found == expected, schedule
 
 
-# Weights that are computed with in float32 are stored in it, or in float16 and read in place: every
-# second family has one of these here, and all have both in benchmarks/one_answer.py.
-STORED = {
-    name: (torch.float32, torch.float16)[i // 2 % 2]
-    for i, name in enumerate(sorted(FAMILY))
-    if i % 2
-}
+# Weights that are computed with in float32 are stored in it, or in float16 and read in place. Every
+# run has each family in one of three, -m exhaustive in bfloat16 and one of the others, and
+# benchmarks/one_answer.py in all.
+FAMILIES = sorted(FAMILY)
+HELD = [
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float16),
+]
 
 
 @pytest.mark.parametrize(
     ("model_type", "dtype", "stored"),
     [
-        *((name, torch.bfloat16, torch.float32) for name in sorted(FAMILY)),
-        *((name, torch.float32, stored) for name, stored in STORED.items()),
+        *((name, *HELD[i % 4]) for i, name in enumerate(FAMILIES)),
+        *(rest(name, *HELD[0]) for i, name in enumerate(FAMILIES) if i % 2),
     ],
 )
+@pytest.mark.parametrize("schedules", chosen([2, 5], lambda schedules: schedules == 2))
 def test_every_architecture_gives_one_answer(
-    model_type: str, dtype: torch.dtype, stored: torch.dtype, tmp_path: Path
+    model_type: str, dtype: torch.dtype, stored: torch.dtype, schedules: int, tmp_path: Path
 ) -> None:
     sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
     save_tiny(tmp_path, model_type, **sizes).to(stored).save_pretrained(tmp_path)
     decoders = [load_decoder(tmp_path, dtype, ops=ops) for ops in KERNELS.values()]
     rng = random.Random(model_type)
-    asked = wishes(12, decoders[0].config.vocab_size, rng)
+    asked = wishes(8, decoders[0].config.vocab_size, rng, free=True)
     expected = each_alone(decoders[0], asked)
-    for _ in range(3):
+    for _ in range(schedules):
         schedule = random_schedule(len(asked), rng, groups_of(decoders[0]))
         for found in answers(rng.choice(decoders), asked, schedule).rounds:
             assert found == expected, schedule

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from covering import each_value
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
 from moebius.ops.steps import StepInputs
@@ -41,8 +42,7 @@ def replaced(module: nn.Module) -> None:
             setattr(module, name, nn.Parameter(old.detach() * 1.5, requires_grad=False))
 
 
-@pytest.mark.parametrize("change", [moved, replaced])
-@pytest.mark.parametrize("name", sorted(FAMILY))
+@pytest.mark.parametrize(("name", "change"), each_value(sorted(FAMILY), [moved, replaced]))
 def test_no_part_of_a_model_changes_unnoticed(
     name: str, change: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:

@@ -120,7 +120,7 @@ def test_draws_follow_the_naive_distribution(params: dict[str, Any], ops: Ops) -
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(12, generator=generator) * 2
     logits[4] = logits[9]
-    count = 3000
+    count = 1500
     ones = [
         request([1, 2, 2], [3, 3, 4], seed=seed, max_tokens=20, **params) for seed in range(count)
     ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moebius
+from covering import each_value
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import ExpertShare, load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
@@ -38,8 +39,9 @@ BUNDLED = Path(moebius.__file__).parent / "bundled"
 SMALL = EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=32, max_num_seqs=3)
 
 
-@pytest.mark.parametrize("tokens", [64, 512])
-@pytest.mark.parametrize("name", [*sorted(FAMILY), "bundled", *sorted(WINDOWED)])
+@pytest.mark.parametrize(
+    ("name", "tokens"), each_value([*sorted(FAMILY), "bundled", *sorted(WINDOWED)], [64, 512])
+)
 def test_the_plan_is_what_is_allocated(tmp_path: Path, name: str, tokens: int) -> None:
     directory = BUNDLED if name == "bundled" else tmp_path
     if name != "bundled":

@@ -21,6 +21,9 @@ from tiny_t5 import answers, tiny_config
 def test_the_table_is_what_the_sources_say(kind: str) -> None:
     """If not: PYTHONPATH=src:tests python -m models.config_keys, and look at what changed."""
     assert table(kind).read_text(encoding="utf-8") == as_json(derive(kind))
+
+
+def test_the_table_of_ropes_is_what_the_sources_say() -> None:
     assert ROPE.read_text(encoding="utf-8") == as_json(rope_types())
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import each_value
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
 from moebius.ops import FORMATS, Ops
@@ -39,8 +40,7 @@ def served(decoder: Decoder) -> Tensor:
     return server.all_logits(0)
 
 
-@pytest.mark.parametrize("stored", HALVES, ids=str)
-@pytest.mark.parametrize("model_type", list(FAMILY))
+@pytest.mark.parametrize(("model_type", "stored"), each_value(FAMILY, HALVES), ids=str)
 def test_served_where_they_lie(tmp_path: Path, model_type: str, stored: torch.dtype) -> None:
     """Against transformers in float32, and bit for bit against a float32 copy of the file."""
     copy = save_as(tmp_path, stored, model_type)

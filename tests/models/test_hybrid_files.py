@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 
+from covering import each_value
 from models.gguf_recurrent import converter
 from models.quantization.test_loading import plain_copy
 from models.test_hybrids import FULL, IDS, LINEAR, assert_same, recurrent
@@ -93,8 +94,7 @@ def test_a_written_file_answers_as_the_original(tmp_path: Path, model_type: str)
     assert_same(found, recurrent(model, IDS))
 
 
-@pytest.mark.parametrize("kind", ["fp8-block", "pack-4-zeros"])
-@pytest.mark.parametrize("model_type", SIZES)
+@pytest.mark.parametrize(("model_type", "kind"), each_value(SIZES, ["fp8-block", "pack-4-zeros"]))
 def test_projections_may_be_quantised(tmp_path: Path, model_type: str, kind: str) -> None:
     save_tiny(tmp_path, model_type, **SIZES[model_type])
     meant = write_quantised(tmp_path, KINDS[kind])

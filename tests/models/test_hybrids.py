@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from models.quantization.test_loading import plain_copy
 from models.ropes import LLAMA3, YARN
 from moebius.errors import ConfigError, WeightsError
 from moebius.models.config import ModelConfig
+from moebius.models.decoder import Decoder
 from moebius.models.family import model_config, read_config
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.nn.attention import GQA
 from moebius.nn.mixers.gated_delta import GatedDelta
-from moebius.ops import Ops, select_ops
+from moebius.ops import select_ops
 from moebius.ops.config import DeltaSizes
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
@@ -119,16 +121,24 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert ours.argmax(-1).tolist() == theirs.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
 @pytest.mark.parametrize(
     ("name", "model_type", "changes"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES]
 )
 def test_prefill_and_each_step_equal_transformers_recurrence(
-    tmp_path: Path, name: str, model_type: str, changes: dict[str, Any], ops: Ops
+    tmp_path: Path, name: str, model_type: str, changes: dict[str, Any]
 ) -> None:
     """Two prompts in chunks beside each other's steps; then each decodes what it chooses."""
     model = save_tiny(tmp_path, model_type, **changes)
-    server = Server(load_decoder(tmp_path, torch.float32, ops=ops), block_size=5, num_blocks=14)
+    theirs = cache(lambda *text: recurrent(model, list(text)))
+    for ops in OPS:
+        decoder = load_decoder(tmp_path, torch.float32, ops=ops)
+        for text, ours in served_beside_each_other(decoder):
+            assert_same(ours, theirs(*text))
+
+
+def served_beside_each_other(decoder: Decoder) -> list[tuple[list[int], Tensor]]:
+    """Each text, of a prompt and what follows, and the logits of its tokens."""
+    server = Server(decoder, block_size=5, num_blocks=14)
     texts = [list(IDS), IDS[:7][::-1]]
     server.step([(0, texts[0][:4]), (1, texts[1][:1])])
     server.step([(1, texts[1][1:]), (0, texts[0][4:5])])
@@ -137,8 +147,7 @@ def test_prefill_and_each_step_equal_transformers_recurrence(
         for sequence, text in enumerate(texts):
             text.append(server.greedy(sequence))
         server.step([(sequence, text[-1:]) for sequence, text in enumerate(texts)])
-    for sequence, text in enumerate(texts):
-        assert_same(server.all_logits(sequence), recurrent(model, text))
+    return [(text, server.all_logits(sequence)) for sequence, text in enumerate(texts)]
 
 
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import each_value
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.engine.workspace import StepRows
@@ -62,8 +63,9 @@ def random_step(rng: random.Random, computed: list[int], groups: int = 1) -> Ste
     return StepInputs.build(ids, starts, blocks, BLOCK_SIZE, others=others, states=states)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("model_type", sorted(FAMILY))
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), each_value(sorted(FAMILY), [torch.bfloat16, torch.float32]), ids=str
+)
 def test_recorded_steps_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     save_tiny(tmp_path, model_type)
     recorded, plain = runner(tmp_path, CpuOps(1), dtype), runner(tmp_path, Plain(1), dtype)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import each_value
 from moebius.errors import ConfigError
 from moebius.ops import FORMATS, Feature, Matrix, Operation, Ops, Use
 from moebius.ops.cache_spec import key_value_planes, latent_spec
@@ -163,9 +164,9 @@ class Run:
         return list(out.split([len(q) for _, q, _ in work]))
 
 
-@pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("block_size", [5, 16])
+@pytest.mark.parametrize(
+    ("block_size", "sizes", "dtype"), each_value([5, 16], SIZES, ROUNDOFF), ids=str
+)
 def test_it_is_attention_over_the_keys_and_values_of_latents(
     backend: Ops, sizes: Sizes, dtype: torch.dtype, block_size: int
 ) -> None:

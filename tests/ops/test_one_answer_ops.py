@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import covering
 from moebius.ops import ExpertWeights
 from moebius.ops.config import HeadGates, RouterConfig
 from moebius.ops.cpu import CpuOps
@@ -262,19 +263,25 @@ class Prompt:
         return bits(out[first : first + new[at]])
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 50}, {"softcap": 4.0, "sinks": True}], ids=repr)
-@pytest.mark.parametrize("shape", [(4, 2, 64), (71, 1, 16), (7, 1, 33), (4, 2, 24, 40)])
-@pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES, ids=str)
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize(
+    ("isa", "cache", "shape", "options"),
+    covering.pairwise(
+        LEVELS,
+        CACHES,
+        [(4, 2, 64), (71, 1, 16), (7, 1, 33), (4, 2, 24, 40)],
+        [{}, {"window": 50}, {"softcap": 4.0, "sinks": True}],
+    ),
+    ids=str,
+)
 def test_attention_does_not_know_its_step(
     isa: str,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype | None,
+    cache: tuple[torch.dtype, torch.dtype | None],
     shape: Any,
     options: dict[str, Any],
 ) -> None:
     """A prompt at once, in chunks cut anywhere and token by token, beside others, in blocks of 1 to
     64 tokens."""
+    dtype, kv_dtype = cache
     length, rng = 140, random.Random(1)
     sinks = torch.randn(shape[0]) if "sinks" in options else None
     kept = {name: value for name, value in options.items() if name != "sinks"}

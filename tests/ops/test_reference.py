@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import pairwise
 from moebius.ops.reference import LOGITS_ROWS, TILE, ReferenceOps
 from moebius.ops.reference.routing import top_k
 from moebius.ops.steps import StepInputs
@@ -37,17 +38,21 @@ def naive_attention(
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, TILE, TILE + 3])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "value_dim"),
-    [(4, 4, 6, 6), (8, 1, 10, 4), (6, 2, 16, 16), (6, 2, 8, 20)],
+    ("window", "sizes", "block_size"),
+    pairwise(
+        [None, 1, 5, TILE, TILE + 3],
+        [(4, 4, 6, 6), (8, 1, 10, 4), (6, 2, 16, 16), (6, 2, 8, 20)],
+        [1, 3, 16],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_paged_attention(
-    window: int | None, heads: int, kv_heads: int, head_dim: int, value_dim: int, block_size: int
+    window: int | None, sizes: tuple[int, int, int, int], block_size: int
 ) -> None:
     """Chunks, whole prompts and decodes of lengths on both sides of a tile, in one step over a
     cache full of NaN."""
+    heads, kv_heads, head_dim, value_dim = sizes
     torch.manual_seed(0)
     lengths = [1, 7, TILE, TILE + 1, 2 * TILE + 5, 33, TILE - 1]
     new = [1, 7, 1, 1, 1, 4, TILE - 1]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from covering import each_value
 from moebius.models.store import open_checkpoint
 from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
@@ -41,8 +42,7 @@ def both(directory: Path, kind: str, model_type: str) -> tuple[Path, Path]:
     return quantised, plain
 
 
-@pytest.mark.parametrize("model_type", SIZES)
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize(("kind", "model_type"), each_value(SOME, SIZES))
 def test_the_file_is_that_of_the_numbers(kind: str, model_type: str, tmp_path: Path) -> None:
     quantised, plain = both(tmp_path, kind, model_type)
     found = []

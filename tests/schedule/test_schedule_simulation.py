@@ -5,55 +5,52 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 import moebius
+from covering import chosen
 from schedule.checker import Violation
-from schedule.simulate import FAMILIES, READING, Episode, Stats, main, simulate
+from schedule.simulate import FAMILIES, READING, Episode, main, simulate
 
+# The trace that coverage needs makes a step of the simulation three times as slow.
+no_cover = pytest.mark.no_cover
 SEED = 1
-STEPS = 200_000
-PROCESSES = 2
 
 
-def test_200_000_steps_without_a_violation(capsys):
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as executor:
-        jobs = [
-            executor.submit(simulate, STEPS // PROCESSES, SEED + i * 10**6)
-            for i in range(PROCESSES)
-        ]
-        total = Stats()
-        for job in jobs:
-            total.add(job.result())
+@no_cover
+@pytest.mark.parametrize("steps", chosen([40_000, 200_000], lambda steps: steps == 40_000))
+def test_many_steps_without_a_violation(steps, capsys):
+    total = simulate(steps, SEED)
     with capsys.disabled():
         print(f"\n  from seed {SEED}: {total}")
-    assert total.steps >= STEPS
+    assert total.steps >= steps
     # Work of every kind must have been there, or the run proves nothing about it.
-    assert (
-        min(total.preemptions, total.prefix_waits, total.failed, total.expired, total.rollbacks)
-        > 300
+    rarest = min(
+        total.preemptions, total.prefix_waits, total.failed, total.expired, total.rollbacks
     )
+    assert rarest > steps / 1000
     assert total.requests == total.finished + total.aborted + total.failed + total.expired
-    assert total.prefix_hits > 10_000 and total.refused > 1000
-    assert total.blocks_passed > 10_000 and total.snapshots > 3000 and total.restores > 300
-    assert total.turns > 10_000
-    assert total.right_drafts > 5000 and total.drafts - total.right_drafts > 5000
+    assert total.prefix_hits > steps / 20 and total.refused > steps / 200
+    assert total.blocks_passed > steps / 20 and total.turns > steps / 20
+    assert total.snapshots > steps / 70 and total.restores > steps / 700
+    assert min(total.right_drafts, total.drafts - total.right_drafts) > steps / 40
 
 
+@no_cover
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_of_models(family):
+@pytest.mark.parametrize("steps", chosen([2_000, 6_000], lambda steps: steps == 2_000))
+def test_each_family_of_models(family, steps):
     """Each has its own mix of windows and states; work of each kind that it has must have been."""
     windows, recurrent = FAMILIES[family]
-    total = simulate(6_000, 300, family=family)
-    assert min(total.turns, total.rollbacks) > 5
+    total = simulate(steps, 300, family=family)
+    assert total.turns > steps / 20 and total.rollbacks > steps / 1000
     shares = family not in READING
     assert (total.prefix_hits > 5) == shares and (total.prefix_waits > 5) == shares
-    assert (total.blocks_passed > 1000) == any(windows)
-    assert (total.snapshots > 500) == recurrent and (total.restores > 20) == recurrent
+    assert (total.blocks_passed > steps / 6) == any(windows)
+    assert (total.snapshots > steps / 12) == recurrent
+    assert (total.restores > steps / 300) == recurrent
 
 
 def test_a_seed_replays():
@@ -67,6 +64,7 @@ def test_episodes_follow_each_other_until_the_steps_are_done():
     assert simulate(600, 41).requests < total.requests
 
 
+@no_cover
 def test_a_request_that_does_not_end_is_a_violation():
     episode = Episode(2)
     episode._compute = lambda plan: (

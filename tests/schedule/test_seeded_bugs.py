@@ -16,6 +16,8 @@ from schedule.seeded_bugs import BUGS
 from schedule.seeding import FAMILIES
 from schedule.simulate import simulate
 
+# The trace that coverage needs makes a search three times as slow.
+pytestmark = pytest.mark.no_cover
 MAX_STEPS = 200_000
 SEED = 500_000
 # Where each bug was last found, which only saves time: made anew by running this file.

@@ -45,10 +45,11 @@ def served(scheduler: Scheduler, steps: int, shares: list[Share], rng: Random) -
     return found
 
 
+@pytest.mark.no_cover  # a trace makes it three times as slow
 def test_owners_get_tokens_in_proportion_to_their_weights() -> None:
     scheduler = make_scheduler(blocks=2000, seqs=4, budget=64, caching=False)
     shares = [Share("a", 1.0), Share("b", 2.0), Share("c", 0.5)]
-    found = served(scheduler, 6000, shares, Random(3))
+    found = served(scheduler, 3000, shares, Random(3))
     by_weight = [found[share.account] / share.weight for share in shares]
     assert max(by_weight) < 1.05 * min(by_weight), found
 

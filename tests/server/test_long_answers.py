@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pace import allowed
 from server.holding import Holding, longest_turn
 from server.serving import MODEL, Server, engine, events, run
 
@@ -58,10 +59,10 @@ def test_the_loop_goes_on_while_a_long_answer_is_made(path: str, fields: dict[st
         worst = []
         for _ in range(TRIES):
             seconds, response = await cost(server, path, fields)
-            worst.append(round(seconds, 3))
-            if seconds <= MOST_SECONDS:
+            worst.append(round(seconds / allowed(MOST_SECONDS), 2))
+            if worst[-1] <= 1:
                 break
-        assert min(worst) <= MOST_SECONDS, worst
+        assert min(worst) <= 1, f"{worst} of what is allowed"
         check_whole(fields, response)
 
     run(check, engine(step_tokens=10, prompt_chunk=500))

@@ -15,7 +15,7 @@ import loop_guard
 from server.serving import engine, exchange, listening, run
 
 
-def busy(seconds: float = 0.1) -> None:
+def busy(seconds: float = 0.19) -> None:
     """Keep the processor, by its own clock."""
     end = time.thread_time() + seconds
     while time.thread_time() < end:

@@ -109,7 +109,7 @@ def test_a_reply_that_must_call_calls_as_the_schemas_say(name: str, kind: str) -
 def test_a_reply_that_may_call_is_free_text_and_such_calls(name: str, kind: str) -> None:
     for several in (True, False):
         wanted = held(name, kind, RICH, must=False, several=several)
-        for ids in drawn(wanted, 6):
+        for ids in drawn(wanted, 3):
             wanted.check(ids)
         for text in ("", "Hello there!", "I look it up:\n\nif a < b: x"):
             if name != "harmony":
