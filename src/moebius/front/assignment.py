@@ -26,9 +26,6 @@ class Room(NamedTuple):
     tokens: int = 2**62
 
 
-ANY_ROOM = Room()
-
-
 class Assignment:
     """All requests that are not finished, in the order they came. Used under its owner's lock.
 
@@ -36,7 +33,7 @@ class Assignment:
     room       in each engine's own queue
     """
 
-    def __init__(self, *, together: bool = False, room: Room = ANY_ROOM) -> None:
+    def __init__(self, *, together: bool = False, room: Room = Room()) -> None:  # noqa: B008 - it cannot be changed
         self._together = together
         self._room = room
         self._flights: dict[str, Flight] = {}

@@ -18,7 +18,7 @@ from dataclasses import replace
 from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed, failure, say
 from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError
-from moebius.front.assignment import ANY_ROOM, Assignment, Room
+from moebius.front.assignment import Assignment, Room
 from moebius.front.fleet import Fleet, Launch
 from moebius.front.flight import Flight
 from moebius.front.outbox import Outbox
@@ -52,7 +52,7 @@ class ReplayClient:
         *,
         stepped: Callable[[], bool] | None = None,
         budget: RestartBudget | None = None,
-        room: Room = ANY_ROOM,
+        room: Room = Room(),  # noqa: B008 - it cannot be changed
         on_give_up: Callable[[MoebiusError], None] = lambda reason: None,
     ) -> None:
         self._budget = budget or RestartBudget()

@@ -75,8 +75,6 @@ class Connection(asyncio.Protocol):
         # What uvicorn gets later: the first request's beginning, or what follows the request being
         # answered.
         self._held = b""
-        # The headers of a response, which are sent with its first bytes.
-        self._head: bytes | None = None
         self._answering = False
         self._received = False
         self._started = False
@@ -160,14 +158,8 @@ class Connection(asyncio.Protocol):
 
     def start(self, headers: MutableHeaders, *, persistent: bool) -> None:
         """A response begins: say in its headers whether, and how long, the connection may be used
-        again.
-
-        They go out with the first bytes behind them, or on the loop's next turn: a packet, and the
-        client's waking up, cost more than a small answer's bytes.
-        """
+        again."""
         self._started = True
-        self._head = b""
-        self._loop.call_soon(self._send_head)
         # The rest of a body that nobody reads is not worth waiting for.
         if self._capacity.ending or not self._received or not persistent:
             headers["Connection"] = "close"
@@ -210,19 +202,10 @@ class Connection(asyncio.Protocol):
         """
         if self._closing:
             return
-        if self._feeding:
-            self._complain(Fault(400, "this is no valid HTTP request", "bad_request"))
-        elif self._head == b"":
-            self._head = data
-        else:
-            self._send_head(data)
-
-    def _send_head(self, data: bytes = b"") -> None:
-        """Send the headers, if they still wait, and what is behind them."""
-        data = (self._head or b"") + data
-        self._head = None
-        if data and not self._transport.is_closing():
+        if not self._feeding:
             self._transport.write(data)
+        else:
+            self._complain(Fault(400, "this is no valid HTTP request", "bad_request"))
 
     def close(self) -> None:
         """Hang up once what was written has gone out.
@@ -232,7 +215,6 @@ class Connection(asyncio.Protocol):
         """
         if self._closing:
             return
-        self._send_head()
         self._closing = True
         self._held = b""
         self._set_stall(_STALL_SECONDS)
