@@ -103,6 +103,7 @@ outputs = st.builds(
     at=finite,
     scheduled=st.none() | finite,
     num_preemptions=st.integers(0, 100),
+    waits=st.booleans(),
 )
 
 

@@ -13,9 +13,10 @@ from front.mortal_engine import MortalEngine, answer, ask
 from front.test_replay import House, finish
 from moebius.engine.client import EngineInfo, ExpertLoads, LayerLoad, StepOutput
 from moebius.errors import EngineError, MoebiusError, OverloadError
+from moebius.front.assignment import Room
 from moebius.front.fleet import Lost
 from moebius.front.outbox import Outbox
-from moebius.front.replay import ReplayClient, Room
+from moebius.front.replay import ReplayClient
 from moebius.front.restarts import RestartBudget
 from moebius.front.sums import add_loads
 from moebius.request.finish import FinishReason

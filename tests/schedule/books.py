@@ -143,6 +143,6 @@ def check_books(scheduler: Scheduler) -> None:
     assert not any(request.num_computed_tokens for request in waiting), (
         "I6: no blocks hold a waiting request's tokens"
     )
-    assert queue.num_tokens == sum(r.num_tokens for r in waiting), (
+    assert queue.backlog.num_tokens == sum(r.num_tokens for r in waiting), (
         "I12: the queue lost count of its tokens"
     )

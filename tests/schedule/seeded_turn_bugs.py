@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moebius.request.backlog import Backlog
 from moebius.schedule.scheduler import Scheduler
 from moebius.schedule.turns import QUANTUM, Turns
 from schedule.seeding import bug
@@ -9,12 +10,20 @@ from schedule.seeding import bug
 
 def bug_of_turns(description: str):
     """A scheduler whose turns have the bug."""
+    return bug_of("turns", description)
 
-    def register(cls: type[Turns]) -> type[Turns]:
+
+def bug_of_backlog(description: str):
+    """A scheduler whose backlog has the bug."""
+    return bug_of("backlog", description)
+
+
+def bug_of(part: str, description: str):
+    def register(cls: type) -> type:
         class Seeded(Scheduler):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
-                self._waiting.turns.__class__ = cls
+                getattr(self._waiting, part).__class__ = cls
 
         bug(description)(Seeded)
         return cls
@@ -126,14 +135,14 @@ class _(Scheduler):
             self._waiting.turns.took(request, request.num_tokens - hit_tokens)
 
 
-@bug_of_turns("one owner may fill the whole queue")
-class _(Turns):
-    def beyond_share(self, request, requests, tokens):
+@bug_of_backlog("one owner may fill the whole queue")
+class _(Backlog):
+    def _beyond_share(self, account, num_tokens, requests, tokens):
         return 0, 0
 
 
-@bug_of_turns("an owner with nothing in the queue is held to another's share")
-class _(Turns):
-    def beyond_share(self, request, requests, tokens):
-        first = next(iter(self), request)
-        return super().beyond_share(first, requests, tokens)
+@bug_of_backlog("an owner with nothing in the queue is held to another's share")
+class _(Backlog):
+    def _beyond_share(self, account, num_tokens, requests, tokens):
+        first = next(iter(self._held), account)
+        return super()._beyond_share(first, num_tokens, requests, tokens)

@@ -77,7 +77,7 @@ def test_a_request_that_does_not_end_is_a_violation():
 
 def test_refusing_what_fits_is_a_violation():
     episode = Episode(4)
-    episode.scheduler._waiting._max_requests = 1
+    episode.scheduler._waiting.backlog._max_requests = 1
     with pytest.raises(Violation, match="refused without cause"):
         episode.run(600)
 

@@ -606,7 +606,7 @@ def test_old_deadlines_do_no_harm_and_are_forgotten():
         (lambda s: s._running.append(s._running[0]), "I7: the running"),
         (lambda s: s._waiting.turns._lanes[""].waiting.reverse(), "I7: the waiting"),
         (lambda s: setattr(s.requests["b"], "status", RequestStatus.FINISHED), "I10"),
-        (lambda s: setattr(s._waiting, "num_tokens", 1), "I12: the queue"),
+        (lambda s: setattr(s._waiting.backlog, "num_tokens", 1), "I12: the queue"),
     ],
 )
 def test_check_names_the_broken_invariant(harm, invariant):

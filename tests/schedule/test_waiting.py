@@ -4,7 +4,7 @@ import pytest
 
 from moebius.errors import OverloadError
 from moebius.schedule.request import Request
-from moebius.schedule.waiting import DrainRate, WaitingQueue
+from moebius.schedule.waiting import WaitingQueue
 from schedule.making import make_request
 
 
@@ -16,52 +16,9 @@ def test_order_and_token_count():
     ]
     for request in requests:
         queue.push(request)
-    assert [r.id for r in queue] == ["a", "b", "c"] and queue.num_tokens == 6
+    assert [r.id for r in queue] == ["a", "b", "c"] and queue.backlog.num_tokens == 6
     queue.remove(requests[2])
-    assert [r.id for r in queue] == ["a", "c"] and queue.num_tokens == 4
-
-
-@pytest.mark.parametrize(
-    ("left", "wanted", "seconds"),
-    [
-        ((10, 1000), (1, 0), 1.0),  # 0.5 s, but a second at the least
-        ((10, 1000), (4, 0), 2.0),
-        ((10, 1000), (4, 600), 3.0),  # the tokens take longer
-        ((10, 1000), (-3, 600), 3.0),  # room for the request, not for its tokens
-        ((1, 1000), (50, 0), 60.0),
-        ((0, 0), (1, 0), 60.0),
-    ],
-)
-def test_retry_after_is_excess_over_rate(left, wanted, seconds):
-    rate = DrainRate()
-    rate.observe(100.0, backlog=True)
-    rate.observe(105.0, backlog=True)
-    rate.count(*left)  # in 5 seconds
-    assert rate.retry_after(*wanted) == pytest.approx(seconds)
-
-
-def test_idle_time_and_clocks_that_stand_still_do_not_count():
-    rate = DrainRate()
-    assert rate.retry_after(1, 1) == 1.0
-    rate.observe(0.0, backlog=False)
-    rate.observe(1000.0, backlog=False)
-    rate.observe(999.0, backlog=True)
-    assert rate.retry_after(5, 5) == 1.0
-    rate.observe(1003.0, backlog=True)
-    rate.count(2, 20)
-    assert rate.retry_after(4, 0) == pytest.approx(8.0)
-
-
-def test_old_news_fades():
-    rate = DrainRate()
-    rate.observe(0.0, backlog=True)
-    for second in range(1, 61):
-        rate.observe(second, backlog=True)
-        rate.count(10, 0)
-    for second in range(61, 121):
-        rate.observe(second, backlog=True)
-        rate.count(1, 0)
-    assert rate.retry_after(20, 0) == pytest.approx(20.0, rel=0.1)
+    assert [r.id for r in queue] == ["a", "c"] and queue.backlog.num_tokens == 4
 
 
 def test_a_full_queue_refuses():
@@ -92,12 +49,12 @@ def test_an_idle_hour_says_nothing_of_how_fast_a_queue_drains(idle: float):
     request."""
     queue = WaitingQueue(100, 10**6)
     (alone,) = burst(queue, 1, 0.0)
-    queue.observe(0.01)
+    queue.backlog.observe(0.01)
     queue.remove(alone)
     now = idle + 1.0
     waiting = burst(queue, 100, now)
     for step in range(1, 21):  # a step takes half a second, and five start in it
-        queue.observe(now + step / 2)
+        queue.backlog.observe(now + step / 2)
         for request in waiting[:5]:
             queue.remove(request)
         waiting = [*waiting[5:], *burst(queue, 5, now + step / 2, first=5 * step)]
@@ -112,7 +69,7 @@ def test_tokens_are_told_by_tokens():
     queue = WaitingQueue(1000, 1000)
     waiting = burst(queue, 10, 0.0, size=100)
     for second in range(1, 31):
-        queue.observe(float(second))
+        queue.backlog.observe(float(second))
         queue.remove(waiting.pop(0))
         waiting += burst(queue, 1, float(second), size=100)
     for size in (100, 300, 1000):
@@ -127,13 +84,13 @@ def test_who_waits_as_told_finds_room():
         step, now = 1.0 / pace, 0.0
         for _ in range(40):
             now += step
-            queue.observe(now)
+            queue.backlog.observe(now)
             queue.remove(waiting.pop(0))
             waiting += burst(queue, 1, now)
         seconds, until = told(queue), now
         assert seconds == pytest.approx(min(60.0, max(1.0, step)), rel=0.15)
         while waiting and now < until + 1.2 * seconds:
             now += step
-            queue.observe(now)
+            queue.backlog.observe(now)
             queue.remove(waiting.pop(0))
         queue.check_room(make_request("again", [1]))

@@ -258,6 +258,7 @@ def load_app(
         spread=processes.spread,
         replies=replies,
         spans=spans,
+        refusal=client.refusal,
     )
 
 

@@ -11,8 +11,9 @@ from moebius.engine import wire
 from moebius.engine.client import EngineClient, ExpertSpread
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
 from moebius.errors import EngineError, MoebiusError
+from moebius.front.assignment import Room
 from moebius.front.fleet import Lost
-from moebius.front.replay import ReplayClient, Room
+from moebius.front.replay import ReplayClient
 from moebius.parallel.key import ClusterKey
 
 if TYPE_CHECKING:

@@ -50,6 +50,8 @@ class StepOutput(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     scheduled        when the request first had a place in a step, on the same clock; None while it
                      had none
     num_preemptions  how often it has lost its place so far
+    waits            it has lost its place and waits in the queue again; any other output tells that
+                     it does not, or not any more
     """
 
     request_id: str
@@ -62,6 +64,12 @@ class StepOutput(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     at: float = 0.0
     scheduled: float | None = None
     num_preemptions: int = 0
+    waits: bool = False
+
+    @property
+    def for_client(self) -> bool:
+        """Whether it has anything but where the request stands, which is for the front alone."""
+        return bool(self.token_ids or self.prompt_logprobs or self.finish_reason is not None)
 
 
 Deliver = Callable[[list[StepOutput]], None]

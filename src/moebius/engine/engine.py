@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from moebius.engine.batch import Batch, build_batch
-from moebius.engine.client import EngineInfo, EngineStats, ExpertLoads, StepOutput, TokenLogprob
+from moebius.engine.client import (
+    Deliver,
+    EngineInfo,
+    EngineStats,
+    ExpertLoads,
+    StepOutput,
+    TokenLogprob,
+)
 from moebius.engine.constraints import Constraints
 from moebius.engine.counters import Counters
 from moebius.engine.faults import failed, failure, told
@@ -59,6 +66,8 @@ class Engine:
         self.scheduler = scheduler
         self.info = info
         self.clock = clock
+        self.on_moved: Deliver = lambda outputs: None
+        """Told, before a step is computed, who has left the queue for it, or is back there."""
         self._constraints = constraints or Constraints(None, info.limits.vocab_size, info.eos_ids)
         self._trace = Tracing(trace)
         self._tier = tier
@@ -152,6 +161,8 @@ class Engine:
         self._tier.turn(now, self._counters, self._trace)
         plan = self.scheduler.plan(now)
         self._trace.record(lambda trace: trace.plan(now, plan))
+        if plan.moved:
+            self.on_moved([StepOutput(id, at=now, waits=back) for id, back in plan.moved.items()])
         return plan
 
     def _end_late(self, plan: StepPlan) -> list[StepOutput]:

@@ -178,10 +178,14 @@ class Service:
         self._engine.between_steps(partial(member.take, message))
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
-        """Send a step's outputs. That the front is gone is for the reading thread to see."""
-        with suppress(ChannelError):
-            sent = time.monotonic() if self._far else None
-            _send(self._channel, wire.Outputs(outputs, sent))
+        _send_outputs(self._channel, self._far, outputs)
+
+
+def _send_outputs(channel: Channel, far: bool, outputs: list[StepOutput]) -> None:
+    """Send a step's outputs. That the front is gone is for the reading thread to see."""
+    with suppress(ChannelError):
+        sent = time.monotonic() if far else None
+        _send(channel, wire.Outputs(outputs, sent))
 
 
 def _send(channel: Channel, message: wire.FromEngine) -> None:
@@ -271,6 +275,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
         prepared=prepared,
         tokenizer=partial(_tokenizer, directory, launch.tokenizer),
     )
+    engine.on_moved = partial(_send_outputs, channel, far)
     member = None
     if isinstance(engine, RankEngine):
         member = Member(

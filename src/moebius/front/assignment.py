@@ -9,23 +9,37 @@ that are in flight at any of them take part in a loss, and a suspect is alone wh
 is in flight at all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from moebius.engine.client import StepOutput
+from moebius.errors import OverloadError
+from moebius.front.engine_queue import EngineQueue
 from moebius.front.flight import Flight
 from moebius.front.routing import EngineLoad, choose
+
+
+class Room(NamedTuple):
+    """How many requests, and how many tokens of theirs, may wait for an engine."""
+
+    requests: int = 2**62
+    tokens: int = 2**62
 
 
 class Assignment:
     """All requests that are not finished, in the order they came. Used under its owner's lock.
 
     together   the engines make their steps together
+    room       in each engine's own queue
     """
 
-    def __init__(self, *, together: bool = False) -> None:
+    def __init__(self, *, together: bool = False, room: Room = Room()) -> None:  # noqa: B008 - it cannot be changed
         self._together = together
+        self._room = room
         self._flights: dict[str, Flight] = {}
         self._waiting: dict[str, Flight] = {}
         self._loads: dict[int, EngineLoad] = {}
+        self._queues: dict[int, EngineQueue] = {}
         # Engines whose queue took no more: they are asked again once one of their requests ended.
         self._full: set[int] = set()
         # The suspect that has an engine of its own, or is to have it once that has finished.
@@ -56,6 +70,7 @@ class Assignment:
         """It has ended."""
         if flight.engine is not None:
             self._load_of(flight).answered(flight.id)
+            self._queues[flight.engine].remove(flight)
             self._full.discard(flight.engine)
         self._flights.pop(flight.id, None)
         self._waiting.pop(flight.id, None)
@@ -66,10 +81,48 @@ class Assignment:
         """It has its first token: its engine owes it no prompt any more."""
         self._load_of(flight).answered(flight.id)
 
+    def heard(self, number: int, outputs: Sequence[StepOutput]) -> None:
+        """An engine says this, of requests that it has or has had."""
+        now = max((output.at for output in outputs), default=0.0)
+        if now:  # else they are of no step
+            self._queues[number].observe(now)
+
+    def hear(self, flight: Flight, output: StepOutput) -> None:
+        """Its engine says this of it."""
+        assert flight.engine is not None
+        self._queues[flight.engine].hear(flight, output)
+
+    def unwanted(self, flight: Flight) -> None:
+        """Its client has aborted it. Whatever its engine is given from now on comes behind that."""
+        flight.unwanted = True
+        if flight.engine is not None:
+            self._queues[flight.engine].remove(flight)
+
+    def refusal(self, account: str, num_tokens: int = 1) -> OverloadError | None:
+        """What a new request of an owner would be told by whichever engine it went to; None where
+        one of them would take it, or where that cannot be known here."""
+        if self._waiting:  # then it waits here, too
+            return None
+        found = [self._queues[number].refusal(account, num_tokens) for number in self._free()]
+        refusals = [each for each in found if each is not None]
+        if not refusals or len(refusals) < len(found):
+            return None
+        return min(refusals, key=lambda refusal: refusal.retry_after)
+
+    def refusal_of(self, flight: Flight) -> OverloadError | None:
+        """What a new request would be told by the engine that it would go to."""
+        free = self._free()
+        if self._waiting or not free:
+            return None
+        number = next(iter(free)) if len(free) == 1 else choose(flight.request, free.items())
+        assert number is not None, "there is an engine"
+        return self._queues[number].refusal(flight.request.share.account, flight.num_tokens)
+
     def take_back(self, flight: Flight) -> None:
         """Its engine has it no more, and is well. It waits in the place that it had."""
         assert flight.engine is not None
         self._load_of(flight).answered(flight.id)
+        self._queues[flight.engine].remove(flight)
         self._full.discard(flight.engine)
         flight.taken_back()
         self._sort_waiting()
@@ -97,6 +150,7 @@ class Assignment:
     def opened(self, number: int, num_blocks: int, block_size: int) -> None:
         """An engine takes requests."""
         self._loads[number] = EngineLoad(num_blocks, block_size)
+        self._queues[number] = EngineQueue(*self._room)
 
     def lost(self, number: int, computing: bool = True) -> tuple[list[Flight], Flight | None]:
         """An engine is gone. What it had waits; the request that was alone when that happened, if
@@ -105,6 +159,7 @@ class Assignment:
         computing: whether it may have been a request's doing.
         """
         self._loads.pop(number, None)
+        self._queues.pop(number, None)
         self._full.discard(number)
         culprit = self._culprit(number) if computing else None
         if self._alone is not None and (culprit is not None or self._alone[0] == number):
@@ -143,6 +198,7 @@ class Assignment:
                 given.append((flight, number))
                 del self._waiting[flight.id]
                 self._loads[number].give(flight.ask())
+                self._queues[number].add(flight)
                 flight.handed(number)
         return given
 
@@ -171,6 +227,7 @@ class Assignment:
             assert flight.engine is not None
             if suspects or flight is culprit:
                 flight.recalled = True
+                self._queues[flight.engine].remove(flight)
                 self._to_end.append((flight.engine, flight.id))
 
     def _has_suspects(self) -> bool:

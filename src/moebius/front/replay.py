@@ -9,18 +9,16 @@ one lock, which is never held while an engine is given a request or a client tol
 """
 
 import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads, StepOutput
 from moebius.engine.faults import failed, failure, say
 from moebius.errors import EngineError, EngineLostError, MoebiusError, OverloadError
-from moebius.front.assignment import Assignment
+from moebius.front.assignment import Assignment, Room
 from moebius.front.fleet import Fleet, Launch
 from moebius.front.flight import Flight
 from moebius.front.outbox import Outbox
@@ -35,19 +33,12 @@ _RESTART_SECONDS = 5.0
 """What a client is told to wait where many wait already for an engine that is started again."""
 
 
-class Room(NamedTuple):
-    """How many requests, and how many tokens of theirs, may wait for an engine."""
-
-    requests: float = math.inf
-    tokens: float = math.inf
-
-
 class ReplayClient:
     """`count` engines as one.
 
     stepped      where they make their steps together, so that a request at one may end another:
                  whether they may have made one since this was last asked; None: each makes its own
-    room         for what waits here, while there is no engine for it
+    room         in each engine's queue, and for what waits here while there is no engine for it
     on_give_up   called, once, with the reason, when engines were restarted too often for nothing;
                  all that was in flight has ended with that error
 
@@ -71,7 +62,7 @@ class ReplayClient:
         self._started = False
         self._replayed = 0
         self._stepped = stepped
-        self._assignment = Assignment(together=stepped is not None)
+        self._assignment = Assignment(together=stepped is not None, room=room)
         self._outbox = Outbox(self._undelivered)
         self._aborts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._fleet = Fleet(launch, count, self._budget, self._lock)
@@ -99,12 +90,20 @@ class ReplayClient:
             if self._assignment.get(request.id) is not None:
                 raise in_use(request.id)
             flight = Flight(request)
-            full = self._no_room(flight)
+            full = self._no_room(flight.num_tokens) or self._assignment.refusal_of(flight)
             if full is None:
                 self._assignment.add(flight)
             else:
                 self._outbox.put([failed(request.id, full)])
         self.changed()
+
+    def refusal(self, account: str) -> OverloadError | None:
+        """What any new request of an owner would be told now, however short it is; None where one
+        would be taken, or where only an engine knows."""
+        with self._lock:
+            if self._fleet.ended:
+                return None
+            return self._no_room(1) or self._assignment.refusal(account)
 
     def abort(self, request_id: str) -> None:
         """As in EngineClient. A finaliser may ask for it in the middle of anything, on a thread
@@ -186,6 +185,7 @@ class ReplayClient:
         with self._lock:
             if not self._fleet.is_now(number, life):
                 return
+            self._assignment.heard(number, outputs)
             for output in outputs:
                 flight = self._assignment.get(output.request_id)
                 if flight is not None and flight.engine == number:
@@ -206,18 +206,17 @@ class ReplayClient:
         if self._fleet.ended:
             raise EngineError("the engine has stopped")
 
-    def _no_room(self, flight: Flight) -> OverloadError | None:
-        """Why a new request cannot wait here, where others do."""
+    def _no_room(self, num_tokens: int) -> OverloadError | None:
+        """Why a new request of so many tokens cannot wait here, where others do."""
         waiting = self._assignment.num_waiting
         if not waiting:
             return None
-        tokens = self._assignment.num_waiting_tokens + flight.num_tokens
-        if waiting < self._room.requests and tokens <= self._room.tokens:
+        tokens = self._assignment.num_waiting_tokens
+        if waiting < self._room.requests and tokens + num_tokens <= self._room.tokens:
             return None
         return OverloadError(
             f"{waiting} of {self._room.requests} requests wait for an engine that is started "
-            f"again, with {tokens - flight.num_tokens} of {self._room.tokens} tokens; try again "
-            "later",
+            f"again, with {tokens} of {self._room.tokens} tokens; try again later",
             retry_after=_RESTART_SECONDS,
         )
 
@@ -225,6 +224,9 @@ class ReplayClient:
         """An output of a request: tell its client, unless the request is asked for again."""
         if isinstance(output.error, EngineLostError):
             return  # it is asked for again, once its engine is known to be lost
+        self._assignment.hear(flight, output)
+        if not output.for_client:
+            return
         ended = output.finish_reason
         if not flight.unwanted:
             if flight.recalled and ended is FinishReason.ABORT:
@@ -265,7 +267,7 @@ class ReplayClient:
             flight = self._assignment.get(request_id)
             if flight is None:
                 return
-            flight.unwanted = True
+            self._assignment.unwanted(flight)
             engine = None if flight.engine is None else self._fleet[flight.engine]
             if engine is None:
                 self._end(flight, _aborted(request_id))

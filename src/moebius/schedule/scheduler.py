@@ -71,6 +71,7 @@ class StepPlan:
     preempted  lost their blocks in favour of earlier ones; they wait again, and will recompute
     expired    their deadline passed: already finished, with FinishReason.DEADLINE
     waiting    request id -> reason, for all other unfinished requests without a chunk
+    moved      who has left the queue since the last plan (False), or come back to it (True)
     """
 
     step: int
@@ -78,6 +79,7 @@ class StepPlan:
     preempted: tuple[str, ...]
     expired: tuple[str, ...]
     waiting: Mapping[str, WaitReason]
+    moved: Mapping[str, bool]
 
     @property
     def num_tokens(self) -> int:
@@ -166,7 +168,7 @@ class Scheduler:
         before the next.
         """
         assert self._pending is None, "the last step was neither updated nor rolled back"
-        self._waiting.observe(now)
+        self._waiting.backlog.observe(now)
         expired = self._expire(now)
         if self._windowed:  # before anybody is preempted for want of a block
             for request in self._running:
@@ -178,9 +180,9 @@ class Scheduler:
         chunks = tuple(draft.chunks.values())
         self._step += 1
         self._pending = self._step if chunks else None
-        return StepPlan(
-            self._step, chunks, tuple(draft.preempted), expired, MappingProxyType(draft.waiting)
-        )
+        moved = self._waiting.take_moved()
+        waiting = MappingProxyType(draft.waiting)
+        return StepPlan(self._step, chunks, tuple(draft.preempted), expired, waiting, moved)
 
     def update(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> list[Request]:
         """Take a computed step's tokens, publish full blocks, stop; the requests that finished.

@@ -17,9 +17,6 @@ QUANTUM = 64
 """Tokens that an owner of weight 1 may take in its turn: about one short request."""
 
 
-_SHARE = 8
-
-
 def service_order(request: Request) -> tuple[int, float, str]:
     return request.order
 
@@ -29,14 +26,12 @@ class Lane:
     """One owner's requests.
 
     waiting     those that wait, in the order (priority, arrival)
-    tokens      how many these have
     left        tokens that it may take in this turn; below 0: those that it has taken too many
     unfinished  how many wait or run
     """
 
     weight: float
     waiting: list[Request] = field(default_factory=list)
-    tokens: int = 0
     left: float = 0.0
     unfinished: int = 0
 
@@ -63,23 +58,6 @@ class Turns:
         for lane in self._ring:
             yield from lane.waiting
 
-    def beyond_share(self, request: Request, requests: int, tokens: int) -> tuple[int, int]:
-        """How many requests, and how many tokens, have to leave the queue before the owner may have
-        this one there too. With it, room for so many `requests` and `tokens` would be left.
-
-        An owner that has some there leaves room for others: it has at most _SHARE times what is
-        left (A. Choudhury and E. Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet
-        Switches, 1998). Where owners are not told apart there are no others.
-        """
-        lane = self._lanes.get(request.asked.share.account)
-        if not request.asked.share.account or lane is None or not lane.waiting:
-            return 0, 0
-        size = request.num_tokens
-        return (
-            _excess(len(lane.waiting) + 1, requests),
-            _excess(lane.tokens + size, tokens),
-        )
-
     def push(self, request: Request) -> None:
         """It waits: a new request, or one that was preempted."""
         share = request.asked.share
@@ -88,7 +66,6 @@ class Turns:
         if not lane.waiting:
             self._ring.append(lane)
         insort(lane.waiting, request, key=service_order)
-        lane.tokens += request.num_tokens
         lane.unfinished += request.status is not RequestStatus.PREEMPTED
 
     def remove(self, request: Request) -> None:
@@ -97,7 +74,6 @@ class Turns:
         position = bisect_left(lane.waiting, request.order, key=service_order)
         assert lane.waiting[position] is request, "the waiting queue lost its order"
         del lane.waiting[position]
-        lane.tokens -= request.num_tokens
         if not lane.waiting:
             self._ring.remove(lane)
             lane.left = min(lane.left, 0.0)
@@ -142,9 +118,3 @@ class Turns:
         self._ring.rotate(-1)
         first = self._ring[0]
         first.left = min(first.left, 0.0) + first.quantum
-
-
-def _excess(mine: int, left: int) -> int:
-    """How much has to leave until an owner may have so much where so much is left; 0 or less where
-    it may."""
-    return -(-(mine - _SHARE * left) // (1 + _SHARE))

@@ -85,8 +85,8 @@ class Api:
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
-        completions = self.posted(reader(CompletionRequest), self.generate)
-        chat = self.posted(reader(ChatRequest), self.generate)
+        completions = self.posted(reader(CompletionRequest), self.generate, computes=True)
+        chat = self.posted(reader(ChatRequest), self.generate, computes=True)
         return [
             route("/v1/completions", completions, ["POST"]),
             route("/v1/chat/completions", chat, ["POST"]),
@@ -139,8 +139,9 @@ class Api:
         """Anthropic's API."""
         messages = Messages(self._begin, self.tokenizer, self.door.opener.format)
         count = partial(messages.count, context=self.door.client.info.limits.max_model_len)
+        answer = self.posted(read_messages, messages.answer, computes=True)
         return [
-            route("/v1/messages", self.posted(read_messages, messages.answer), ["POST"]),
+            route("/v1/messages", answer, ["POST"]),
             route("/v1/messages/count_tokens", self.posted(read_count, count), ["POST"]),
         ]
 
@@ -148,10 +149,11 @@ class Api:
         """OpenAI's Responses API."""
         responses = Responses(self._begin, self.tokenizer, self.door.opener.format)
         count = partial(responses.count, context=self.door.client.info.limits.max_model_len)
+        answer = self.posted(read_responses, responses.answer, computes=True)
         counted = self.posted(read_responses, count)
         kept = ["GET", "POST", "DELETE"]
         return [
-            route("/v1/responses", self.posted(read_responses, responses.answer), ["POST"]),
+            route("/v1/responses", answer, ["POST"]),
             route("/v1/responses/input_tokens", counted, ["POST"]),
             route("/v1/responses/{id:path}", responses.kept, kept),
         ]
@@ -212,10 +214,17 @@ class Api:
         return Response(text, headers=HEADERS, media_type="text/html")
 
     def posted(
-        self, read: Read[Asked], answer: Callable[[Request, Asked], Response]
+        self,
+        read: Read[Asked],
+        answer: Callable[[Request, Asked], Response],
+        *,
+        computes: bool = False,
     ) -> Callable[[Request], Awaitable[Response]]:
         """A route that takes the body, reads what it asks for and answers: on a thread where that
-        takes long."""
+        takes long.
+
+        computes: whatever is asked for, an engine is to compute; without room there it is not read.
+        """
 
         def understood(request: Request, body: bytes) -> Asked:
             visit: Visit = request.scope["moebius.visit"]
@@ -226,7 +235,12 @@ class Api:
             return asked
 
         async def route(request: Request) -> Response:
+            # A small body has come with its headers, and its connection can be used again.
+            if computes and int(request.headers.get("content-length", 0)) > _SMALL_BODY:
+                self.door.check_room(request.scope["moebius.caller"])
             async with body_of(request, self.settings.body_timeout, self.room) as body:
+                if computes:
+                    self.door.check_room(request.scope["moebius.caller"])
                 if len(body) <= _SMALL_BODY:
                     asked = understood(request, body)
                     await self._check_grammar(request, asked)
@@ -285,6 +299,8 @@ class Api:
 
     def _open(self, request: Request, asked: CompletionRequest | ChatRequest) -> Call:
         visit: Visit = request.scope["moebius.visit"]
+        caller: Caller = request.scope["moebius.caller"]
+        self.door.check_room(caller)
         params = asked.sampling(self.defaults)
         timeout = asked.seconds(request.headers.getlist(TIMEOUT_HEADER))
         limits = self.door.client.info.limits
@@ -295,7 +311,6 @@ class Api:
             expected = asked.conversation.expected(replies)
         # Before the prompts are encoded, which may take long.
         check_asked(params, limits, asked.priority)
-        caller: Caller = request.scope["moebius.caller"]
         check_priority(asked.priority, caller.key)
         if isinstance(asked, ChatRequest):
             most = limits.max_model_len

@@ -20,7 +20,7 @@ from moebius.server.keys import KeyRing
 from moebius.server.metrics import ServerMetrics, Spread
 from moebius.server.settings import ServerSettings
 from moebius.server.spans import Spans
-from moebius.server.stream import FrontDoor
+from moebius.server.stream import FrontDoor, Refusal
 from moebius.text import GenerationDefaults, ReplyFormat, Tokenizer
 
 _CLOSE_SECONDS = 5.0
@@ -36,6 +36,7 @@ def create_app(
     spread: Spread = lambda: None,
     replies: ReplyFormat | None = None,
     spans: Spans | None = None,
+    refusal: Refusal = lambda account: None,
 ) -> Starlette:
     """The server as an ASGI application. It starts `client` when it starts and closes it when it
     ends.
@@ -43,6 +44,7 @@ def create_app(
     prefix_key: the launch's, which the engine was given; without it the engine hashes prompts.
     spread: how ranks share the model's experts. replies: how replies to chats are read; None: as
     the tokenizer tells. spans: where requests leave theirs; the server closes it when it ends.
+    refusal: what the engines are known to refuse, which is then not read any further.
 
     app.state.front_door is its FrontDoor, app.state.access its AccessLog, app.state.keys its
     KeyRing. Raises ConfigError where the key file is wrong.
@@ -51,7 +53,7 @@ def create_app(
     metrics = ServerMetrics(client, settings.served_model_names[0], spread=spread)
     hasher = None if prefix_key is None else client.info.hasher(prefix_key)
     opener = ChoiceOpener(tokenizer, client.info, hasher, replies)
-    door = FrontDoor(client, opener, metrics, settings)
+    door = FrontDoor(client, opener, metrics, settings, refusal=refusal)
     api = Api(door, tokenizer, defaults, settings, spread)
 
     @contextlib.asynccontextmanager

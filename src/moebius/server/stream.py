@@ -13,7 +13,7 @@ from typing import Self
 
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.engine.faults import failure
-from moebius.errors import DeadlineError, EngineError, MoebiusError
+from moebius.errors import DeadlineError, EngineError, MoebiusError, OverloadError
 from moebius.front.assemble import Delta, SequenceAssembler
 from moebius.front.choices import ChoiceOpener
 from moebius.request.engine_request import EngineRequest
@@ -267,6 +267,10 @@ class Call:
         )
 
 
+Refusal = Callable[[str], OverloadError | None]
+"""What any new request of an owner (its account) would be told now; None where one may be taken."""
+
+
 @dataclass(eq=False)
 class FrontDoor:
     """All calls of a server, and the way between them and the engine's thread."""
@@ -277,6 +281,7 @@ class FrontDoor:
     settings: ServerSettings
     clock: Callable[[], float] = time.monotonic
     draining: bool = False
+    refusal: Refusal = lambda account: None
 
     def __post_init__(self) -> None:
         self._calls: dict[str, Call] = {}
@@ -299,6 +304,12 @@ class FrontDoor:
         """Start the engine; its outputs arrive on the running loop."""
         self._loop = asyncio.get_running_loop()
         self.client.start(self._deliver)
+
+    def check_room(self, caller: Caller) -> None:
+        """OverloadError where no engine would take a request of this caller's, whatever it asks."""
+        refusal = self.refusal(caller.key.share.account)
+        if refusal is not None:
+            raise refusal
 
     def open(
         self,
