@@ -174,7 +174,9 @@ def test_both_ways_of_qwen3_next_in_one_file_are_refused(tmp_path: Path) -> None
         writer.add_tensor("blk.0.ssm_in.weight", np.zeros((72, 24), dtype=np.float32))
 
     path = saved(tmp_path, "qwen3_next", {}, change=beside)
-    with pytest.raises(WeightsError, match=r"tensor 'blk\.0\.attn_(gate|qkv)\.weight' is left over"):
+    with pytest.raises(
+        WeightsError, match=r"tensor 'blk\.0\.attn_(gate|qkv)\.weight' is left over"
+    ):
         open_checkpoint(path)
 
 
