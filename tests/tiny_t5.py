@@ -82,12 +82,14 @@ def load(directory: Path) -> Any:
 
 
 @torch.inference_mode()
-def answers(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:
+def answers(
+    model: Any, prompt: Sequence[int], count: int, start: int = START
+) -> tuple[list[int], Tensor]:
     """The greedy tokens, and each step's logits (count, V): one token a step, as `generate` has
     it, so that no decoder's token is ever beyond a capacity."""
     encoded = model.encoder(input_ids=torch.tensor([list(prompt)]))
     past = None
-    token = START
+    token = start
     tokens: list[int] = []
     logits = []
     for _ in range(count):
@@ -107,8 +109,11 @@ def answers(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], T
 class Reader:
     """Runs an encoder and its decoder through a paged cache, as an engine would."""
 
-    def __init__(self, decoder: Decoder, block_size: int = 4, blocks: int = 64) -> None:
+    def __init__(
+        self, decoder: Decoder, block_size: int = 4, blocks: int = 64, start: int = START
+    ) -> None:
         ops = decoder.ops
+        self.start = start
         specs = decoder.config.caches(decoder.dtype)
         self.size = block_size
         cache = KVCache(specs, ops, num_blocks=blocks, block_size=block_size, device=CPU)
@@ -151,7 +156,7 @@ class Reader:
 
     def answer(self, sequence: int, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:
         """What transformers' `answers` gives, alone in its steps."""
-        rows = [self.step([(sequence, prompt, [START])])[0]]
+        rows = [self.step([(sequence, prompt, [self.start])])[0]]
         tokens = [int(rows[-1][-1].argmax())]
         while len(tokens) < count:
             rows += self.step([(sequence, (), tokens[-1:])])

@@ -130,11 +130,10 @@ class Published:
     @cached_property
     def tensors(self) -> list[Source]:
         """All parameters, as a GGUF file has them."""
-        from moebius.models.family import family
+        from moebius.models.gguf_keys import gguf_keys
         from moebius.models.layout import sources
 
-        architecture = family(self.model.model_type).gguf
-        assert architecture is not None, "GGUF files hold all of these models"
+        architecture = gguf_keys(self.config_json).architecture
         return list(sources(architecture.held_config(self.model), architecture.layouts[0]))
 
     @cached_property

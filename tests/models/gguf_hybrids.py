@@ -108,3 +108,17 @@ class HybridConverter(Converter):
         if role == "A_log":
             return torch.log(-back)
         return back.unsqueeze(1) if role == "conv1d.weight" else back
+
+
+class FirstConverter(HybridConverter):
+    """The same of Qwen3-Next as in the weeks before its files had in_proj_qkvz taken apart."""
+
+    def parts(self, name: str, tensor: Tensor) -> list[tuple[Tensor, str]]:
+        if name.endswith(".in_proj_qkvz.weight"):
+            place = self.names.get_name(name, SUFFIXES)
+            assert place is not None, name
+            return [(tensor, place)]
+        return super().parts(name, tensor)
+
+    def joined(self, name: str, again: list[Tensor]) -> Tensor:
+        return again[0] if name.endswith(".in_proj_qkvz.weight") else super().joined(name, again)

@@ -79,19 +79,17 @@ def granitemoehybrid(w: gguf.GGUFWriter, c: Config) -> None:
 
 def nemotron_h(w: gguf.GGUFWriter, c: Config) -> None:
     kinds = c["layers_block_type"]
+    sparse = "moe" in kinds
     usual(w, c, kinds)
-    experts(w, c, "n_routed_experts")
-    width = c["moe_intermediate_size"]
-    w.add_feed_forward_length([width if kind == "moe" else 0 for kind in kinds])
-    w.add_expert_feed_forward_length(width)
-    w.add_expert_shared_feed_forward_length(c["moe_shared_expert_intermediate_size"])
-    w.add_expert_shared_count(c["n_shared_experts"])
-    w.add_expert_weights_norm(c["norm_topk_prob"])
-    w.add_expert_weights_scale(c["routed_scaling_factor"])
-    w.add_expert_group_count(c["n_group"])
-    w.add_expert_group_used_count(c["topk_group"])
-    if c["moe_latent_size"] is not None:
-        w.add_moe_latent_size(c["moe_latent_size"])
+    width = c["moe_intermediate_size" if sparse else "intermediate_size"]
+    w.add_feed_forward_length([width if kind in ("moe", "mlp") else 0 for kind in kinds])
+    if sparse:
+        nemotron_experts(w, c)
+    # It has no positions, and the converter writes of them what it does for Granite.
+    w.add_rope_dimension_count(c["hidden_size"] // c["num_attention_heads"])
+    w.add_rope_freq_base(10_000.0)
+    w.add_rope_scaling_finetuned(False)
+    w.add_layer_norm_rms_eps(c["layer_norm_epsilon"])
     w.add_layer_norm_eps(c["layer_norm_epsilon"])
     w.add_key_length(c["head_dim"])
     w.add_value_length(c["head_dim"])
@@ -100,6 +98,19 @@ def nemotron_h(w: gguf.GGUFWriter, c: Config) -> None:
     w.add_ssm_group_count(c["n_groups"])
     w.add_ssm_inner_size(c["mamba_num_heads"] * c["mamba_head_dim"])
     w.add_ssm_time_step_rank(c["mamba_num_heads"])
+
+
+def nemotron_experts(w: gguf.GGUFWriter, c: Config) -> None:
+    experts(w, c, "n_routed_experts")
+    w.add_expert_feed_forward_length(c["moe_intermediate_size"])
+    w.add_expert_shared_feed_forward_length(c["moe_shared_expert_intermediate_size"])
+    w.add_expert_shared_count(c["n_shared_experts"])
+    w.add_expert_weights_norm(c["norm_topk_prob"])
+    w.add_expert_weights_scale(c["routed_scaling_factor"])
+    w.add_expert_group_count(c["n_group"])
+    w.add_expert_group_used_count(c["topk_group"])
+    if c["moe_latent_size"] is not None:
+        w.add_moe_latent_size(c["moe_latent_size"])
 
 
 KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
@@ -119,6 +130,13 @@ PERMUTED.add("granitemoehybrid")
 
 class RecurrentConverter(Converter):
     """One Hugging Face directory of such a model into one file."""
+
+    def __init__(self, directory: Path, type_of: TypeOf = plain) -> None:
+        super().__init__(directory, type_of)
+        kinds = self.config.get("layers_block_type")
+        if kinds and "moe" not in kinds:
+            self.architecture = gguf.MODEL_ARCH.NEMOTRON_H
+            self.names = gguf.get_tensor_name_map(self.architecture, self.layers)
 
     def keys(self, w: gguf.GGUFWriter) -> None:
         KEYS[self.model_type](w, self.config)

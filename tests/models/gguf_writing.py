@@ -125,10 +125,14 @@ class Converter:
         self.type_of = type_of
         self.model_type: str = self.config["model_type"]
         self.architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[self.model_type])
-        layers = self.config.get("num_hidden_layers") or len(self.config["layers_block_type"])
-        self.layers: int = layers
-        self.names = gguf.get_tensor_name_map(self.architecture, layers)
+        self.layers = self.depth
+        self.names = gguf.get_tensor_name_map(self.architecture, self.layers)
         self.seed = 0
+
+    @property
+    def depth(self) -> int:
+        found: int | None = self.config.get("num_hidden_layers")
+        return found or len(self.config["layers_block_type"])
 
     @property
     def rope(self) -> dict[str, Any]:

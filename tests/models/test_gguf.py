@@ -12,9 +12,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from models.gguf_hybrids import FirstConverter
 from models.gguf_recurrent import converter
 from models.gguf_writing import TypeOf, plain
 from models.ropes import LINEAR, LLAMA3, YARN
+from moebius.errors import WeightsError
 from moebius.gguf import open_gguf
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
@@ -23,6 +25,7 @@ from moebius.ops.reference import ReferenceOps
 from moebius.quantize.export import write_model
 from oracle import PROMPT, Server, assert_same_answers, load_theirs, save_tiny
 
+DENSE_NEMOTRON = ["mlp", "linear_attention", "mlp", "full_attention"]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "llama", {}),
     ("tied-no-gqa", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -111,6 +114,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dense-turning", "granitemoehybrid", {"num_local_experts": 0, "position_embedding_type": "rope", "mamba_n_groups": 1,
                                            "mamba_conv_bias": False, "attention_bias": True, "tie_word_embeddings": True}),
     ("plain", "nemotron_h", {}),
+    ("dense", "nemotron_h", {"layers_block_type": DENSE_NEMOTRON}),
+    ("dense-biased", "nemotron_h", {"layers_block_type": DENSE_NEMOTRON[1:], "num_hidden_layers": 3, "mlp_bias": True,
+                                    "attention_bias": True, "use_conv_bias": False, "tie_word_embeddings": True}),
     ("latent-groups", "nemotron_h", {"moe_latent_size": 10, "n_group": 3, "topk_group": 2, "use_conv_bias": False}),
     ("plain", "kimi_linear", {}),
     ("narrow-queries", "kimi_linear", {"q_lora_rank": 10, "n_group": 3, "topk_group": 2, "tie_word_embeddings": True}),
@@ -145,6 +151,34 @@ def test_every_architecture_answers_as_the_original(
     theirs = load_theirs(tmp_path)
     for ops in OPS:
         assert_same_answers(load_decoder(path, torch.float32, ops=ops), tmp_path, theirs)
+
+
+@pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0], ids=lambda kind: kind.name)
+def test_qwen3_next_of_the_first_weeks(tmp_path: Path, kind: Type, ops: Ops) -> None:
+    """Queries, keys, values and gates in one tensor, a key head's behind one another."""
+    sizes = {"hidden_size": 64} if kind == Type.Q8_0 else {}
+    save_tiny(tmp_path, "qwen3_next", linear_num_key_heads=2, linear_num_value_heads=6, **sizes)
+    path = tmp_path / "tiny.gguf"
+    FirstConverter(tmp_path, lambda place: kind if "ssm_in" in place else Type.F32).save(path)
+    assert open_gguf(path).tensors["blk.0.ssm_in.weight"].type.name == kind.name
+    if kind == Type.F32 or ops.name == "reference":
+        assert_same_answers(load_decoder(path, torch.float32, ops=ops), tmp_path)
+    again = tmp_path / "again.gguf"
+    write_model(path, again, "f32")
+    assert "blk.0.ssm_in.weight" in open_gguf(again).tensors
+    assert_same_answers(load_decoder(again, torch.float32, ops=ops), tmp_path)
+
+
+def test_both_ways_of_qwen3_next_in_one_file_are_refused(tmp_path: Path) -> None:
+    def beside(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("blk.0.ssm_in.weight", np.zeros((72, 24), dtype=np.float32))
+
+    path = saved(tmp_path, "qwen3_next", {}, change=beside)
+    with pytest.raises(
+        WeightsError, match=r"tensor 'blk\.0\.attn_(gate|qkv)\.weight' is left over"
+    ):
+        open_checkpoint(path)
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def describe_gguf(model: GgufModel) -> Description:
         layers.append(layer)
     config = replace(config, layers=tuple(layers))
     layouts = found.architecture.layouts
-    return Description(found.config_json, config, layouts, _GGUF_UNUSED, found.ignored)
+    unused = (*_GGUF_UNUSED, *found.architecture.unused)
+    return Description(found.config_json, config, layouts, unused, found.ignored)
 
 
 def _as_stored(rope: RopeConfig, divisors: tuple[float, ...] | None, permuted: bool) -> RopeConfig:

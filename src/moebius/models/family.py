@@ -48,7 +48,8 @@ class Family:
     spare     patterns of tensors that some layers have and others hold for nothing
     keys      what the keys of config.json mean, where transformers does not say it: the table
               beside a module, of its name, was made from transformers' sources
-    gguf      how llama.cpp's files have its models; None where they have none
+    gguf      how llama.cpp's files have its models, in each way that there is: under one name or
+              several, told apart as GgufArchitecture says; the first that fits is written
     told      the model as the names of its checkpoint's tensors tell it, where config.json does not
     """
 
@@ -56,7 +57,7 @@ class Family:
     layouts: tuple[Layout, ...] = (Layout(),)
     unused: tuple[str, ...] = ()
     keys: Keys | None = None
-    gguf: GgufArchitecture | None = None
+    gguf: tuple[GgufArchitecture, ...] = ()
     told: Told = nothing_told
     spare: tuple[str, ...] = ()
 
@@ -122,10 +123,9 @@ def _declared(
     known = model_types()
     if model_type not in known:
         sees = any(key in (config_json or {}) for key in _SEEING)
-        why = _REFUSED.get(str(model_type), _REFUSED["images"] if sees else "")
-        reason = f": {why}" if why else ""
+        why = why_refused(str(model_type)) or (why_refused("images") if sees else "")
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported{reason}; supported are "
+            f"config.json: model_type {model_type!r} is not supported{why}; supported are "
             f"{', '.join(known)}"
         )
     module = import_module(f"{families.__name__}.{model_type}")
@@ -133,20 +133,29 @@ def _declared(
     return module.FAMILY, Path(module.__file__)
 
 
-def gguf_families(architecture: str) -> dict[str, Family]:
-    """By model_type, those whose models GGUF files of this architecture hold."""
-    every = {model_type: _declared(model_type)[0] for model_type in model_types()}
-    return {
-        model_type: each
-        for model_type, each in every.items()
-        if isinstance(each, Family) and each.gguf is not None and each.gguf.name == architecture
-    }
+def why_refused(name: str) -> str:
+    """For a message: the reason, behind a colon, where one is known for this kind of model."""
+    why = _REFUSED.get(name)
+    return f": {why}" if why else ""
+
+
+def gguf_families(name: str) -> list[tuple[str, GgufArchitecture]]:
+    """The ways in which GGUF files of this architecture's name hold models, and of which
+    model_type."""
+    every = ((model_type, _declared(model_type)[0]) for model_type in model_types())
+    return [
+        (model_type, each)
+        for model_type, declared in every
+        if isinstance(declared, Family)
+        for each in declared.gguf
+        if each.name == name
+    ]
 
 
 def gguf_architectures() -> tuple[str, ...]:
     """Those that are supported, in alphabetical order."""
     every = (family(model_type).gguf for model_type in model_types())
-    return tuple(sorted({each.name for each in every if each is not None}))
+    return tuple(sorted({each.name for ways in every for each in ways}))
 
 
 def config_reader(config_json: Mapping[str, Any], where: str = "config.json") -> ConfigReader:

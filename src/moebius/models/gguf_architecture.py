@@ -1,4 +1,5 @@
-"""What llama.cpp's files call a family's tensors and keys: a record beside each family.
+"""What llama.cpp's files call a family's tensors and keys: a record beside each family, or one for
+each way in which its models lie in such files.
 
 The record is read both ways: a GGUF file's keys become a config.json (moebius.models.gguf_config),
 and a config.json the keys of a GGUF file. Facts as llama.cpp's converter has them: conversion/ and
@@ -246,15 +247,18 @@ class GgufArchitecture:
     layouts   what tensors are called, the way that is written first
     partial   a part of each head may turn (partial_rotary_factor): the file says how much
     ropes     `one` turns all layers, those that are `sliding`, or `some`, while the others have no
-              positions; or `each` kind of layer has its own; or one turns all or none does (`any`)
+              positions; or `each` kind of layer has its own; or one turns all or none does (`any`);
+              or none does, and attention is no GQA whose sizes the usual keys say (`none`)
     sliding_theta     theta of layers with a window, where the file does not say it; None: as the
                       others'
     proportional      divisors of frequencies are of full attention alone, and say which of them
                       are 0
     told      what config.json would have that the file's tensors tell, by their shapes
-    marked    a key that tells its files from another family's, where it is there and not 0
-    marks     whether a file's keys are of this family's models, where several share the name; None
-              where nothing tells
+    marked    a key that tells its files from others of that name, where it is there and not 0
+    marks     whether a file's keys are of this kind, where several share the name; None where
+              nothing tells
+    holding   a pattern of tensors that tells its files from others of that name, where one is there
+    unused    patterns of tensors that its files may hold for nothing
     latent    layers have latent attention: the sizes of heads are the family's to read and write
     permuted  the rows of queries and keys are reordered, so that the pairs that are rotated stand
               side by side (see `pair_rows`)
@@ -281,8 +285,10 @@ class GgufArchitecture:
     partial: bool = False
     marked: str = ""
     marks: Callable[[Mapping[str, object]], bool] | None = None
+    holding: str = ""
+    unused: tuple[str, ...] = ()
     latent: bool = False
-    ropes: Literal["one", "sliding", "some", "each", "any"] = "one"
+    ropes: Literal["one", "sliding", "some", "each", "any", "none"] = "one"
     sliding_theta: float | None = None
     proportional: bool = False
     told: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = nothing_told

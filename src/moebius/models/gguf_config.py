@@ -15,7 +15,7 @@ from moebius.errors import ConfigError, WeightsError
 from moebius.files import short_name
 from moebius.gguf import GgufModel, GgufTensor, Value
 from moebius.gguf.types import QUANTIZATION_VERSION
-from moebius.models.family import gguf_architectures, gguf_families
+from moebius.models.family import gguf_architectures, gguf_families, why_refused
 from moebius.models.gemma_parts import turning_pairs
 from moebius.models.gguf_architecture import SLIDING_WINDOW, GgufArchitecture, Key
 from moebius.models.parts import FULL, SLIDING
@@ -141,6 +141,12 @@ class _Keys:
         if value != wanted and not unsaid:
             raise self.wrong(key, f"is {value!r}; only {wanted!r} is supported")
 
+    def pass_over(self, beginning: str) -> None:
+        """Keys that begin so mean nothing to this model, whatever the file says."""
+        before = self._before
+        ours = (key.removeprefix(before) for key in self._metadata if key.startswith(before))
+        self._read.update(key for key in ours if key.startswith(beginning))
+
     def finish(self) -> list[str]:
         """The keys that were not read and change nothing.
 
@@ -166,7 +172,7 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     """Raises ConfigError naming the file and the key that is wrong, or is not supported, and
     WeightsError for a file without an embedding."""
     where = short_name(model.files[0].path)
-    model_type, architecture = _family(model.metadata, where)
+    model_type, architecture = _family(model, where)
     keys = _Keys(model.metadata, architecture.name, where)
     config = {"model_type": model_type, **architecture.fixed}
     # Layers that predict further tokens stand behind the model's own, and are counted with them.
@@ -190,25 +196,43 @@ def gguf_config(model: GgufModel) -> GgufConfig:
     config |= architecture.read(keys, config)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     config |= architecture.told(shapes, config)
+    divisors = None
+    if architecture.ropes != "none":
+        divisors = _read_positions(keys, config, architecture, model, size)
+    config["vocab_size"] = _embedding(model, where).shape[0]
+    config["tie_word_embeddings"] = HEAD not in model.tensors
+    return GgufConfig(config, architecture, divisors, keys.finish())
+
+
+def _read_positions(
+    keys: _Keys,
+    config: dict[str, Any],
+    architecture: GgufArchitecture,
+    model: GgufModel,
+    size: int,
+) -> tuple[float, ...] | None:
+    """config.json's keys of rotary embeddings, of heads of this size; returns the divisors of
+    their frequencies that config.json has no key for."""
+    where = short_name(model.files[0].path)
     scaling = _longrope(keys, config, model, where)
     scaling = scaling or _rope_scaling(keys, config, truncate=architecture.truncates)
     config["rope_scaling"] = {**scaling, **config.get("rope_scaling", {})}
     if architecture.ropes == "each":
         config["rope_parameters"] = _ropes(keys, config, architecture)
-    config["vocab_size"] = _embedding(model, where).shape[0]
-    config["tie_word_embeddings"] = HEAD not in model.tensors
     divisors = _rope_divisors(model, where)
-    if architecture.proportional:
-        config["rope_parameters"][FULL] |= _proportional(divisors, size, where)
-        divisors = None
-    return GgufConfig(config, architecture, divisors, keys.finish())
+    if not architecture.proportional:
+        return divisors
+    config["rope_parameters"][FULL] |= _proportional(divisors, size, where)
+    return None
 
 
 def _read_heads(
     keys: _Keys, config: dict[str, Any], architecture: GgufArchitecture, size: int
 ) -> None:
     """How much of each head turns; values are heads of the same size."""
-    if architecture.partial:
+    if architecture.ropes == "none":
+        keys.pass_over("rope.")
+    elif architecture.partial:
         turning = keys.number("rope.dimension_count", size)
         config["partial_rotary_factor"] = turning / max(size, 1)
     else:
@@ -270,9 +294,10 @@ def _proportional(
 def _check_counts(keys: _Keys, model: GgufModel) -> None:
     """Raises ConfigError for more layers or experts than there can be tensors of: what follows
     takes time by their number."""
-    layers = keys.get("block_count", 0)
-    if isinstance(layers, int) and layers > len(model.tensors):
-        raise keys.wrong("block_count", f"is {layers}, in a file of {len(model.tensors)} tensors")
+    for key in ("block_count", "decoder_block_count"):
+        layers = keys.get(key, 0) if key in keys else 0
+        if isinstance(layers, int) and layers > len(model.tensors):
+            raise keys.wrong(key, f"is {layers}, in a file of {len(model.tensors)} tensors")
     experts = keys.get("expert_count", 0)
     routers = {
         tensor.shape[0]
@@ -285,14 +310,15 @@ def _check_counts(keys: _Keys, model: GgufModel) -> None:
         raise keys.wrong("expert_count", f"is {experts}, but there is no router ({_ROUTERS})")
 
 
-def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchitecture]:
+def _family(model: GgufModel, where: str) -> tuple[str, GgufArchitecture]:
     """The model_type whose models the file holds, and how it holds them."""
+    metadata = model.metadata
     name = metadata.get("general.architecture")
-    found = gguf_families(name) if isinstance(name, str) else {}
+    found = gguf_families(name) if isinstance(name, str) else []
     if not found:
         raise ConfigError(
-            f"{where}: general.architecture {name!r} is not supported; supported are "
-            f"{', '.join(gguf_architectures())}"
+            f"{where}: general.architecture {name!r} is not supported{why_refused(str(name))}; "
+            f"supported are {', '.join(gguf_architectures())}"
         )
     version = metadata.get("general.quantization_version", QUANTIZATION_VERSION)
     if version != QUANTIZATION_VERSION:
@@ -301,20 +327,28 @@ def _family(metadata: Mapping[str, Value], where: str) -> tuple[str, GgufArchite
             f"{QUANTIZATION_VERSION} can be read: convert the model again with today's llama.cpp"
         )
     sparse = bool(metadata.get(f"{name}.expert_count"))
-    marked: dict[str, GgufArchitecture] = {}
-    plain: dict[str, GgufArchitecture] = {}
+    marked: list[tuple[str, GgufArchitecture]] = []
+    plain: list[tuple[str, GgufArchitecture]] = []
     # Of those that a file does not tell apart, the one that the architecture has its name from.
-    for model_type, family in sorted(found.items(), key=lambda entry: entry[0] != name):
-        each = family.gguf
-        if each is None or (each.sparse not in (None, sparse) and len(found) > 1):
+    for model_type, each in sorted(found, key=lambda entry: entry[0] != name):
+        if each.sparse not in (None, sparse) and len(found) > 1:
             continue
-        if not (each.marked or each.marks):
-            plain[model_type] = each
-        elif each.marks(metadata) if each.marks else metadata.get(f"{name}.{each.marked}"):
-            marked[model_type] = each
-    for model_type, each in {**marked, **plain}.items():
-        return model_type, each
+        if not (each.marked or each.marks or each.holding):
+            plain.append((model_type, each))
+        elif _is_marked(each, model):
+            marked.append((model_type, each))
+    for told in (*marked, *plain):
+        return told
     raise ConfigError(f"{where}: {name} with {'' if sparse else 'no '}experts is not supported")
+
+
+def _is_marked(architecture: GgufArchitecture, model: GgufModel) -> bool:
+    """Whether the file is of this kind, by its keys or by its tensors."""
+    if architecture.holding:
+        return any(fnmatchcase(tensor, architecture.holding) for tensor in model.tensors)
+    if architecture.marks is not None:
+        return architecture.marks(model.metadata)
+    return bool(model.metadata.get(f"{architecture.name}.{architecture.marked}"))
 
 
 def _rope_scaling(keys: _Keys, config: Mapping[str, Any], *, truncate: bool) -> dict[str, Any]:

@@ -25,6 +25,9 @@ from moebius.nn.rope import RopeConfig, frequencies
 
 _WINDOWS = ("sliding_window", "use_sliding_window")
 _ADVICE = "load the model with --quantization instead"
+# In place of a rotary embedding where there is none.
+_NO_ROPE = RopeConfig(10_000.0)
+_NO_ATTENTION = f"no layer has attention, and GGUF files hold no such models; {_ADVICE}"
 _SEVERAL_SIZES = f"GGUF files hold no models of several sizes of heads; {_ADVICE}"
 
 
@@ -44,43 +47,70 @@ class GgufKeys(NamedTuple):
 def gguf_keys(config_json: Mapping[str, Any]) -> GgufKeys:
     """Raises ConfigError for a model that GGUF files cannot hold, naming what is in the way."""
     config = model_config(config_json)
-    architecture = family(config.model_type).gguf
-    if architecture is None:
-        raise ConfigError(f"GGUF files hold no {config.model_type} models; {_ADVICE}")
+    architecture = _architecture(config)
     reader = config_reader(config_json)
     _check_windows(architecture, config)
     _check_fixed(architecture, reader)
-    rope, turning, size = _turning(config, architecture)
+    if architecture.ropes == "none":
+        keys = _own_keys(architecture, reader, config, _NO_ROPE)
+        keys |= architecture.write(reader, config)
+        divisors = None
+    else:
+        keys, divisors = _turning_keys(architecture, reader, config)
+    keys["vocab_size"] = config.vocab_size
+    _check_sparse(architecture, config, keys)
+    named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
+    named = {"general.architecture": architecture.name, **named}
+    return GgufKeys(architecture, named, divisors)
+
+
+def _architecture(config: ModelConfig) -> GgufArchitecture:
+    """The first of the ways in which files have such models that knows experts, or none, as this
+    one does. Raises ConfigError where there is no way at all."""
+    ways = family(config.model_type).gguf
+    if not ways:
+        raise ConfigError(f"GGUF files hold no {config.model_type} models; {_ADVICE}")
+    sparse = bool(config.experts)
+    return next((each for each in ways if each.sparse in (None, sparse)), ways[0])
+
+
+def _own_keys(
+    architecture: GgufArchitecture, reader: ConfigReader, config: ModelConfig, rope: RopeConfig
+) -> dict[str, Value]:
+    """Those that config.json has one by one, and those that are the same for all models."""
     keys: dict[str, Value] = {
         key.gguf: _value(key, reader, config, rope)
         for key in architecture.keys
         if not (key.optional and reader.get(key.config) is None)
     }
-    keys |= architecture.values
+    return keys | architecture.values
+
+
+def _turning_keys(
+    architecture: GgufArchitecture, reader: ConfigReader, config: ModelConfig
+) -> tuple[dict[str, Value], tuple[float, ...] | None]:
+    """The keys of a model with rotary embeddings, and the divisors of their frequencies."""
+    rope, turning, size = _turning(config, architecture)
+    keys = _own_keys(architecture, reader, config, rope)
     if architecture.ropes == "each":
         keys |= _sliding_rope_keys(config, rope)
     keys |= architecture.write(reader, config)
     if not architecture.latent:
         keys["rope.dimension_count"] = turning
         keys["attention.value_length"] = size
-    keys["vocab_size"] = config.vocab_size
     keys |= _rope_keys(rope, architecture)
-    _check_sparse(architecture, config, keys)
-    named = {f"{architecture.name}.{key}": value for key, value in keys.items()}
-    named = {"general.architecture": architecture.name, **named}
-    divisors = _still(rope, size) if architecture.proportional else _divisors(rope, size)
-    return GgufKeys(architecture, named, divisors)
+    return keys, _still(rope, size) if architecture.proportional else _divisors(rope, size)
 
 
 def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeConfig, int, int]:
     """The rotary embedding, how many values turn, and of heads of which size."""
     if not any(isinstance(mixer, GQA | MLA) for mixer in config.mixers):
-        raise ConfigError(f"no layer has attention, and GGUF files hold no such models; {_ADVICE}")
+        raise ConfigError(_NO_ATTENTION)
     if architecture.latent:
         found = {(each.rope, each.rope_dim) for each in config.mixers if isinstance(each, MLA)}
         ((rope, size),) = found
         if rope is None and architecture.ropes == "any":
-            return RopeConfig(10_000.0), size, size
+            return _NO_ROPE, size, size
         if rope is None:
             raise ConfigError(f"GGUF files hold no latent attention without positions; {_ADVICE}")
         return rope, size, size
@@ -92,7 +122,8 @@ def _turning(config: ModelConfig, architecture: GgufArchitecture) -> tuple[RopeC
 
 def _value(key: Key, reader: ConfigReader, config: ModelConfig, rope: RopeConfig) -> Value:
     told = _TOLD.get(key.gguf)
-    if told is not None:
+    # Files count the blocks of an encoder and of a decoder, where `config` has layers of both.
+    if told is not None and not config.encoder_layers:
         return told(config)
     if key.config == "rope_theta":
         return rope.theta
@@ -136,6 +167,8 @@ def _attention(config: ModelConfig, *, sliding: bool = False) -> GQA:
     """One layer's, of those without a window or with one, if there are such. All of these have its
     sizes, but for the number of heads."""
     every = _gqas(config)
+    if not every:
+        raise ConfigError(_NO_ATTENTION)
     found = [mixer for mixer in every if (mixer.window is not None) == sliding] or every
     if len({_sizes(mixer) for mixer in found}) != 1:
         raise ConfigError(_SEVERAL_SIZES)
@@ -165,7 +198,7 @@ def _rope(config: ModelConfig, architecture: GgufArchitecture) -> RopeConfig:
     """That of all layers, or of those of one kind: see GgufArchitecture.ropes."""
     turning = any(mixer.rope is not None for mixer in _gqas(config))
     if architecture.ropes == "any" and not turning:
-        return RopeConfig(10_000.0)
+        return _NO_ROPE
     kept = {
         "any": _gqas(config),
         "one": _gqas(config),

@@ -22,9 +22,12 @@ from moebius.models.gguf_architecture import (
     layouts,
     meaning,
 )
-from moebius.models.layout import Names, Stacked
+from moebius.models.gguf_hybrid import KV_HEADS
+from moebius.models.layout import Names, Stacked, dense
+from moebius.models.nemotron_parts import MLP, MOE
 from moebius.models.parts import FULL, LINEAR
 from moebius.models.reading import ConfigReader
+from moebius.nn.attention import GQA
 from moebius.nn.mixer import Mixer
 from moebius.nn.mixers.mamba2 import Mamba2
 
@@ -32,6 +35,8 @@ _INNER = "ssm.inner_size"
 _TURNS = "rope.scaling.finetuned"
 _WIDTHS = "feed_forward_length"
 _RMS = "attention.layer_norm_rms_epsilon"
+_ATTENTION_BIAS = "blk.*.attn_q.bias"
+_CONV_BIAS = "blk.*.ssm_conv1d.bias"
 _NAMES: Names = {
     "self_attn.in_proj.weight": "ssm_in.weight",
     "self_attn.conv1d.weight": "ssm_conv1d.weight",
@@ -91,10 +96,13 @@ def _mamba(config: ModelConfig) -> Mamba2:
     return next(mixer for mixer in config.mixers if isinstance(mixer, Mamba2))
 
 
-def _told_by_biases(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Attention and convolutions have biases where the file has them."""
-    kinds = {"attention_bias": "blk.*.attn_q.bias", "mamba_conv_bias": "blk.*.ssm_conv1d.bias"}
-    return {flag: bool(fnfilter(shapes, name)) for flag, name in kinds.items()}
+def _biases(shapes: Shapes, flags: Mapping[str, str]) -> dict[str, Any]:
+    """Flags of config.json that are on where the file has any of the tensors that each names."""
+    return {flag: bool(fnfilter(shapes, name)) for flag, name in flags.items()}
+
+
+def _told_granite(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    return _biases(shapes, {"attention_bias": _ATTENTION_BIAS, "mamba_conv_bias": _CONV_BIAS})
 
 
 def _held(mixer: Mixer) -> Mixer:
@@ -118,24 +126,27 @@ GRANITE = GgufArchitecture(
     permuted=True,
     read=_read_granite,
     write=_write_granite,
-    told=_told_by_biases,
+    told=_told_granite,
     held=_held,
     moved=_moved,
 )
 
 _NOT_NEMOTRONS = (_RMS, _WIDTHS, "rope.freq_base")
-_NEMOTRON_KEYS = (
+_DENSE_NEMOTRON_KEYS = (
     *(key for key in gguf_hybrid.hybrid_keys() if key.gguf not in _NOT_NEMOTRONS),
     Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),
+    Key("conv_kernel", "ssm.conv_kernel"),
+    Key("ssm_state_size", "ssm.state_size"),
+    Key("n_groups", "ssm.group_count"),
+    Key("mamba_num_heads", "ssm.time_step_rank"),
+)
+_NEMOTRON_KEYS = (
+    *_DENSE_NEMOTRON_KEYS,
     *expert_keys("n_routed_experts", "moe_intermediate_size"),
     Key("moe_shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
     Key("n_shared_experts", "expert_shared_count", absent=meaning(1)),
     Key("moe_latent_size", "moe_latent_size", absent=meaning(None), optional=True),
     *ROUTER_KEYS,
-    Key("conv_kernel", "ssm.conv_kernel"),
-    Key("ssm_state_size", "ssm.state_size"),
-    Key("n_groups", "ssm.group_count"),
-    Key("mamba_num_heads", "ssm.time_step_rank"),
 )
 _UP_DOWN: Names = {
     f"mlp.{part}{ours}": stored
@@ -144,7 +155,7 @@ _UP_DOWN: Names = {
         ("experts.", Stacked(f"ffn_{theirs}_exps.weight")),
         ("shared.", f"ffn_{theirs}_shexp.weight"),
     )
-}
+} | dense("ffn_{p}", ("up", "up", "down"))
 _NEMOTRON_NAMES: Names = {
     **_NAMES,
     **_UP_DOWN,
@@ -152,11 +163,26 @@ _NEMOTRON_NAMES: Names = {
     "mlp.dispatch.down.weight": "ffn_latent_down.weight",
     "mlp.dispatch.up.weight": "ffn_latent_up.weight",
 }
-_MOE = "moe"
 
 
 def _read_nemotron(keys: FileKeys, config: Mapping[str, Any]) -> dict[str, Any]:
     """What each layer is, by its key/value heads and the width of its feed-forward."""
+    return _nemotron_layers(keys, config, MOE)[1]
+
+
+def _read_dense_nemotron(keys: FileKeys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same where feed-forwards have no experts, and all have one width."""
+    widths, found = _nemotron_layers(keys, config, MLP)
+    if len(widths) > 1:
+        raise keys.wrong(_WIDTHS, f"has several widths, {sorted(widths)}")
+    return {**found, "intermediate_size": max(widths, default=1)}
+
+
+def _nemotron_layers(
+    keys: FileKeys, config: Mapping[str, Any], feeding: str
+) -> tuple[set[int], dict[str, Any]]:
+    """The widths of feed-forwards, which are layers of the kind `feeding`, and what config.json
+    would have of all layers."""
     heads = gguf_hybrid.kv_heads(keys, config)
     widths = list(keys.listed(_WIDTHS) or [])[: len(heads)]
     if len(widths) != len(heads) or not all(type(width) is int for width in widths):
@@ -165,10 +191,12 @@ def _read_nemotron(keys: FileKeys, config: Mapping[str, Any]) -> dict[str, Any]:
     if eps != config["layer_norm_epsilon"]:
         raise keys.wrong(_RMS, f"is {eps!r}, but layer_norm_epsilon another")
     kinds = [
-        FULL if count else _MOE if width else LINEAR
+        FULL if count else feeding if width else LINEAR
         for count, width in zip(heads, widths, strict=True)
     ]
-    return {
+    if any(count and width for count, width in zip(heads, widths, strict=True)):
+        raise keys.wrong(_WIDTHS, f"is not 0 in layers that have attention by {KV_HEADS}")
+    return set(widths) - {0}, {
         "layers_block_type": kinds,
         "num_key_value_heads": max(heads) or None,
         "mamba_head_dim": _head_size(keys, config["mamba_num_heads"]),
@@ -181,29 +209,40 @@ def _write_nemotron(reader: ConfigReader, config: ModelConfig) -> dict[str, Valu
         **gguf_hybrid.write(reader, config),
         _WIDTHS: [0 if part is None else part.width for part in parts],
         _INNER: _mamba(config).sizes.out_size,
+        _RMS: config.norm_eps,
+        "attention.value_length": next(
+            mixer.head_dim for mixer in config.mixers if isinstance(mixer, GQA)
+        ),
     }
 
 
 def _told_nemotron(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_conv_bias": _told_by_biases(shapes, config)["mamba_conv_bias"]}
+    return _biases(shapes, {"attention_bias": _ATTENTION_BIAS, "use_conv_bias": _CONV_BIAS})
 
 
-NEMOTRON = GgufArchitecture(
-    "nemotron_h_moe",
-    _NEMOTRON_KEYS,
-    sparse=True,
-    fixed={
-        "mlp_hidden_act": "relu2",
-        "mamba_hidden_act": "silu",
-        "mlp_bias": False,
-        "use_bias": False,
-    },
-    values={"expert_gating_func": 2},
+def _told_dense_nemotron(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    return _told_nemotron(shapes, config) | _biases(shapes, {"mlp_bias": "blk.*.ffn_up.bias"})
+
+
+DENSE_NEMOTRON = GgufArchitecture(
+    "nemotron_h",
+    _DENSE_NEMOTRON_KEYS,
+    fixed={"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_bias": False},
     layouts=layouts(_NEMOTRON_NAMES)[:1],
-    ropes="any",
-    read=_read_nemotron,
+    ropes="none",
+    read=_read_dense_nemotron,
     write=_write_nemotron,
-    told=_told_nemotron,
+    told=_told_dense_nemotron,
     held=_held,
     moved=_moved,
+)
+NEMOTRON = replace(
+    DENSE_NEMOTRON,
+    name="nemotron_h_moe",
+    keys=_NEMOTRON_KEYS,
+    sparse=True,
+    fixed={**DENSE_NEMOTRON.fixed, "mlp_bias": False},
+    values={"expert_gating_func": 2},
+    read=_read_nemotron,
+    told=_told_nemotron,
 )

@@ -6,7 +6,7 @@ encoder gave with the feed-forward part behind it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.layout import Layout, Stored, dense, experts
@@ -93,6 +93,28 @@ def _feed_forward(sublayer: int, name: str, *, gated: bool) -> dict[str, Stored]
     }
 
 
+class Block(NamedTuple):
+    """What a layer is of its stack's blocks.
+
+    crosses   its attention is to what the encoder gave
+    feeds     it has the block's feed-forward part
+    """
+
+    stack: Stack
+    number: int
+    crosses: bool
+    feeds: bool
+
+
+def block_of(config: ModelConfig, layer: int) -> Block:
+    """An encoder's block is one layer, a decoder's two."""
+    behind = layer - config.encoder_layers
+    if behind < 0:
+        return Block("encoder", layer, crosses=False, feeds=True)
+    second = behind % 2 == 1
+    return Block("decoder", behind // 2, crosses=second, feeds=second)
+
+
 @dataclass(frozen=True, slots=True)
 class StackLayout(Layout):
     """The names of both stacks. `part` is what a feed-forward part is called."""
@@ -112,13 +134,9 @@ class StackLayout(Layout):
     def of_layer(self, config: ModelConfig, number: int) -> Layout:
         """See Layout: an encoder's block is one layer, a decoder's two."""
         gated = any(part.gated for part in config.feed_forward)
-        behind = number - config.encoder_layers
-        stack = "encoder" if behind < 0 else "decoder"
-        block = number if behind < 0 else behind // 2
-        if behind < 0:
-            names = _attention(0, "SelfAttention") | _feed_forward(1, self.part, gated=gated)
-        elif behind % 2 == 0:
-            names = _attention(0, "SelfAttention")
-        else:
-            names = _attention(1, "EncDecAttention") | _feed_forward(2, self.part, gated=gated)
-        return Layout(names, f"{stack}.block.{block}.")
+        block = block_of(config, number)
+        sublayer = 1 if block.crosses else 0
+        names = _attention(sublayer, "EncDecAttention" if block.crosses else "SelfAttention")
+        if block.feeds:
+            names |= _feed_forward(sublayer + 1, self.part, gated=gated)
+        return Layout(names, f"{block.stack}.block.{block.number}.")

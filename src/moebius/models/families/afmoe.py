@@ -76,4 +76,4 @@ GGUF = GgufArchitecture(
     slides=lambda layer: (layer + 1) % 4 != 0,
     ropes="sliding",
 )
-FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), gguf=GGUF)
+FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), gguf=(GGUF,))

@@ -76,5 +76,5 @@ FAMILY = Family(
         Layout({**NAMES, **names}, embedding="model.word_embeddings.weight")
         for names in ({}, FUSED)
     ),
-    gguf=gguf_kimi.BAILING,
+    gguf=(gguf_kimi.BAILING,),
 )

@@ -76,4 +76,4 @@ def read(reader: ConfigReader) -> ModelConfig:
 
 
 SHARED = layout.shared("mlp.shared_experts.{p}")
-FAMILY = Family(read, (Layout(SHARED), Layout({**SHARED, **FUSED})), gguf=GGUF)
+FAMILY = Family(read, (Layout(SHARED), Layout({**SHARED, **FUSED})), gguf=(GGUF,))

@@ -35,4 +35,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     return latent_decoder(reader, mixer, parts)
 
 
-FAMILY = Family(read, LAYOUTS, gguf=DEEPSEEK_V2)
+FAMILY = Family(read, LAYOUTS, gguf=(DEEPSEEK_V2,))

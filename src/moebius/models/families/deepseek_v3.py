@@ -20,4 +20,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     return latent_decoder(reader, mixer, parts)
 
 
-FAMILY = Family(read, LAYOUTS, gguf=DEEPSEEK_V3)
+FAMILY = Family(read, LAYOUTS, gguf=(DEEPSEEK_V3,))

@@ -56,4 +56,4 @@ GGUF = GgufArchitecture(
     values={"expert_gating_func": 2},
     present={"attention_bias": "blk.0.attn_q.bias"},
 )
-FAMILY = Family(read, (Layout(SHARED), Layout({**SHARED, **FUSED})), gguf=GGUF)
+FAMILY = Family(read, (Layout(SHARED), Layout({**SHARED, **FUSED})), gguf=(GGUF,))

@@ -66,4 +66,4 @@ GGUF = GgufArchitecture(
     fixed={"hidden_act": "silu", "use_bias": False},
     values={"expert_gating_func": 1},
 )
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), ("model.mtp_*",), gguf=GGUF)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), ("model.mtp_*",), gguf=(GGUF,))

@@ -58,4 +58,4 @@ GGUF = GgufArchitecture(
     values={"expert_gating_func": 2},
     ropes="sliding",
 )
-FAMILY = Family(read, (Layout(PUBLISHED), Layout({**SHARED, **FUSED})), ("mtp.*",), gguf=GGUF)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout({**SHARED, **FUSED})), ("mtp.*",), gguf=(GGUF,))

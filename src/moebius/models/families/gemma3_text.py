@@ -77,4 +77,4 @@ LAYOUTS = tuple(
     Layout(NAMES, f"{at}layers.{{i}}.", f"{at}embed_tokens.weight", f"{at}norm.weight", head)
     for at, head in reversed(PREFIXES.items())
 )
-FAMILY = Family(read, LAYOUTS, UNUSED, gguf=GGUF)
+FAMILY = Family(read, LAYOUTS, UNUSED, gguf=(GGUF,))

@@ -65,4 +65,4 @@ LAYOUTS = tuple(
     for at in PREFIXES
     for each in EXPERTS
 )
-FAMILY = Family(read, LAYOUTS, UNUSED, gguf=GGUF)
+FAMILY = Family(read, LAYOUTS, UNUSED, gguf=(GGUF,))

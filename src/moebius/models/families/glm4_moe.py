@@ -43,4 +43,4 @@ GGUF = replace(
     layouts=layouts({"post_attention_layernorm.weight": "post_attention_norm.weight"}),
     partial=True,
 )
-FAMILY = Family(read, dots1.FAMILY.layouts, gguf=GGUF)
+FAMILY = Family(read, dots1.FAMILY.layouts, gguf=(GGUF,))

@@ -19,4 +19,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     return latent_decoder(reader, mixer, parts)
 
 
-FAMILY = Family(read, LAYOUTS, gguf=LIKE_V3)
+FAMILY = Family(read, LAYOUTS, gguf=(LIKE_V3,))

@@ -73,4 +73,4 @@ GGUF = GgufArchitecture(
     slides=slides,
     truncates=False,
 )
-FAMILY = Family(read, (Layout(NAMES),), gguf=GGUF)
+FAMILY = Family(read, (Layout(NAMES),), gguf=(GGUF,))

@@ -23,4 +23,4 @@ GGUF = replace(
     values={granitemoe.TURNS: True},
     present={**granitemoe.GGUF.present, "mlp_bias": "blk.0.ffn_up.bias"},
 )
-FAMILY = Family(read, (Layout(),), gguf=GGUF)
+FAMILY = Family(read, (Layout(),), gguf=(GGUF,))

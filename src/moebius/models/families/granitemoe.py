@@ -69,4 +69,4 @@ GGUF = GgufArchitecture(
     present={"attention_bias": "blk.0.attn_q.bias"},
     permuted=True,
 )
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), gguf=GGUF)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), gguf=(GGUF,))

@@ -73,5 +73,5 @@ NAMES: Names = {
 FAMILY = Family(
     read,
     tuple(Layout({**NAMES, **names}) for names in (granitemoe.PUBLISHED, granitemoe.CONVERTED)),
-    gguf=gguf_mamba.GRANITE,
+    gguf=(gguf_mamba.GRANITE,),
 )

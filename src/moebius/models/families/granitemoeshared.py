@@ -31,5 +31,5 @@ GGUF = replace(
 FAMILY = Family(
     read,
     (Layout({**granitemoe.PUBLISHED, **SHARED}), Layout({**granitemoe.CONVERTED, **SHARED})),
-    gguf=GGUF,
+    gguf=(GGUF,),
 )

@@ -68,4 +68,4 @@ GGUF = GgufArchitecture(
     fixed={"hidden_act": "silu", "attention_bias": False},
     values={"expert_gating_func": 1, "expert_shared_count": 1},
 )
-FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), gguf=GGUF)
+FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), gguf=(GGUF,))

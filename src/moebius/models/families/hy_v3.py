@@ -70,4 +70,4 @@ GGUF = GgufArchitecture(
     read=shared_count,
     told=told_by_routers,
 )
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), gguf=GGUF)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), gguf=(GGUF,))

@@ -74,4 +74,4 @@ NAMES: Names = {
 }
 # transformers gives a dense layer's tensors the names of experts.
 SAVED = layout.dense(AT + "{p}")
-FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **SAVED})), gguf=gguf_kimi.KIMI)
+FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **SAVED})), gguf=(gguf_kimi.KIMI,))

@@ -67,4 +67,4 @@ def read(reader: ConfigReader) -> ModelConfig:
 NAMES: layout.Names = {"self_attn.gate_proj.weight": "self_attn.g_proj.weight"}
 PUBLISHED = {**NAMES, "mlp.router.selection_bias": "mlp.experts.e_score_correction_bias"}
 CONVERTED = {**NAMES, **FUSED, **layout.shared("mlp.shared_experts.{p}")}
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), ("mtp.*",), gguf=GGUF)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), ("mtp.*",), gguf=(GGUF,))

@@ -31,4 +31,4 @@ NAMES: Names = {
     **layout.dense("feed_forward.{p}", W),
 }
 FINAL = "model.embedding_norm.weight"
-FAMILY = Family(read, (Layout(NAMES, norm=FINAL),), gguf=gguf_hybrid.LFM2)
+FAMILY = Family(read, (Layout(NAMES, norm=FINAL),), gguf=(gguf_hybrid.LFM2,))

@@ -38,5 +38,5 @@ FUSED = stacked("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_
 FAMILY = Family(
     read,
     tuple(Layout(names, norm=lfm2.FINAL) for names in (NAMES, {**NAMES, **FUSED})),
-    gguf=gguf_hybrid.LFM2_MOE,
+    gguf=(gguf_hybrid.LFM2_MOE,),
 )

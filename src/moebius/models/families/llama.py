@@ -18,4 +18,4 @@ GGUF = GgufArchitecture(
     present={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
     permuted=True,
 )
-FAMILY = Family(read, gguf=GGUF)
+FAMILY = Family(read, gguf=(GGUF,))

@@ -50,4 +50,4 @@ GGUF = GgufArchitecture(
     values={"expert_gating_func": 1, "expert_weights_norm": True},
     ropes="each",
 )
-FAMILY = Family(read, (Layout(), Layout(FUSED)), ("mtp.*",), gguf=GGUF)
+FAMILY = Family(read, (Layout(), Layout(FUSED)), ("mtp.*",), gguf=(GGUF,))

@@ -33,4 +33,4 @@ GGUF = GgufArchitecture(
     values={"expert_gating_func": 2},
     partial=True,
 )
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), gguf=GGUF)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(CONVERTED)), gguf=(GGUF,))

@@ -16,4 +16,4 @@ def read(reader: ConfigReader) -> ModelConfig:
 GGUF = GgufArchitecture(
     "llama", fixed={"hidden_act": "silu", "sliding_window": None}, permuted=True
 )
-FAMILY = Family(read, gguf=GGUF)
+FAMILY = Family(read, gguf=(GGUF,))

@@ -64,5 +64,5 @@ FAMILY = Family(
         for each in reversed(LAYOUTS)
     ),
     UNUSED,
-    gguf=MISTRAL4,
+    gguf=(MISTRAL4,),
 )

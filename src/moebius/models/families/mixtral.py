@@ -26,4 +26,4 @@ GGUF = GgufArchitecture(
     values={"expert_gating_func": 1},
     permuted=True,
 )
-FAMILY = Family(read, (Layout(PUBLISHED), Layout(FUSED)), gguf=GGUF)
+FAMILY = Family(read, (Layout(PUBLISHED), Layout(FUSED)), gguf=(GGUF,))

@@ -64,4 +64,4 @@ LAYOUTS = tuple(
     for before in ("backbone.", "model.")
     for names in ({}, STACKED)
 )
-FAMILY = Family(read, LAYOUTS, ("mtp.*",), gguf=gguf_mamba.NEMOTRON)
+FAMILY = Family(read, LAYOUTS, ("mtp.*",), gguf=(gguf_mamba.NEMOTRON, gguf_mamba.DENSE_NEMOTRON))

@@ -24,4 +24,4 @@ GGUF = GgufArchitecture(
     values={"expert_gating_func": 1, "expert_weights_norm": False},
     present={"attention_bias": "blk.0.attn_q.bias"},
 )
-FAMILY = Family(read, (Layout(), Layout(FUSED)), gguf=GGUF)
+FAMILY = Family(read, (Layout(), Layout(FUSED)), gguf=(GGUF,))

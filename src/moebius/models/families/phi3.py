@@ -60,4 +60,4 @@ GGUF = GgufArchitecture(
     partial=True,
     write=written,
 )
-FAMILY = Family(read, (Layout(NAMES),), gguf=GGUF)
+FAMILY = Family(read, (Layout(NAMES),), gguf=(GGUF,))

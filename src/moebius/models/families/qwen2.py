@@ -50,4 +50,4 @@ def read(reader: ConfigReader) -> ModelConfig:
 
 
 GGUF = GgufArchitecture("qwen2", fixed={"hidden_act": "silu", "use_sliding_window": False})
-FAMILY = Family(read, gguf=GGUF)
+FAMILY = Family(read, gguf=(GGUF,))

@@ -67,4 +67,4 @@ GGUF = GgufArchitecture(
     values={"expert_gating_func": 1, "expert_weights_norm": False},
     present={"qkv_bias": "blk.0.attn_q.bias"},
 )
-FAMILY = Family(read, (Layout(), Layout(FUSED)), gguf=GGUF)
+FAMILY = Family(read, (Layout(), Layout(FUSED)), gguf=(GGUF,))

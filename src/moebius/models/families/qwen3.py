@@ -19,4 +19,4 @@ GGUF = GgufArchitecture(
     fixed={"hidden_act": "silu", "use_sliding_window": False},
     present={"attention_bias": "blk.0.attn_q.bias"},
 )
-FAMILY = Family(read, gguf=GGUF)
+FAMILY = Family(read, gguf=(GGUF,))

@@ -30,4 +30,4 @@ GGUF = replace(
     sparse=True,
     values={"expert_gating_func": 1, "expert_weights_norm": True},
 )
-FAMILY = Family(read, dense.layouts_of({}, FUSED), dense.UNUSED, gguf=GGUF)
+FAMILY = Family(read, dense.layouts_of({}, FUSED), dense.UNUSED, gguf=(GGUF,))

@@ -44,4 +44,4 @@ GGUF = GgufArchitecture(
     held=gguf_delta.held("apart", tiled=True),
     moved=gguf_delta.moved,
 )
-FAMILY = Family(read, layouts_of({}), UNUSED, gguf=GGUF)
+FAMILY = Family(read, layouts_of({}), UNUSED, gguf=(GGUF,))

@@ -1,6 +1,8 @@
 """Qwen3-Next: gated delta nets, and every few layers attention whose heads have gates; zero-centred
 norms; many experts and a gated shared one."""
 
+from dataclasses import replace
+
 from moebius.models import gguf_delta
 from moebius.models.config import ModelConfig
 from moebius.models.delta_parts import linear_attention, mixers, sparse
@@ -64,5 +66,13 @@ GGUF = GgufArchitecture(
     held=gguf_delta.held("gates grouped", tiled=False),
     moved=gguf_delta.moved,
 )
+# Files of the first weeks have the queries, keys, values and gates of a key head together.
+FIRST_GGUF = replace(
+    GGUF,
+    holding="blk.*.ssm_in.weight",
+    layouts=layouts({**gguf_delta.NAMES, "self_attn.in_proj_qkvz.weight": "ssm_in.weight"}),
+    held=gguf_delta.held("grouped", tiled=False),
+)
 NAMES = linear_attention("in_proj_qkvz", "in_proj_ba")
-FAMILY = Family(read, (Layout(NAMES), Layout({**NAMES, **FUSED})), ("mtp.*",), gguf=GGUF)
+LAYOUTS = (Layout(NAMES), Layout({**NAMES, **FUSED}))
+FAMILY = Family(read, LAYOUTS, ("mtp.*",), gguf=(GGUF, FIRST_GGUF))

@@ -25,4 +25,4 @@ GGUF = replace(
     values={**glm4_moe.GGUF.values, "leading_dense_block_count": 0},
     present={"attention_bias": "blk.0.attn_q.bias"},
 )
-FAMILY = Family(read, glm4_moe.FAMILY.layouts, gguf=GGUF)
+FAMILY = Family(read, glm4_moe.FAMILY.layouts, gguf=(GGUF,))

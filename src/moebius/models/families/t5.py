@@ -1,5 +1,6 @@
 """T5 (arXiv 1910.10683), its version 1.1 and Flan-T5: dense, gated from 1.1 on."""
 
+from moebius.models import gguf_t5
 from moebius.models.config import ModelConfig
 from moebius.models.family import Family
 from moebius.models.parts import ACTIVATIONS, activation
@@ -37,4 +38,4 @@ def read(reader: ConfigReader) -> ModelConfig:
     return encoder_decoder(reader, everywhere, scaled=reader.flag("scale_decoder_outputs", said))
 
 
-FAMILY = Family(read, (StackLayout(part="DenseReluDense"),), unused=UNUSED)
+FAMILY = Family(read, (StackLayout(part="DenseReluDense"),), unused=UNUSED, gguf=(gguf_t5.T5,))
