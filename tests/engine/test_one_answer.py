@@ -161,7 +161,9 @@ def check_all_schedules(
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), each_value([*sorted(WINDOWED), "mixed"], [torch.bfloat16, torch.float32])
+    ("name", "dtype"),
+    each_value([*sorted(WINDOWED), "mixed"], [torch.bfloat16, torch.float32]),
+    ids=str,
 )
 def test_windows_that_give_blocks_back_give_one_answer(
     name: str, dtype: torch.dtype, tmp_path: Path
@@ -307,6 +309,7 @@ HELD = [
         *((name, *HELD[i % 4]) for i, name in enumerate(FAMILIES)),
         *(rest(name, *HELD[0]) for i, name in enumerate(FAMILIES) if i % 2),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("schedules", chosen([2, 5], lambda schedules: schedules == 2))
 def test_every_architecture_gives_one_answer(

@@ -114,17 +114,20 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
 @pytest.mark.parametrize("params", CASES)
-def test_draws_follow_the_naive_distribution(params: dict[str, Any], ops: Ops) -> None:
+def test_draws_follow_the_naive_distribution(params: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(12, generator=generator) * 2
     logits[4] = logits[9]
-    count = 1500
+    count = 3000
     ones = [
         request([1, 2, 2], [3, 3, 4], seed=seed, max_tokens=20, **params) for seed in range(count)
     ]
-    drawn = sample(logits.expand(count, 12), ones, ops)
+    drawn = sample(logits.expand(count, 12), ones)
+    few = sample(
+        logits.expand(300, 12), ones[:300], ReferenceOps()
+    )  # which take fifty times as long
+    assert [one.token_id for one in few] == [one.token_id for one in drawn[:300]]
     shares = naive_shares(logits.tolist(), ones[0])
     expected = [shares.get(token, 0.0) for token in range(12)]
     observed = np.bincount([s.token_id for s in drawn if isinstance(s, Sampled)], minlength=12)
