@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,11 @@ import pytest
 from moebius.cluster import engines
 from moebius.cluster.engines import EngineProcesses
 from moebius.engine import wire
+from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
-from moebius.errors import EngineError, WeightsError
+from moebius.errors import EngineError, OverloadError, WeightsError
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams
 
 
 class Loading:
@@ -95,3 +101,45 @@ def test_processes_that_were_started_for_nothing_are_ended(made: list[Loading]) 
     with EngineProcesses(2):
         pass
     assert all(each.killed.is_set() for each in made)
+
+
+def test_the_front_of_a_stopped_engine_refuses_what_has_no_room_there(tiny_model: Path) -> None:
+    """It says by itself who has left its queue; stopped, it says nothing and refuses nothing."""
+    config = EngineConfig(
+        max_num_seqs=1, max_queue_requests=2, kv_cache_memory_bytes=2**20, max_model_len=512
+    )
+    message = wire.Launch(str(tiny_model), config, bytes(32), frozenset())
+    heard: dict[str, StepOutput] = {}
+    with EngineProcesses(1) as processes:
+        client = processes.launch(message)
+        client.start(lambda outputs: heard.update({each.request_id: each for each in outputs}))
+        limits = client.info.limits
+
+        def submit(id: str, max_tokens: int) -> None:
+            params = SamplingParams(max_tokens=max_tokens)
+            now = time.monotonic()
+            client.submit(EngineRequest.create(id, [1, 2, 3], params, limits, arrival=now))
+
+        for id in ("first", "second", "third"):
+            submit(id, 3)
+            until(lambda id=id: id in heard)  # each of them has left the queue
+        (process,) = processes.processes
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            for id in ("a", "b"):
+                assert client.refusal("") is None
+                submit(id, 3)
+            assert client.refusal("") is not None
+            submit("c", 3)
+            error = heard["c"].error
+            assert isinstance(error, OverloadError) and "2 of 2 requests" in str(error)
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        until(lambda: client.refusal("") is None)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

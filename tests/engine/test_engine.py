@@ -28,7 +28,7 @@ from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import SamplingParams
-from moebius.schedule.request import Request
+from moebius.schedule.request import Request, RequestStatus
 from schedule.books import check_books
 
 
@@ -353,6 +353,38 @@ def test_outputs_say_when_a_request_was_first_scheduled_and_how_often_it_was_pre
         assert steps[0].scheduled is not None and steps[0].scheduled < ats[0]
         assert ats == sorted(set(ats))
     assert len({last.scheduled for last in lasts}) > 1, "all fitted at once: nobody waited"
+
+
+def test_who_waits_is_known_before_a_step_is_computed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From what the engine says of places alone: preempted requests wait again."""
+    tight = engine(
+        tiny_model, kv_cache_memory_bytes=cache_bytes(160, 4), block_size=4, max_model_len=100
+    )
+    heard: set[str] = set()
+    told: list[set[str]] = []
+    true: list[set[str]] = []
+
+    def move(outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            (heard.add if output.waits else heard.discard)(output.request_id)
+
+    def execute(inputs: Any) -> Any:
+        told.append(set(heard))
+        unfinished = tight.scheduler.requests.values()
+        true.append({each.id for each in unfinished if each.status is not RequestStatus.RUNNING})
+        return honest(inputs)
+
+    tight.on_moved = move
+    honest = tight.runner.execute
+    monkeypatch.setattr(tight.runner, "execute", execute)
+    many = prompts(8, seed=1, low=30, high=40)
+    requests = [make(tight, str(i), p, max_tokens=40) for i, p in enumerate(many)]
+    heard.update(request.id for request in requests)
+    run(tight, requests)
+    assert tight.stats().preemptions > 0
+    assert told == true and len(set(map(frozenset, true))) > 4
 
 
 @pytest.mark.case("C21")
