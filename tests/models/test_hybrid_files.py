@@ -15,6 +15,7 @@ from models.gguf_recurrent import converter
 from models.quantization.test_loading import plain_copy
 from models.test_hybrids import FULL, IDS, LINEAR, assert_same, recurrent
 from moebius.errors import ConfigError
+from moebius.gguf import open_gguf
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.ops.reference import ReferenceOps
@@ -94,6 +95,52 @@ def test_a_written_file_answers_as_the_original(tmp_path: Path, model_type: str)
     assert_same(found, recurrent(model, IDS))
 
 
+DENSE = {"layers_block_type": [LINEAR, "mlp", FULL, "mlp"]}
+
+
+def test_a_written_file_of_a_dense_nemotron_answers_as_the_original(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "nemotron_h", vocab_size=320, **DENSE)
+    write_tokenizer(tmp_path / "model")
+    write_model(tmp_path / "model", tmp_path / "out.gguf", "f32")
+    assert open_gguf(tmp_path / "out.gguf").metadata["general.architecture"] == "nemotron_h"
+    found = served(load_decoder(tmp_path / "out.gguf", torch.float32))
+    assert_same(found, recurrent(model, IDS))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("feed_forward_length", [0, 20, 0, 24], r"several widths, \[20, 24\]"),
+        ("feed_forward_length", [0, 20, 20, 20], "is not 0 in layers that have attention"),
+        ("feed_forward_length", 20, "feed_forward_length is 20; it must be a list"),
+        ("attention.layer_norm_rms_epsilon", 0.5, "is 0.5, but layer_norm_epsilon another"),
+        ("attention.value_length", 12, "attention.value_length is 12; only 10"),
+        ("expert_count", 4, "expert_count is 4, but there is no router"),
+        ("expert_used_count", 2, "nemotron_h.expert_used_count = 2 is not supported"),
+    ],
+)
+def test_bad_keys_of_a_dense_nemotrons_file_are_a_line(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    save_tiny(tmp_path, "nemotron_h", **DENSE)
+    with pytest.raises(ConfigError, match=message):
+        open_checkpoint(changed(tmp_path, f"nemotron_h.{key}", value))
+
+
+def changed(directory: Path, key: str, value: Any) -> Path:
+    """A file of the model in a directory, in which a key has another value."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for keys in writer.kv_data:
+            keys.pop(key, None)
+        kind = gguf.GGUFValueType.get_type(value)
+        sub = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+        writer.add_key_value(key, value, kind, sub_type=sub)
+
+    converter(directory).save(directory / "tiny.gguf", change)
+    return directory / "tiny.gguf"
+
+
 @pytest.mark.parametrize(("model_type", "kind"), each_value(SIZES, ["fp8-block", "pack-4-zeros"]))
 def test_projections_may_be_quantised(tmp_path: Path, model_type: str, kind: str) -> None:
     save_tiny(tmp_path, model_type, **SIZES[model_type])
@@ -121,17 +168,8 @@ def test_bad_keys_of_files_are_a_line(
     tmp_path: Path, model_type: str, key: str, value: Any, message: str
 ) -> None:
     save_tiny(tmp_path, model_type)
-
-    def change(writer: gguf.GGUFWriter) -> None:
-        for keys in writer.kv_data:
-            keys.pop(key, None)
-        kind = gguf.GGUFValueType.get_type(value)
-        sub = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
-        writer.add_key_value(key, value, kind, sub_type=sub)
-
-    converter(tmp_path).save(tmp_path / "tiny.gguf", change)
     with pytest.raises(ConfigError, match=message):
-        open_checkpoint(tmp_path / "tiny.gguf")
+        open_checkpoint(changed(tmp_path, key, value))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +179,7 @@ def test_bad_keys_of_files_are_a_line(
         ("lfm2", {"conv_bias": True}, "conv_bias is True, but llama.cpp takes False"),
         ("lfm2_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
         ("granitemoehybrid", {"layer_types": [FULL, FULL]}, "layers with attention, and others"),
-        ("nemotron_h", {"layers_block_type": [LINEAR, "mlp", FULL, "mlp"]}, "no experts"),
+        ("nemotron_h", {"layers_block_type": [LINEAR, "moe", FULL, "mlp"]}, "no experts"),
         ("kimi_linear", {"layer_types": [LINEAR, LINEAR]}, "no layer has attention"),
         ("kimi_linear", {"linear_num_heads": 3}, "with as many heads"),
         ("bailing_hybrid", {"kda_safe_gate": False}, "kda_safe_gate is False"),

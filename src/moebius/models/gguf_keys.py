@@ -83,7 +83,7 @@ def _own_keys(
         for key in architecture.keys
         if not (key.optional and reader.get(key.config) is None)
     }
-    return keys | architecture.values
+    return {**keys, **architecture.values}
 
 
 def _turning_keys(

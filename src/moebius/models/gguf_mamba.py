@@ -155,10 +155,11 @@ _UP_DOWN: Names = {
         ("experts.", Stacked(f"ffn_{theirs}_exps.weight")),
         ("shared.", f"ffn_{theirs}_shexp.weight"),
     )
-} | dense("ffn_{p}", ("up", "up", "down"))
+}
 _NEMOTRON_NAMES: Names = {
     **_NAMES,
     **_UP_DOWN,
+    **dense("ffn_{p}", ("up", "up", "down")),
     "post_attention_layernorm.weight": "attn_norm.weight",
     "mlp.dispatch.down.weight": "ffn_latent_down.weight",
     "mlp.dispatch.up.weight": "ffn_latent_up.weight",
@@ -184,8 +185,9 @@ def _nemotron_layers(
     """The widths of feed-forwards, which are layers of the kind `feeding`, and what config.json
     would have of all layers."""
     heads = gguf_hybrid.kv_heads(keys, config)
-    widths = list(keys.listed(_WIDTHS) or [])[: len(heads)]
-    if len(widths) != len(heads) or not all(type(width) is int for width in widths):
+    each = list(keys.listed(_WIDTHS) or [])[: len(heads)]
+    widths = [width for width in each if type(width) is int]
+    if len(widths) != len(heads):
         raise keys.wrong(_WIDTHS, f"must be a number for each of {len(heads)} layers, 0 for none")
     eps = keys.get(_RMS, config["layer_norm_epsilon"])
     if eps != config["layer_norm_epsilon"]:

@@ -10,6 +10,7 @@ from moebius.models.gguf_architecture import (
     GgufArchitecture,
     Key,
     expert_keys,
+    meaning,
 )
 from moebius.models.layout import FUSED, Layout
 from moebius.models.parts import (
@@ -48,7 +49,7 @@ GGUF = GgufArchitecture(
         *USUAL_KEYS,
         *expert_keys("n_routed_experts", "moe_intermediate_size"),
         Key("n_shared_experts", "expert_shared_count"),
-        Key("first_k_dense_replace", "leading_dense_block_count"),
+        Key("first_k_dense_replace", "leading_dense_block_count", absent=meaning(0)),
         *ROUTER_KEYS,
     ),
     sparse=True,
