@@ -23,7 +23,7 @@ from moebius.request.params import MOST_DRAFTS
 from moebius.schedule.blocks import BlockPool
 from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan, _Draft
+from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan, UnfinishedPlan
 
 _NGRAM = 3
 _REACH = 32_768
@@ -205,11 +205,11 @@ class DraftingScheduler(Scheduler):
         self.drafted.clear()
         super().rollback(plan)
 
-    def _serve_waiting(self, draft: _Draft) -> None:
-        super()._serve_waiting(draft)
-        self._add_drafts(draft)
+    def _serve_waiting(self, step: UnfinishedPlan) -> None:
+        super()._serve_waiting(step)
+        self._add_drafts(step)
 
-    def _add_drafts(self, step: _Draft) -> None:
+    def _add_drafts(self, step: UnfinishedPlan) -> None:
         """Have requests that decode verify drafts, in the order of service, while it pays."""
         self.drafted = {}
         rows = self.config.max_num_batched_tokens - step.budget
@@ -237,7 +237,7 @@ class DraftingScheduler(Scheduler):
         return known
 
     def _verify(
-        self, chunk: Chunk, guessed: Sequence[int], share: float, step: _Draft, load: _Load
+        self, chunk: Chunk, guessed: Sequence[int], share: float, step: UnfinishedPlan, load: _Load
     ) -> None:
         """Add as many of the guesses to a chunk as pay and as there is room for."""
         request = self._requests[chunk.request_id]
