@@ -211,8 +211,14 @@ class DraftingScheduler(Scheduler):
         least = self._least_share(rows) if rows else 2.0
         if least > 1.0:
             return
-        # As a rule nothing repeats, and nearly all rest: then this line is what drafting costs.
-        asked = [chunk for chunk in step.chunks.values() if self._asks(chunk)]
+        # As a rule nothing repeats, and nearly all rest: then this is what drafting costs.
+        now = self._step
+        until = self._resting.get
+        asked = [
+            chunk
+            for chunk in step.chunks.values()
+            if chunk.num_tokens == 1 and chunk.samples and until(chunk.request_id, now) <= now
+        ]
         if not asked:
             return
         logits = self.most_rows - sum(chunk.samples for chunk in step.chunks.values())
@@ -221,14 +227,9 @@ class DraftingScheduler(Scheduler):
             guesser = self._guesser_of(chunk.request_id)
             guessed = guesser.guess(self._requests[chunk.request_id], MOST_DRAFTS)
             if not guessed:
-                self._resting[chunk.request_id] = self._step + guesser.rest + 1
+                self._resting[chunk.request_id] = now + guesser.rest + 1
             elif guesser.share >= least:
                 self._verify(chunk, guessed, guesser.share, step, load)
-
-    def _asks(self, chunk: Chunk) -> bool:
-        """Whether its request decodes and does not rest."""
-        rests = self._resting.get(chunk.request_id, 0) > self._step
-        return not rests and chunk.samples and chunk.num_tokens == 1
 
     def _guesser_of(self, request_id: str) -> Guesser:
         guesser = self._guessers.get(request_id)
