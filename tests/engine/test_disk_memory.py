@@ -56,7 +56,7 @@ def test_the_plan_counts_it(tiny_model: Path) -> None:
     assert "KV cache on disk" not in [row[0] for row in without.rows()]
     (row,) = [row for row in made.rows() if row[0] == "KV cache on disk"]
     assert row[1].endswith(" MiB") and "of memory" in row[2]
-    with pytest.raises(MemoryPlanError, match="KV cache on disk takes .* lower --kv-cache-disk-by"):
+    with pytest.raises(MemoryPlanError, match=r"KV cache on disk takes .* lower --kv-cache-disk-b"):
         prepare(tiny_model, on_disk(nbytes=10**16))
 
 

@@ -8,7 +8,7 @@ MOST_STAGED_BYTES = 64 * 2**20
 MOST_LANDED_BYTES = 32 * 2**20
 """Those that it puts into the cache between two steps: milliseconds."""
 _NAME_BYTES = 400
-"""A file's name, size and place in the order of use: 390 by tracemalloc while a launch sorts them."""
+"""A file's name, size and place in the order of use: by tracemalloc 390 when they are sorted."""
 
 
 def most_files(cache: CacheSizes, config: EngineConfig) -> int:
