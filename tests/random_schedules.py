@@ -301,6 +301,7 @@ class Wild:
     """Guesses what the request has said anywhere, right or wrong."""
 
     share = 0.9
+    rest = 0
 
     def guess(self, request: Request, most: int) -> list[int]:
         rng = random.Random(request.num_tokens)

@@ -25,6 +25,7 @@ FRONT = HostHello(
     weights="0123",
     config=EngineConfig(ranks=4),
     isas=("portable", "avx2", "avx512"),
+    vocabulary="abcd",
 )
 OTHER = structs.replace(FRONT, node=1, name="bert", address="10.0.0.2", directory="/data/a")
 
@@ -43,6 +44,10 @@ def test_hosts_may_differ_in_what_is_their_own() -> None:
         ({"node": 0}, ["bert", "--node-rank 0", "1 to 2"]),
         ({"node": 3}, ["bert", "--node-rank 3", "1 to 2"]),
         ({"weights": "0124"}, ["node 1 (bert)", "/data/a", "0124", "/models/a", "0123"]),
+        (
+            {"vocabulary": "abce", "tokenizer": "/data/t"},
+            ["node 1 (bert)", "/data/t", "abce", "/models/a", "abcd", "--tokenizer"],
+        ),
         ({"config": EngineConfig(ranks=2)}, ["node 1 (bert)", "--ranks 2", "4"]),
         (
             {"config": EngineConfig(ranks=4, max_num_batched_tokens=64)},

@@ -36,9 +36,11 @@ def _placed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def front(model: Path, patience: float = 20.0) -> Iterator[tuple[ActorCluster, Invitation]]:
+def front(
+    model: Path, patience: float = 20.0, tokenizer: Path | None = None
+) -> Iterator[tuple[ActorCluster, Invitation]]:
     config = EngineConfig(ranks=1, threads=1)
-    own = host_hello(model, config, node=0, nodes=2, address="127.0.0.1")
+    own = host_hello(model, config, node=0, nodes=2, address="127.0.0.1", tokenizer=tokenizer)
     listener = Listener.tcp("127.0.0.1", 0, KEY)
     cluster = ActorCluster(listener, own, patience, lambda rank: "nothing is known")
     try:
@@ -80,7 +82,7 @@ def test_another_tokenizer_is_the_one_that_grammars_are_matched_by(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     write_tokenizer(tmp_path, 300)
-    with front(tiny_model) as (cluster, invitation):
+    with front(tiny_model, tokenizer=tmp_path) as (cluster, invitation):
         other = structs.replace(invitation, tokenizer=str(tmp_path))
         RankActor(other.encode(), KEY.text)
         _, host = cluster.assemble()
@@ -125,6 +127,17 @@ def test_another_model_on_its_node_ends_both(tiny_model: Path, tmp_path: Path) -
         with pytest.raises(ConfigError, match=r"Ray node 0123abcd .* has another model in"):
             cluster.assemble()
         assert "has another model in" in str(outcome(actor))
+
+
+def test_another_tokenizer_on_its_node_ends_both(tiny_model: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, 299)
+    with front(tiny_model) as (cluster, invitation):
+        other = structs.replace(invitation, tokenizer=str(tmp_path))
+        actor = RankActor(other.encode(), KEY.text)
+        wanted = rf"0123abcd .* has another tokenizer in {tmp_path} than .* in {tiny_model}: it is"
+        with pytest.raises(ConfigError, match=wanted):
+            cluster.assemble()
+        assert "has another tokenizer in" in str(outcome(actor))
 
 
 @pytest.mark.parametrize("frame", [b"", b"\x01\x90", b"\xff"])

@@ -42,6 +42,7 @@ class Foresight:
     """Knows what each request says, and is wrong now and then."""
 
     share = 0.95
+    rest = 0
 
     def __init__(self, known: Mapping[str, Sequence[int]], wrong: float = 0.1) -> None:
         self._known = known

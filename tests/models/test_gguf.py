@@ -20,7 +20,7 @@ from moebius.errors import WeightsError
 from moebius.gguf import open_gguf
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
-from moebius.ops import select_ops
+from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.export import write_model
 from oracle import PROMPT, Server, assert_same_answers, load_theirs, save_tiny

@@ -24,6 +24,10 @@ class Wild:
     def share(self) -> float:
         return self.rng.random()
 
+    @property
+    def rest(self) -> int:
+        return self.rng.randrange(4)
+
     def guess(self, request: Request, most: int) -> list[int]:
         return [self.rng.randrange(self.vocab) for _ in range(self.rng.randint(0, most + 2))]
 
@@ -61,6 +65,10 @@ class Served(Wild):
     @property
     def share(self) -> float:
         return self._lookup.share
+
+    @property
+    def rest(self) -> int:
+        return self._lookup.rest
 
     def guess(self, request: Request, most: int) -> list[int]:
         return list(self._lookup.guess(request, most))

@@ -245,11 +245,11 @@ class _(BlockPool):
 
 @bug("blocks are given back by where a step will end, not by where it starts")
 class _(Scheduler):
-    def _compute(self, request, num_tokens, draft):
+    def _compute(self, request, num_tokens, step):
         request.num_computed_tokens += num_tokens
         self.pool.leave(request)
         request.num_computed_tokens -= num_tokens
-        super()._compute(request, num_tokens, draft)
+        super()._compute(request, num_tokens, step)
 
 
 @bug("a hit asks for a window's last block alone")
@@ -305,12 +305,12 @@ class _(Scheduler):
 
 @bug("a preempted request goes on from its old slot", "all kinds")
 class _(Scheduler):
-    def _compute(self, request, num_tokens, draft):
-        super()._compute(request, num_tokens, draft)
-        chunk = draft.chunks[request.id]
+    def _compute(self, request, num_tokens, step):
+        super()._compute(request, num_tokens, step)
+        chunk = step.chunks[request.id]
         if chunk.states is not None and request.num_preemptions:
             states = chunk.states._replace(restore=None)
-            draft.chunks[request.id] = chunk._replace(states=states)
+            step.chunks[request.id] = chunk._replace(states=states)
 
 
 @bug("a hit takes no notice of snapshots", "all kinds")
@@ -417,40 +417,40 @@ class _(BlockPool):
 
 @bug("the victim is the first instead of the last")
 class _(Scheduler):
-    def _make_room(self, request, num_tokens, draft):
+    def _make_room(self, request, num_tokens, step):
         while not self.pool.extend(request, num_tokens):
             victim = self._running[0]
             if victim is request:
                 return False
             self._preempt(victim)
-            draft.preempted.append(victim.id)
+            step.preempted.append(victim.id)
         return True
 
 
 @bug("priority is ignored in preemption")
 class _(Scheduler):
-    def _make_room(self, request, num_tokens, draft):
+    def _make_room(self, request, num_tokens, step):
         while not self.pool.extend(request, num_tokens):
             victim = max(self._running, key=lambda r: (r.asked.arrival, r.id))
             if victim is request:
                 return False
             self._preempt(victim)
-            draft.preempted.append(victim.id)
+            step.preempted.append(victim.id)
         return True
 
 
 @bug("requests are preempted before it is needed")
 class _(Scheduler):
-    def _make_room(self, request, num_tokens, draft):
+    def _make_room(self, request, num_tokens, step):
         if self.pool.num_free < 2 and self._running[-1] is not request:
-            draft.preempted.append(self._running[-1].id)
+            step.preempted.append(self._running[-1].id)
             self._preempt(self._running[-1])
-        return super()._make_room(request, num_tokens, draft)
+        return super()._make_room(request, num_tokens, step)
 
 
 @bug("nobody is preempted")
 class _(Scheduler):
-    def _make_room(self, request, num_tokens, draft):
+    def _make_room(self, request, num_tokens, step):
         return self.pool.extend(request, num_tokens)
 
 
@@ -584,9 +584,9 @@ class _(Scheduler):
 
 @bug("every chunk samples")
 class _(Scheduler):
-    def _compute(self, request, num_tokens, draft):
-        super()._compute(request, num_tokens, draft)
-        draft.chunks[request.id] = draft.chunks[request.id]._replace(samples=True)
+    def _compute(self, request, num_tokens, step):
+        super()._compute(request, num_tokens, step)
+        step.chunks[request.id] = step.chunks[request.id]._replace(samples=True)
 
 
 @bug("a scored prompt never ends")
@@ -621,12 +621,12 @@ class _(Scheduler):
 
 @bug("waiting for a prefix never ends")
 class _(Scheduler):
-    def _admit(self, request, promised, draft):
+    def _admit(self, request, promised, step):
         self.asleep = getattr(self, "asleep", set())
         reason = (
             "prefix_in_flight"
             if request.id in self.asleep
-            else super()._admit(request, promised, draft)
+            else super()._admit(request, promised, step)
         )
         if reason == "prefix_in_flight":
             self.asleep.add(request.id)
@@ -635,12 +635,10 @@ class _(Scheduler):
 
 @bug("a request waits for a prefix whose owner stands still")
 class _(Scheduler):
-    def _admit(self, request, promised, draft):
+    def _admit(self, request, promised, step):
         computing = self.pool.claimant(request)
         return (
-            "prefix_in_flight"
-            if computing is not None
-            else super()._admit(request, promised, draft)
+            "prefix_in_flight" if computing is not None else super()._admit(request, promised, step)
         )
 
 
@@ -661,8 +659,8 @@ class _(Scheduler):
 
 @bug("blocks are published when planned, before they are computed")
 class _(Scheduler):
-    def _compute(self, request, num_tokens, draft):
-        super()._compute(request, num_tokens, draft)
+    def _compute(self, request, num_tokens, step):
+        super()._compute(request, num_tokens, step)
         self.pool.publish(request, request.num_computed_tokens)
 
 
@@ -731,48 +729,48 @@ class _(Scheduler):
 
 @bug("one seat too many")
 class _(Scheduler):
-    def _serve_waiting(self, draft):
+    def _serve_waiting(self, step):
         config, self.config = (
             self.config,
             replace(self.config, max_num_seqs=self.config.max_num_seqs + 1),
         )
-        super()._serve_waiting(draft)
+        super()._serve_waiting(step)
         self.config = config
 
 
 @bug("one seat is never given")
 class _(Scheduler):
-    def _admit(self, request, promised, draft):
+    def _admit(self, request, promised, step):
         full = 0 < self.config.max_num_seqs - 1 <= len(self._running)
-        return "no_seats" if full else super()._admit(request, promised, draft)
+        return "no_seats" if full else super()._admit(request, promised, step)
 
 
 @bug("a blocked request is overtaken")
 class _(Scheduler):
-    def _serve_waiting(self, draft):
+    def _serve_waiting(self, step):
         promised = sum(map(self._promised, self._running))
         for request in list(self._waiting):
-            reason = self._admit(request, promised, draft)
+            reason = self._admit(request, promised, step)
             if reason is not None:
-                draft.waiting[request.id] = reason
+                step.waiting[request.id] = reason
             else:
                 promised += self._promised(request)
 
 
 @bug("requests behind a blocked one get no reason")
 class _(Scheduler):
-    def _serve_waiting(self, draft):
-        super()._serve_waiting(draft)
+    def _serve_waiting(self, step):
+        super()._serve_waiting(step)
         for request in list(self._waiting)[1:]:
-            draft.waiting.pop(request.id, None)
+            step.waiting.pop(request.id, None)
 
 
 @bug("the queue is first come, first served, whatever the priority")
 class _(Scheduler):
-    def _serve_waiting(self, draft):
+    def _serve_waiting(self, step):
         for lane in self._waiting.turns._lanes.values():
             lane.waiting.sort(key=lambda r: (r.asked.arrival, r.id))
-        super()._serve_waiting(draft)
+        super()._serve_waiting(step)
 
 
 @bug("running requests are kept in the order of their start")
@@ -785,9 +783,9 @@ class _(Scheduler):
 
 @bug("the last running request is served first")
 class _(Scheduler):
-    def _serve_running(self, draft):
+    def _serve_running(self, step):
         self._running.reverse()
-        super()._serve_running(draft)
+        super()._serve_running(step)
         self._running.reverse()
 
 

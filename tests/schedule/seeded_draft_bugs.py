@@ -106,9 +106,9 @@ class _(DraftingScheduler):
 
 @bug("drafts go before what waits")
 class _(DraftingScheduler):
-    def _serve_waiting(self, draft):
-        self._add_drafts(draft)
-        Scheduler._serve_waiting(self, draft)
+    def _serve_waiting(self, step):
+        self._add_drafts(step)
+        Scheduler._serve_waiting(self, step)
 
 
 @bug("somebody is preempted for a draft")

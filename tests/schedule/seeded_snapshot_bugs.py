@@ -79,9 +79,9 @@ class _(Scheduler):
 
 @bug("chunks of running requests pass over snapshots", "all kinds")
 class _(Scheduler):
-    def _serve_running(self, draft):
+    def _serve_running(self, step):
         self._to_boundary = lambda _, num_tokens: num_tokens
-        super()._serve_running(draft)
+        super()._serve_running(step)
         del self._to_boundary
 
 

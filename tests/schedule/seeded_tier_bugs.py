@@ -114,16 +114,16 @@ class _(TieredScheduler):
 
 @bug("who waits for what is fetched blocks those behind it")
 class _(TieredScheduler):
-    def _admit(self, request, promised, draft):
-        reason = super()._admit(request, promised, draft)
+    def _admit(self, request, promised, step):
+        reason = super()._admit(request, promised, step)
         return "no_blocks" if reason == "prefix_on_disk" else reason
 
 
 @bug("who waits for what is fetched starts all the same")
 class _(TieredScheduler):
-    def _admit(self, request, promised, draft):
+    def _admit(self, request, promised, step):
         awaited = self._awaited.pop(request.id, None)
-        reason = super()._admit(request, promised, draft)
+        reason = super()._admit(request, promised, step)
         if awaited is not None and reason is not None:
             self._awaited[request.id] = awaited
         return reason

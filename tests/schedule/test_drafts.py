@@ -3,6 +3,7 @@ whatever is guessed, and leave nothing behind, the simulation says."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from random import Random
 
@@ -29,12 +30,14 @@ from schedule.making import KEY, make_request
 
 FREE = StepCosts([(1, 1.0), (64, 1.0)])
 AS_ROWS = StepCosts([(1, 1.0), (64, 64.0)])
+DEAR = StepCosts([(1, 1.0), (64, 55.0)])
 
 
 class Sevens:
     """Guesses that all goes on with 7."""
 
     share = 1.0
+    rest = 0
 
     def guess(self, request: Request, most: int) -> Sequence[int]:
         return [7] * most
@@ -85,15 +88,13 @@ def naive(tokens: Sequence[int], most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("vocab", [2, 5, 300, 200_000])
-def test_a_lookup_finds_what_comparing_all_finds(
-    vocab: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Token by token, and with several at a time, over ids whose bytes are mostly zeros."""
-    monkeypatch.setattr(drafts, "_RESTS", 0)
+def test_a_lookup_finds_what_comparing_all_finds(vocab: int) -> None:
+    """Token by token, and with several at a time; ids that are no whole character among them."""
     rng = Random(vocab)
     found = 0
     for _ in range(30):
-        ids = [rng.randrange(vocab) * rng.choice((1, 1, 256)) for _ in range(8)]
+        ids = [rng.randrange(vocab) for _ in range(6)]
+        ids += [rng.randrange(0xD800, 0xE000), sys.maxunicode]
         request = make_request("one", [0], max_tokens=200)
         request.prompt_ids = tuple(rng.choices(ids, k=rng.randint(1, 40)))
         lookup = Lookup()
@@ -108,26 +109,32 @@ def test_a_lookup_finds_what_comparing_all_finds(
 
 def test_a_lookup_reaches_back_so_far_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "_REACH", 20)
-    monkeypatch.setattr(drafts, "_RESTS", 0)
     request = make_request("one", [1, 2, 3, 4, *range(100, 140), 1, 2, 3], max_tokens=99)
     assert Lookup().guess(request, 1) == ()
     lookup = Lookup()
     for token in range(200, 300):
         request.output_ids.append(token)
         lookup.guess(request, 1)
-        assert len(lookup._tokens) <= 4 * 41
+        assert len(lookup._text) <= 40
     request.output_ids += [290, 291, 292]
     assert list(lookup.guess(request, 2)) == [293, 294]
 
 
-def test_a_lookup_that_found_nothing_rests_for_two_steps() -> None:
-    request = make_request("one", [1, 2, 3, 4], max_tokens=99)
-    lookup = Lookup()
-    found = []
-    for token in (1, 2, 3, 4, 1, 2, 3):
-        found.append(list(lookup.guess(request, 1)))
-        request.output_ids.append(token)
-    assert found == [[], [], [], [4], [1], [2], [3]]
+def test_a_lookup_rests_longer_with_each_that_found_nothing() -> None:
+    """By steps of the scheduler, which does not ask meanwhile: one more each time, four at most."""
+    asked = []
+
+    class Watched(Lookup):
+        def guess(self, request: Request, most: int) -> Sequence[int]:
+            asked.append(request.num_tokens)
+            return super().guess(request, most)
+
+    scheduler = make_scheduler(Watched, costs=DEAR)
+    scheduler.add(make_request("one", [1], max_tokens=99))
+    for token in (*range(2, 20), *range(1, 9)):
+        take(scheduler, {"one": [token]})
+    # With 25 tokens it finds what came behind 4, 5, 6, and so it does with each from then on.
+    assert asked == [1, 3, 6, 10, 15, 20, 25, 26]
 
 
 def test_what_is_drawn_tells_how_good_guesses_are() -> None:

@@ -69,6 +69,32 @@ def test_encode_and_decode_equal_transformers(pair):
             assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 
+def test_a_fingerprint_names_all_but_templates(tmp_path):
+    """The same from another place; another where a token, a merge, a flag or a name differs."""
+
+    def of(change, name, file="tokenizer.json"):
+        (tmp_path / name).mkdir()
+        directory = save(byte_level(), tmp_path / name)
+        path = directory / file
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return Tokenizer.load(directory).fingerprint()
+
+    own = of(lambda content: None, "own")
+    assert own == of(lambda content: None, "copy") and len(own) == 16
+    config = "tokenizer_config.json"
+    assert own == of(lambda content: content.update(chat_template="{{ 1 }}"), "template", config)
+    others = {
+        of(lambda content: content["model"]["merges"].pop(), "merges"),
+        of(lambda content: content["model"]["vocab"].update({"neu": 9999}), "token"),
+        of(lambda content: content["added_tokens"][-1].update(content="<other>"), "added"),
+        of(lambda content: content.update(bos_token="a"), "name", config),
+        of(lambda content: content.update(add_eos_token=True, eos_token="b"), "flag", config),
+    }
+    assert len(others | {own}) == 6
+
+
 def test_facts_equal_transformers(pair):
     ours, theirs = pair
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)

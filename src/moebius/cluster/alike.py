@@ -30,6 +30,12 @@ def check_alike(own: HostHello, other: HostHello) -> None:
             f"{there} has another model in {other.directory} than {here} in {own.directory}: "
             f"its files are {other.weights}, not {own.weights}"
         )
+    if other.vocabulary != own.vocabulary:
+        raise ConfigError(
+            f"{there} has another tokenizer in {other.tokenizer or other.directory} than {here} in "
+            f"{own.tokenizer or own.directory}: it is {other.vocabulary}, not {own.vocabulary}; "
+            "give both the same --tokenizer, or none, and the same tokenizer.json"
+        )
     for field in fields(EngineConfig):
         mine = getattr(own.config, field.name)
         its = getattr(other.config, field.name)

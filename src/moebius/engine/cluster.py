@@ -36,6 +36,7 @@ class HostHello(_Record, frozen=True, tag="host"):
     isas         the instruction sets that its kernels have, the lowest first
     called       what it is called beside its name; "": by its number
     tokenizer    where the one is there that is used instead of the model's; empty: its own
+    vocabulary   the fingerprint of the tokenizer that is used, which grammars are followed with
     machine      what processes that can share memory with it have in common; "": not known
     """
 
@@ -51,6 +52,7 @@ class HostHello(_Record, frozen=True, tag="host"):
     called: str = ""
     machine: str = ""
     tokenizer: str = ""
+    vocabulary: str = ""
 
     @property
     def title(self) -> str:

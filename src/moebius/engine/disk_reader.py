@@ -9,13 +9,12 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from moebius.engine.disk_memory import MOST_STAGED_BYTES
 from moebius.engine.disk_pace import Pace
 from moebius.engine.disk_store import DiskStore
 from moebius.engine.kv_cache import KVCache
 from moebius.schedule.request import Request
 from moebius.schedule.tiers import Piece
-
-MOST_STAGED_BYTES = 64 * 2**20
 
 
 @dataclass(slots=True, eq=False)

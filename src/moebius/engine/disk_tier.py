@@ -10,6 +10,7 @@ from hashlib import blake2b
 
 from moebius.engine.client import DiskStats
 from moebius.engine.counters import Counters
+from moebius.engine.disk_memory import MOST_LANDED_BYTES
 from moebius.engine.disk_pace import Pace
 from moebius.engine.disk_reader import DiskReader, Load, Read
 from moebius.engine.disk_store import DiskStore
@@ -21,8 +22,6 @@ from moebius.schedule.tiers import Kept, Missing, Piece, TieredScheduler
 
 LEAST_TOKENS = 256
 """Shorter prefixes are computed sooner than files of them are looked for."""
-_LANDED_BYTES = 32 * 2**20
-"""What is put into the cache between two steps while there are requests that go on: milliseconds"""
 _NAP_SECONDS = 0.002
 _CLOSE_SECONDS = 3.0
 
@@ -152,9 +151,8 @@ class DiskTier:
         self.reader.ask(fresh)
 
     def _land(self, trace: Tracing) -> None:
-        """Put into the cache what was read: little at a time where others go on meanwhile."""
-        most = _LANDED_BYTES if self._scheduler.num_running else 2 * _LANDED_BYTES
-        for read in self.reader.take(most):
+        """Put into the cache what was read: little at a time, as others may go on meanwhile."""
+        for read in self.reader.take(MOST_LANDED_BYTES):
             if self._reads.get(read.name) is read:
                 del self._reads[read.name]
             waiting = [(load, piece) for load, piece in read.wanted if not load.over]

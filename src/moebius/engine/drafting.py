@@ -6,6 +6,7 @@ experts, each costs what a token costs. So steps of several sizes are made when 
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 
@@ -40,6 +41,8 @@ def why_not(model: ModelConfig, groups: CacheGroups) -> str:
         return "the state of a recurrent layer cannot be taken back to the last right draft"
     if model.encoder_layers:
         return "what steps of a decoder beside an encoder cost is not measured"
+    if model.vocab_size > sys.maxunicode + 1:
+        return f"drafts are looked up among {sys.maxunicode + 1:,} token ids at most"
     return ""
 
 

@@ -8,6 +8,7 @@ from moebius.engine.cluster import HostHello
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import weights_name
 from moebius.ops.select import kernel_levels
+from moebius.text import load_text
 
 
 def host_hello(
@@ -21,7 +22,7 @@ def host_hello(
     tokenizer: Path | None = None,
 ) -> HostHello:
     """This host, with the model in `directory`; the rest as HostHello has it. Raises UsageError for
-    what is no model."""
+    what is no model, or no tokenizer."""
     return HostHello(
         release=__version__,
         node=node,
@@ -35,4 +36,5 @@ def host_hello(
         called=called,
         machine=machine.identity(),
         tokenizer="" if tokenizer is None else str(tokenizer.absolute()),
+        vocabulary=load_text(directory, tokenizer).tokenizer.fingerprint(),
     )

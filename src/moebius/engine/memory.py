@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
+from moebius.engine.disk_memory import disk_memory
 from moebius.engine.plan_words import human_bytes
 from moebius.engine.weight_bytes import WeightBytes
 from moebius.errors import ConfigError, MemoryPlanError
@@ -39,7 +40,7 @@ class MemoryPlan:
     beside its own.
 
     grammars is what a large vocabulary takes in the host's memory once a request is held to one; 0
-    where that is another memory than the cache's.
+    where that is another memory than the cache's. disk is what a KV cache on disk takes of it.
 
     available is what was left when the plan was made, and `available_of` says of what: the machine,
     the control group that limits it, or a device. The default of max_model_len is lowered when one
@@ -53,6 +54,7 @@ class MemoryPlan:
     chunk: int
     workspace: int
     grammars: int
+    disk: int
     available: int
     max_model_len: int
     max_num_seqs: int
@@ -83,7 +85,8 @@ class MemoryPlan:
     @property
     def left(self) -> int:
         """What there is for the cache."""
-        return self.available - self.weights.total - self.workspace - self.grammars
+        beside = self.workspace + self.grammars + self.disk
+        return self.available - self.weights.total - beside
 
     @property
     def kv_cache(self) -> int:
@@ -155,6 +158,7 @@ class MemoryPlan:
                 f"{blocks}, {self.bytes_per_token:,} B a token{self._windows()}",
             ),
             *self._state_rows(),
+            *self._disk_rows(),
             ("workspace", workspace, "activations and logits of the largest step"),
             *self._grammar_rows(),
             ("available", human_bytes(self.available), f"left of {self.available_of}"),
@@ -163,6 +167,12 @@ class MemoryPlan:
             *self._length_rows(),
             ("running at most", f"{self.max_num_seqs:,}", "sequences in one step"),
         ]
+
+    def _disk_rows(self) -> list[tuple[str, str, str]]:
+        if not self.disk:
+            return []
+        remark = "of memory: files on their way to and from the disk, and the names of all"
+        return [("KV cache on disk", human_bytes(self.disk), remark)]
 
     def _grammar_rows(self) -> list[tuple[str, str, str]]:
         if not self.grammars:
@@ -329,6 +339,7 @@ def plan_memory(
         chunk=engine.max_num_batched_tokens,
         workspace=workspace,
         grammars=grammar_bytes(model.vocab_size, device),
+        disk=disk_memory(cache, engine) if device == "cpu" else 0,
         available=available,
         available_of=available_of,
         max_model_len=length,
@@ -382,9 +393,13 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
         fewer = "use fewer --ranks (each has copies), " if weights.near else ""
         if weights.experts and not weights.cold:
             fewer += "let experts stay on disk with --mmap-cold, "
+        disk = ""
+        if plan.disk:
+            disk = f", with what a KV cache on disk takes of it ({human_bytes(plan.disk)}),"
+            fewer += "lower --kv-cache-disk-bytes, "
         raise MemoryPlanError(
-            f"weights ({weights.parts}) and workspace ({human_bytes(plan.workspace)}) need more "
-            f"than the {available} available{of}; lower --max-num-batched-tokens, keep the "
+            f"weights ({weights.parts}) and workspace ({human_bytes(plan.workspace)}){disk} need "
+            f"more than the {available} available{of}; lower --max-num-batched-tokens, keep the "
             f"checkpoint's --dtype, {fewer}or free memory"
         )
     if wanted is None:

@@ -87,8 +87,8 @@ class StepPlan:
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A plan in the making."""
+class UnfinishedPlan:
+    """A step's plan in the making: what is left of its budget, and what was decided so far."""
 
     now: float
     budget: int
@@ -173,16 +173,16 @@ class Scheduler:
         if self._windowed:  # before anybody is preempted for want of a block
             for request in self._running:
                 self.pool.leave(request)
-        draft = _Draft(now, self.config.max_num_batched_tokens)
-        self._serve_running(draft)
+        step = UnfinishedPlan(now, self.config.max_num_batched_tokens)
+        self._serve_running(step)
         self.num_deferred = 0
-        self._serve_waiting(draft)
-        chunks = tuple(draft.chunks.values())
+        self._serve_waiting(step)
+        chunks = tuple(step.chunks.values())
         self._step += 1
         self._pending = self._step if chunks else None
         moved = self._waiting.take_moved()
-        waiting = MappingProxyType(draft.waiting)
-        return StepPlan(self._step, chunks, tuple(draft.preempted), expired, waiting, moved)
+        waiting = MappingProxyType(step.waiting)
+        return StepPlan(self._step, chunks, tuple(step.preempted), expired, waiting, moved)
 
     def update(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> list[Request]:
         """Take a computed step's tokens, publish full blocks, stop; the requests that finished.
@@ -280,31 +280,31 @@ class Scheduler:
             heapq.heapify(self._deadlines)
         return tuple(expired)
 
-    def _serve_running(self, draft: _Draft) -> None:
+    def _serve_running(self, step: UnfinishedPlan) -> None:
         running = self._running
         position = 0
         while position < len(running):  # preemption shortens the list, from its end
             request = running[position]
             position += 1
             computed = request.num_computed_tokens
-            num_tokens = self._grant(request, request.num_tokens - computed, draft.budget)
+            num_tokens = self._grant(request, request.num_tokens - computed, step.budget)
             if self.pool.states is not None and num_tokens > 1:
                 num_tokens = self._to_boundary(request, num_tokens)
             if not num_tokens:
-                draft.waiting[request.id] = "no_budget"
-            elif not self._make_room(request, computed + num_tokens, draft):
-                draft.waiting[request.id] = "no_blocks"
+                step.waiting[request.id] = "no_budget"
+            elif not self._make_room(request, computed + num_tokens, step):
+                step.waiting[request.id] = "no_blocks"
             else:
-                self._compute(request, num_tokens, draft)
+                self._compute(request, num_tokens, step)
 
-    def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+    def _make_room(self, request: Request, num_tokens: int, step: UnfinishedPlan) -> bool:
         """Extend the request's tables, if need be at the cost of the last running ones."""
         while not self.pool.extend(request, num_tokens):
             victim = self._running[-1]
             if victim is request:
                 return False
             self._preempt(victim)
-            draft.preempted.append(victim.id)
+            step.preempted.append(victim.id)
         return True
 
     def _preempt(self, victim: Request) -> None:
@@ -316,18 +316,18 @@ class Scheduler:
         self.preemptions += 1
         self._waiting.push(victim)
 
-    def _serve_waiting(self, draft: _Draft) -> None:
+    def _serve_waiting(self, step: UnfinishedPlan) -> None:
         if not len(self._waiting):
             return
         promised = sum(map(self._promised, self._running))
         for request in self._waiting.turns.in_turn():
-            reason = self._admit(request, promised, draft)
+            reason = self._admit(request, promised, step)
             if reason in ("prefix_in_flight", "prefix_on_disk"):
-                draft.waiting[request.id] = reason
+                step.waiting[request.id] = reason
                 self.num_deferred += 1
             elif reason is not None:
                 for other in self._waiting:
-                    draft.waiting.setdefault(other.id, reason)
+                    step.waiting.setdefault(other.id, reason)
                 return
             else:
                 promised += self._promised(request)
@@ -349,33 +349,33 @@ class Scheduler:
             promised += max(0, most - (len(table) - passed))
         return promised
 
-    def _admit(self, request: Request, promised: int, draft: _Draft) -> WaitReason | None:
+    def _admit(self, request: Request, promised: int, step: UnfinishedPlan) -> WaitReason | None:
         """Start a waiting request and plan its first chunk, or say why not."""
-        if draft.preempted:
+        if step.preempted:
             return "no_blocks"
         if len(self._running) >= self.config.max_num_seqs:
             return "no_seats"
         computing = self.pool.claimant(request)  # with states it is asked to stop for this one
-        if not draft.budget:
+        if not step.budget:
             return "no_budget"
-        if computing is not None and computing.id in draft.chunks:
+        if computing is not None and computing.id in step.chunks:
             return "prefix_in_flight"
         # At least one new block a group is needed, whatever the cache holds.
         if self.pool.num_free - promised < len(self.pool.groups.blocks):
             return "no_blocks"
         hit = self.pool.match(request)
         hit_tokens = hit.num_blocks * self.pool.block_size
-        num_tokens = self._grant(request, request.num_tokens - hit_tokens, draft.budget)
+        num_tokens = self._grant(request, request.num_tokens - hit_tokens, step.budget)
         if not num_tokens:
             return "no_budget"
         chunk = self.config.max_num_batched_tokens
         if not self.pool.open(request, hit, chunk, reserved=promised):
             return "no_blocks"
-        self._start(request, hit_tokens, draft.now)
+        self._start(request, hit_tokens, step.now)
         num_tokens = self._to_boundary(request, num_tokens)
         grown = self.pool.extend(request, hit_tokens + num_tokens)
         assert grown, "a request was admitted without room"
-        self._compute(request, num_tokens, draft)
+        self._compute(request, num_tokens, step)
         return None
 
     def _start(self, request: Request, hit_tokens: int, now: float) -> None:
@@ -411,16 +411,16 @@ class Scheduler:
         end = self.pool.states.next_boundary(request.states, computed, request.num_tokens)
         return min(num_tokens, end - computed)
 
-    def _compute(self, request: Request, num_tokens: int, draft: _Draft) -> None:
+    def _compute(self, request: Request, num_tokens: int, step: UnfinishedPlan) -> None:
         start = request.num_computed_tokens
         end = start + num_tokens
         request.num_computed_tokens = end
-        draft.budget -= num_tokens
+        step.budget -= num_tokens
         samples = end == request.num_tokens and len(request.output_ids) < request.max_tokens
         chunk = Chunk(request.id, start, num_tokens, samples, request.tables)  # hundreds a step
         if self.pool.states is not None:
             chunk = chunk._replace(states=self.pool.state_slots(request, end))
-        draft.chunks[request.id] = chunk
+        step.chunks[request.id] = chunk
 
     def _close(self, plan: StepPlan) -> None:
         assert self._pending in (None, plan.step), (

@@ -19,7 +19,7 @@ from moebius.schedule.config import SchedulerConfig
 from moebius.schedule.groups import Lineage
 from moebius.schedule.places import Entry, Places
 from moebius.schedule.request import Request
-from moebius.schedule.scheduler import Scheduler, StepPlan, WaitReason, _Draft
+from moebius.schedule.scheduler import Scheduler, StepPlan, UnfinishedPlan, WaitReason
 
 FETCHED = Lineage("")
 """What comes from a tier derives from no request that could still fail: see `kept`."""
@@ -174,10 +174,10 @@ class TieredScheduler(Scheduler):
             del self._awaited[request_id]
         return super().plan(now)
 
-    def _admit(self, request: Request, promised: int, draft: _Draft) -> WaitReason | None:
+    def _admit(self, request: Request, promised: int, step: UnfinishedPlan) -> WaitReason | None:
         if request.id in self._awaited:
             return "prefix_on_disk"
-        return super()._admit(request, promised, draft)
+        return super()._admit(request, promised, step)
 
     def _finish(self, request: Request, reason: FinishReason) -> Request:
         self._awaited.pop(request.id, None)

@@ -4,6 +4,7 @@ import codecs
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence, Set
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -173,6 +174,14 @@ class Tokenizer:
         """The same as an object."""
         found: dict[str, Any] = json.loads(self.text)
         return found
+
+    def fingerprint(self) -> str:
+        """16 hex digits that tell it from another one by all but its chat templates, wherever it
+        was read from."""
+        said = (self._special_tokens, self.opening, self._ending)
+        digest = blake2b(self.text.encode(), digest_size=8, person=b"moebius-text")
+        digest.update(json.dumps(said, sort_keys=True).encode())
+        return digest.hexdigest()
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that the vocabulary calls this; None where there is none."""
