@@ -427,7 +427,7 @@ def test_an_error_that_is_none_is_refused(record: Any) -> None:
 def test_versions_and_directions_are_not_mixed_up() -> None:
     frame = wire.encode(wire.Abort("a"))
     assert frame[0] == wire.VERSION
-    with pytest.raises(WireError, match="version 9; this process speaks version 6"):
+    with pytest.raises(WireError, match="version 9; this process speaks version 7"):
         wire.decode_to_engine(bytes([9]) + frame[1:])
     with pytest.raises(WireError, match="without a byte"):
         wire.decode_to_engine(b"")

@@ -33,7 +33,12 @@ class Assignment:
     room       in each engine's own queue
     """
 
-    def __init__(self, *, together: bool = False, room: Room = Room()) -> None:  # noqa: B008 - it cannot be changed
+    def __init__(
+        self,
+        *,
+        together: bool = False,
+        room: Room = Room(),  # noqa: B008 - it cannot be changed
+    ) -> None:
         self._together = together
         self._room = room
         self._flights: dict[str, Flight] = {}
