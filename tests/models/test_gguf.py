@@ -116,7 +116,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "nemotron_h", {}),
     ("dense", "nemotron_h", {"layers_block_type": DENSE_NEMOTRON}),
     ("dense-biased", "nemotron_h", {"layers_block_type": DENSE_NEMOTRON[1:], "num_hidden_layers": 3, "mlp_bias": True,
-                                    "attention_bias": True, "use_conv_bias": False, "tie_word_embeddings": True}),
+                                    "attention_bias": True, "use_conv_bias": False}),
     ("latent-groups", "nemotron_h", {"moe_latent_size": 10, "n_group": 3, "topk_group": 2, "use_conv_bias": False}),
     ("plain", "kimi_linear", {}),
     ("narrow-queries", "kimi_linear", {"q_lora_rank": 10, "n_group": 3, "topk_group": 2, "tie_word_embeddings": True}),

@@ -14,9 +14,10 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
-from models.gguf_t5 import T5Converter
+from models.gguf_t5 import T5Converter, tokenizer_keys
 from models.gguf_writing import TypeOf, plain
 from models.test_encoder_decoder import PROMPT
+from moebius import LLM, SamplingParams
 from moebius.errors import ConfigError, WeightsError
 from moebius.files import read_json
 from moebius.gguf import open_gguf
@@ -29,7 +30,7 @@ from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.export import write_model
 from oracle import assert_close
-from tiny_t5 import Reader, answers, load, save
+from tiny_t5 import Reader, answers, load, save, write_tokenizer
 
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 # llama.cpp takes it for granted.
@@ -100,6 +101,26 @@ def test_a_head_that_is_the_embedding_again_is_the_embedding(tmp_path: Path) -> 
     path = written(tmp_path, change=copied)
     assert open_checkpoint(path).config.tie_word_embeddings
     assert_same(path, tmp_path, OPS[1])
+
+
+def test_a_file_alone_is_served(tmp_path: Path) -> None:
+    """Its tokenizer, the end behind a prompt, and the token that a decoder begins with come from
+    its keys: answers are those of the directory, which has them in other files."""
+    write_tokenizer(tmp_path)
+    path = written(tmp_path, change=tokenizer_keys(tmp_path), decoder_start_token_id=4)
+    prompts = ["The man walks in a park", "a dog"]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    found = []
+    for model in (path, tmp_path):
+        with LLM(str(model), kv_cache_memory_bytes=2**21, dtype="float32") as llm:
+            found.append(
+                [
+                    (each.prompt_token_ids, each.outputs[0].token_ids, each.outputs[0].text)
+                    for each in llm.generate(prompts, params)
+                ]
+            )
+    assert found[0] == found[1]
+    assert found[0][0][0][-1] == 1 and found[0][0][2] != found[0][1][2]
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.BF16], ids=lambda kind: kind.name)

@@ -149,7 +149,10 @@ def _check_sparse(
     first = keys.get("leading_dense_block_count", 0)
     step = keys.get("interleave_moe_layer_step", 1)
     sparse = bool(config.experts) if architecture.sparse is None else architecture.sparse
-    for number, part in enumerate(config.feed_forward):
+    for number, layer in enumerate(config.layers):
+        part = layer.feed_forward
+        if part is None:
+            continue
         expected = sparse and number >= first and (number + 1) % step == 0
         if expected != (part.router is not None):
             has = "no experts" if part.router is None else "experts"

@@ -45,6 +45,11 @@ def vocabulary_metadata(directory: Path, size: int) -> dict[str, Value]:
     definition = tokenizer.definition
     where = f"{directory / 'tokenizer.json'}"
     model = definition["model"]
+    if model["type"] == "Unigram":
+        raise TokenizerError(
+            f"{where}: its model is Unigram, which GGUF files are read with, and not written; "
+            "load the model with --quantization instead, which keeps its tokenizer"
+        )
     if model["type"] != "BPE":
         raise TokenizerError(f"{where}: its model is {model['type']}: {_ADVICE}")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
