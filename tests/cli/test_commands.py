@@ -76,6 +76,19 @@ def test_plan_prints_what_the_headers_say(
     assert "copied" in capsys.readouterr().out
 
 
+def test_plan_counts_a_cache_on_disk(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it takes of the memory; the directory is not made."""
+    where = model / "kv"
+    options = ("--kv-cache-disk", str(where), "--kv-cache-disk-bytes", "1000000000")
+    assert moebius(monkeypatch, "plan", str(model), *options) == 0
+    assert re.search(r"^KV cache on disk +\d+\.\d MiB +of memory", capsys.readouterr().out, re.M)
+    assert not where.exists()
+    assert moebius(monkeypatch, "plan", str(model), *options[:2]) == 2
+    assert "kv_cache_disk_bytes go together" in capsys.readouterr().err
+
+
 def test_a_plan_in_a_log_file_is_not_folded(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

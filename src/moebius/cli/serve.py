@@ -271,7 +271,10 @@ def _say_plan(model: str, planned: "Planned", generation: "GenerationDefaults") 
     typer.echo("sampling defaults: " + (", ".join(sampling) or "OpenAI's"), err=True)
 
 
-@o.options_of("config", EngineConfig, *o.SIZES, "ranks", "expert_placement", "spare_experts")
+_OF_A_PLAN = ("ranks", "expert_placement", "spare_experts", "kv_cache_disk", "kv_cache_disk_bytes")
+
+
+@o.options_of("config", EngineConfig, *o.SIZES, *_OF_A_PLAN)
 @o.options_of("which", o.ModelOptions, "file")
 def plan(
     config: EngineConfig,
