@@ -10,10 +10,11 @@ the body is whole, while they wait, in the middle of the answer, or after it.
 
 First the tokenizer's cache of words, which is bounded, is filled. Every few seconds the resident
 memory of each of the server's processes, its threads and its open files are noted. Reported, behind
-a warm-up of a quarter of the time, is the slope of memory in MB an hour (Theil and Sen: the median of the slopes between all pairs of notes, with the quartiles
-beside it; aim: at most 1), and what is left once nobody asks for anything: requests, blocks that
-are in use, threads and open files beyond those after the warm-up. Ends with exit code 1 where
-something is left, or a request that was not cancelled did not get a whole answer.
+a warm-up of a quarter of the time, is the slope of memory in MB an hour (Theil and Sen: the median
+of the slopes between all pairs of notes, with the quartiles beside it; aim: at most 1), and what is
+left once nobody asks for anything: requests, blocks that are in use, threads and open files beyond
+those after the warm-up. Ends with exit code 1 where something is left, or a request that was not
+cancelled did not get a whole answer.
 """
 
 from __future__ import annotations
