@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/overload.py [flood] [keys] [readers] [--model bundled]
         [--seconds 20] [--seed 1] [--json FILE]
 
-`moebius serve` runs in a process of its own, with two keys of a key file.
+`moebius serve` runs in a process of its own, with two keys of a key file, 16 seats and, in the flood,
+a queue as long: what waits behind a flood takes its time, at the peak's rate.
 
 flood    clients ask one after the other, enough of them that the batch is full: the peak, in
          answers a second. Then requests come in an open loop at ten times that rate: how many
@@ -253,7 +254,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found: dict[str, Any] = {"processor": records.processor(), "seed": given.seed}
-    small = ("--max-num-seqs", "16", "--max-queue-requests", "32")
+    small = ("--max-num-seqs", "16", "--max-queue-requests", "16")
     for what in given.what:
         rng = random.Random(given.seed)
         many = () if what == "flood" else ("--max-queue-requests", "1024")
