@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/overload.py [flood] [keys] [readers] [--model bundled]
         [--seconds 20] [--seed 1] [--json FILE]
 
-`moebius serve` runs in a process of its own, with two keys of a key file, 16 seats and, in the flood,
-a queue as long: what waits behind a flood takes its time, at the peak's rate.
+`moebius serve` runs in a process of its own, with two keys of a key file, 16 seats and, in the
+flood, a queue as long: what waits behind a flood takes its time, at the peak's rate.
 
 flood    clients ask one after the other, enough of them that the batch is full: the peak, in
          answers a second. Then requests come in an open loop at ten times that rate: how many
