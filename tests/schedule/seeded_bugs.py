@@ -512,7 +512,7 @@ class _(Scheduler):
 class _(Scheduler):
     def _start(self, request, hit_tokens, now):
         super()._start(request, hit_tokens, now)
-        self._waiting.num_tokens += hit_tokens
+        self._waiting.backlog.num_tokens += hit_tokens
 
 
 @bug("a token is dropped")

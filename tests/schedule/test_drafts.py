@@ -228,6 +228,16 @@ def test_right_drafts_are_kept_and_wrong_ones_leave_nothing() -> None:
     assert (chunk.start, chunk.num_tokens) == (6, 1)
 
 
+def test_no_token_behind_a_wrong_draft_is_taken_as_computed() -> None:
+    """Even where it is the draft at its place: its row saw another token before it."""
+    scheduler = make_scheduler()
+    request = make_request("one", [1, 2, 3], max_tokens=30)
+    start(scheduler, request)
+    before = request.num_tokens
+    take(scheduler, {"one": [7, 8, 7]})
+    assert request.output_ids[-3:] == [7, 8, 7] and request.num_computed_tokens == before + 1
+
+
 def test_a_step_that_failed_is_made_again_with_its_drafts() -> None:
     scheduler = make_scheduler()
     request = make_request("one", [1, 2, 3], max_tokens=30)

@@ -13,7 +13,7 @@ from moebius.engine.config import EngineConfig
 from moebius.errors import ConfigError, ContextLengthError, OverloadError, RequestError
 from moebius.request.finish import FinishReason
 from moebius.schedule.blocks import BlockPool
-from moebius.schedule.request import RequestStatus
+from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Scheduler
 from schedule.books import check_books
 from schedule.making import KEY, drain, make_request, make_scheduler, step
@@ -319,6 +319,14 @@ def test_what_can_never_fit_is_refused_with_the_numbers(lengths, numbers):
     with pytest.raises(ContextLengthError, match=numbers):
         scheduler.add(make_request("a", [1] * lengths[0], max_tokens=lengths[1]))
     assert not scheduler.has_work and scheduler.num_waiting == 0
+
+
+def test_a_source_that_no_step_can_read_whole_is_refused():
+    scheduler = make_scheduler(budget=16)
+    asked = make_request("a", [1] * 17).asked
+    with pytest.raises(ContextLengthError, match="17 tokens, which an encoder reads in one step"):
+        scheduler.add(Request(asked, (1,)))
+    assert not scheduler.has_work
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(12, 1), (11, 2), (1, 12), (12, 0)])

@@ -11,7 +11,7 @@ from moebius.errors import OverloadError, RequestError
 from moebius.request.share import Share
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler
-from moebius.schedule.turns import QUANTUM
+from moebius.schedule.turns import QUANTUM, Turns
 from moebius.schedule.waiting import WaitingQueue
 from schedule.making import make_request, make_scheduler, step
 
@@ -90,6 +90,17 @@ def test_one_request_beside_five_hundred_waits_at_most_twice_its_time_alone(seed
     assert waited <= 2 * alone
     assert waited <= alone, "a seat is free within half of the crowd's answers"
     assert len(scheduler._waiting) > 400
+
+
+def test_who_is_passed_over_saves_nothing_up() -> None:
+    """Where no block is free, nobody starts; each owner's next turn is one turn all the same."""
+    turns = Turns()
+    requests = [make_request(f"r{i}", [1], share=Share("ab"[i % 2]), arrival=i) for i in range(4)]
+    for request in requests:
+        turns.push(request)
+    for _ in range(10):
+        assert sorted(request.id for request in turns.in_turn()) == ["r0", "r1", "r2", "r3"]
+    assert all(0 <= lane.left <= QUANTUM for lane in turns._lanes.values())
 
 
 def test_the_order_within_an_owner_is_priority_and_arrival() -> None:
