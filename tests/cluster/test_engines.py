@@ -14,7 +14,7 @@ import pytest
 
 from moebius.cluster import engines
 from moebius.cluster.engines import EngineProcesses
-from moebius.engine import wire
+from moebius.engine import child, wire
 from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.errors import EngineError, OverloadError, WeightsError
@@ -103,8 +103,11 @@ def test_processes_that_were_started_for_nothing_are_ended(made: list[Loading]) 
     assert all(each.killed.is_set() for each in made)
 
 
-def test_the_front_of_a_stopped_engine_refuses_what_has_no_room_there(tiny_model: Path) -> None:
+def test_the_front_of_a_stopped_engine_refuses_what_has_no_room_there(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It says by itself who has left its queue; stopped, it says nothing and refuses nothing."""
+    monkeypatch.setattr(child, "_STOPPED_SECONDS", 60.0)  # else it would soon be another one
     config = EngineConfig(
         max_num_seqs=1, max_queue_requests=2, kv_cache_memory_bytes=2**20, max_model_len=512
     )

@@ -57,6 +57,18 @@ def test_one_that_is_stopped_is_ended(waiting: ChildProcess) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "waitid"), reason="nobody is told of stopped processes here")
+def test_one_that_is_stopped_may_be_killed_meanwhile(waiting: ChildProcess) -> None:
+    """Whoever kills it may wait for it, too, before it is looked at again."""
+    os.kill(waiting.pid, signal.SIGSTOP)
+    wait_for(lambda: state_of(waiting.pid) == "T", 5)
+    time.sleep(0.1)
+    waiting.kill()
+    wait_for(lambda: state_of(waiting.pid) in ("Z", ""), 5)
+    waiting.kill()
+    assert waiting.wait(20) and "SIGKILL" in waiting.state
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="nobody is told of stopped processes here")
 def test_one_that_is_continued_lives(waiting: ChildProcess) -> None:
     for _ in range(2):
         os.kill(waiting.pid, signal.SIGSTOP)

@@ -30,11 +30,11 @@ def test_a_long_wait_for_the_first_token_is_bridged_by_comments() -> None:
     async def check(server: Server) -> None:
         response = await raw_stream(server)
         comments = response.content.count(b": keep-alive\n\n")
-        assert response.content.startswith(b": keep-alive\n\n") and 3 <= comments <= 12
+        assert response.content.startswith(b": keep-alive\n\n") and 3 <= comments <= 32
         *chunks, last = events(response.content)
         assert len(chunks) >= 1 and last == "[DONE]"
 
-    run(check, opening_later(engine(), 0.5), keep_alive=0.05)
+    run(check, opening_later(engine(), 1.5), keep_alive=0.05)
 
 
 def test_no_comment_where_tokens_flow() -> None:
@@ -65,7 +65,7 @@ def test_tokens_without_text_are_silence_too() -> None:
     """Special tokens have no text: a client hears comments while only these are drawn."""
 
     async def check(server: Server) -> None:
-        response = await raw_stream(server, max_tokens=40, ignore_eos=True)
+        response = await raw_stream(server, max_tokens=120, ignore_eos=True)
         assert response.content.count(b": keep-alive") >= 3
         chunks = [json.loads(data) for data in events(response.content)[:-1]]
         assert [c["choices"][0]["text"] for c in chunks] == [""]

@@ -15,6 +15,7 @@ from moebius.parallel.meet import Address, name_of
 
 _GRACE_SECONDS = 2.0
 _STOPPED_SECONDS = 0.5
+_LOOK_SECONDS = 0.05
 
 
 class ChildProcess:
@@ -112,27 +113,32 @@ class ChildProcess:
 
 def _ends_stopped(pid: int) -> bool:
     """Wait until a child has ended, or is stopped for good: whether it is stopped."""
-    while True:
-        # The end stays to be waited for, as subprocess does; that it was stopped is taken.
-        change = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
-        if change is None or change.si_code != os.CLD_STOPPED:
-            return False
-        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
-        if _stays_stopped(pid):
-            return True
+    try:
+        while True:
+            # The end stays to be waited for, as subprocess does; that it was stopped is taken.
+            change = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+            if change is None or change.si_code != os.CLD_STOPPED:
+                return False
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+            if _stays_stopped(pid):
+                return True
+    except ChildProcessError:  # it has ended, and whoever killed it has waited for it
+        return False
 
 
 def _stays_stopped(pid: int) -> bool:
-    """Whether a child that was stopped is not continued for `_STOPPED_SECONDS`.
+    """Whether a child that was stopped is neither continued nor ended for `_STOPPED_SECONDS`.
 
     This process has to run in that time, too: Ctrl-Z stops both, and `fg` continues both.
     """
+    changes = os.WEXITED | os.WCONTINUED | os.WNOWAIT | os.WNOHANG
     while True:
         began = time.monotonic()
-        time.sleep(_STOPPED_SECONDS)
-        if os.waitid(os.P_PID, pid, os.WCONTINUED | os.WNOHANG) is not None:
-            return False
-        if time.monotonic() - began < 2 * _STOPPED_SECONDS:
+        while (waited := time.monotonic() - began) < _STOPPED_SECONDS:
+            time.sleep(_LOOK_SECONDS)
+            if os.waitid(os.P_PID, pid, changes) is not None:
+                return False
+        if waited < 2 * _STOPPED_SECONDS:
             return True
 
 
