@@ -11,7 +11,7 @@ SEED ?= 0
 BIN := .venv/bin
 
 # Tests of what computes, which with test-schedule take about as long as all others.
-CORE := engine models ops quantize train
+CORE := engine models ops quantize
 
 # Where the environment forbids bytecode, each of some hundred processes that the tests start would
 # compile the package anew.
