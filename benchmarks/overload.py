@@ -1,10 +1,11 @@
 """What a server does when more is asked of it than it can do.
 
     .venv/bin/python benchmarks/overload.py [flood] [keys] [readers] [--model bundled]
-        [--seconds 20] [--seed 1] [--json FILE]
+        [--threads N] [--seconds 20] [--seed 1] [--json FILE]
 
 `moebius serve` runs in a process of its own, with two keys of a key file, 16 seats and, in the
-flood, a queue as long: what waits behind a flood takes its time, at the peak's rate.
+flood, a queue as long: what waits behind a flood takes its time, at the peak's rate. The clients
+need processors, too: with a thread for each of them the engine shares its own (--threads).
 
 flood    clients ask one after the other, enough of them that the batch is full: the peak, in
          answers a second. Then requests come in an open loop at ten times that rate: how many
@@ -249,12 +250,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", nargs="*", default=["flood", "keys", "readers"])
     parser.add_argument("--model", default="bundled")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found: dict[str, Any] = {"processor": records.processor(), "seed": given.seed}
-    small = ("--max-num-seqs", "16", "--max-queue-requests", "16")
+    found: dict[str, Any] = {
+        "processor": records.processor(),
+        "seed": given.seed,
+        "threads": given.threads,
+    }
+    small = ["--max-num-seqs", "16", "--max-queue-requests", "16"]
+    if given.threads is not None:
+        small += ["--threads", str(given.threads)]
     for what in given.what:
         rng = random.Random(given.seed)
         many = () if what == "flood" else ("--max-queue-requests", "1024")
