@@ -24,9 +24,7 @@ import asyncio
 import itertools
 import json
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +39,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent))
 
 import records
+from serving import served
 
 KEYS = '[crowd]\nkey = "crowd"\n[one]\nkey = "one"\n'
 TOKENS = 32
@@ -63,25 +62,13 @@ class Asked:
 
 @contextmanager
 def server(model: str, *options: str) -> Iterator[str]:
-    """The address of a server of its own."""
+    """The address of a server of its own, with two keys."""
     with tempfile.TemporaryDirectory() as directory:
         keys = Path(directory) / "keys.toml"
         keys.write_text(KEYS)
         keys.chmod(0o600)
-        command = [sys.executable, "-m", "moebius", "serve", model, "--port", "0"]
-        command += ["--api-keys", str(keys), "--log-level", "error", *options]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            assert child.stderr is not None
-            for line in child.stderr:
-                found = re.search(r"serving on (\S+)/v1", line)
-                if found:
-                    yield found[1]
-                    return
-            raise SystemExit("the server did not start")
-        finally:
-            child.terminate()
-            child.wait(60)
+        with served(model, "--api-keys", str(keys), *options) as (url, _):
+            yield url
 
 
 async def ask(

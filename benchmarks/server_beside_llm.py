@@ -17,43 +17,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from before_after import in_turn
 from records import processor, save
 from second_process import samples
+from serving import served
 
 _TOKENS = 32
 _PROMPTS = (32, 128)
 _CACHE_BYTES = 2**29
-
-
-@contextmanager
-def served(model: str, threads: int, streams: int) -> Iterator[str]:
-    """The address of a server of its own."""
-    command = [sys.executable, "-m", "moebius", "serve", model, "--port", "0"]
-    command += ["--threads", str(threads), "--max-num-seqs", str(streams)]
-    command += ["--kv-cache-memory-bytes", str(_CACHE_BYTES), "--log-level", "error"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert child.stderr is not None
-        for line in child.stderr:
-            found = re.search(r"serving on (\S+)/v1", line)
-            if found:
-                yield found[1]
-                return
-        raise SystemExit("the server did not start")
-    finally:
-        child.terminate()
-        child.wait(60)
 
 
 class Server:
@@ -64,7 +40,7 @@ class Server:
 
         self.client: list[float] = []
         body = {"temperature": 0, "ignore_eos": True}
-        self._target = Target(url, "/v1/completions", body=body)
+        self._target = Target(url, "/v1/completions", "m", body=body)
 
     def seconds(self, asked: list[Any]) -> float:
         from moebius.bench.client import run_load
@@ -105,10 +81,12 @@ class Here:
 
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
+    options = ("--threads", str(args.threads), "--max-num-seqs", str(args.streams))
+    options += ("--kv-cache-memory-bytes", str(_CACHE_BYTES), "--served-model-name", "m")
     here = Here(model, args.threads, args.streams)
     try:
-        with served(model, args.threads, args.streams) as url:
-            server = Server(url)
+        with served(model, *options) as server_here:
+            server = Server(server_here.url)
 
             def run(who: Server | Here, pair: int) -> float:
                 # in_turn gives both the same number; each has its own prompts in its own cache.

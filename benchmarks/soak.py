@@ -26,18 +26,16 @@ import json
 import random
 import re
 import statistics
-import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from records import processor, save
+from serving import served
 
 _NOTES = 240
 _MB = 10**6
@@ -82,25 +80,11 @@ class Notes:
         return statistics.quantiles(slopes, n=4)
 
 
-@contextmanager
-def served(model: str) -> Iterator[tuple[str, list[Notes]]]:
-    """The address of a server of its own, and its processes."""
-    command = [sys.executable, "-m", "moebius", "serve", model, "--port", "0"]
-    command += ["--log-level", "error", "--kv-cache-memory-bytes", str(2**25)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert child.stderr is not None
-        for line in child.stderr:
-            found = re.search(r"serving on (\S+)/v1", line)
-            if found:
-                children = Path(f"/proc/{child.pid}/task").glob("*/children")
-                engines = [int(pid) for each in children for pid in each.read_text().split()]
-                yield found[1], [Notes(pid) for pid in (child.pid, *engines)]
-                return
-        raise SystemExit("the server did not start")
-    finally:
-        child.terminate()
-        child.wait(60)
+def processes_of(front: int) -> list[Notes]:
+    """The front's, and the engine's that it has started."""
+    children = Path(f"/proc/{front}/task").glob("*/children")
+    engines = [int(pid) for each in children for pid in each.read_text().split()]
+    return [Notes(pid) for pid in (front, *engines)]
 
 
 def drawn(rng: random.Random) -> tuple[str, dict[str, Any]]:
@@ -233,7 +217,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    with served(args.model) as (url, processes):
+    with served(args.model, "--kv-cache-memory-bytes", str(2**25)) as (url, front):
+        processes = processes_of(front)
         fill_tokenizer(url, random.Random(args.seed))
         outcomes, ended = asyncio.run(soak(url, processes, args))
         left = in_use(url)
