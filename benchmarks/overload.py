@@ -39,7 +39,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent))
 
 import records
-from serving import served
+from server_process import served
 
 KEYS = '[crowd]\nkey = "crowd"\n[one]\nkey = "one"\n'
 TOKENS = 32

@@ -25,7 +25,7 @@ from typing import Any
 from before_after import in_turn
 from records import processor, save
 from second_process import samples
-from serving import served
+from server_process import served
 
 _TOKENS = 32
 _PROMPTS = (32, 128)

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from records import processor, save
-from serving import served
+from server_process import served
 
 _NOTES = 240
 _MB = 10**6

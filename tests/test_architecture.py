@@ -138,6 +138,22 @@ def test_ray_is_imported_where_ray_is_used() -> None:
     }
 
 
+def test_what_benchmarks_import_of_each_other_is_not_hidden_by_tests() -> None:
+    """All of these folders are on the tests' path, and the first of a name is found."""
+    root = SOURCE.parent.parent
+    wanted = {
+        name.split(".")[0]
+        for path in (root / "benchmarks").rglob("*.py")
+        for name in imported(parsed(path))
+    }
+    own = {path.stem for path in (root / "benchmarks").iterdir()} & wanted
+    assert "overload" in own
+    first = {
+        path.stem for folder in ("src", "tests", "recipes") for path in (root / folder).iterdir()
+    }
+    assert not own & first
+
+
 # Statements that import nothing when a file is imported.
 DEFERRED = (ast.FunctionDef, ast.ClassDef, ast.If)
 

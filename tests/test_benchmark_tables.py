@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
-
-# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import tables
 from tables import beside

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
@@ -17,6 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from prometheus_client.parser import text_string_to_metric_families
 
+import tables
 from models.test_parity import CASES as PARITY
 from moebius.cli.commands import app
 from moebius.engine.client import ExpertLoads, ExpertSpread, LayerLoad, LayerSpread, RankSpread
@@ -34,10 +34,6 @@ from schedule.seeded_bugs import BUGS
 from server.serving import engine
 
 ROOT = Path(__file__).parent.parent
-# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
-sys.path.append(str(ROOT / "benchmarks"))
-
-import tables  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]

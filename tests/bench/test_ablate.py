@@ -4,7 +4,6 @@ answers stay."""
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-
-# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import ablate as script
 from ablation.measure import Outcome, ablate

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-
-# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from llama_divergence import Coded, Text, scored
 

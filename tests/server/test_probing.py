@@ -5,13 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
 from pathlib import Path
 
 import pytest
-
-# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import probing
 from serving import serving

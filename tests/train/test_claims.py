@@ -1,15 +1,10 @@
 """The claims' pass marks against curves worked by hand, and one miniature run from corpus to
 report."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# Behind all other paths: benchmarks/ops.py must not hide tests/ops.
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
 
 from claims import chart, measure, report
 from claims.experiments import DOMAINS, RUNS, SEEDS, recipe_of, write_corpus
