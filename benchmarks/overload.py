@@ -11,8 +11,10 @@ flood    clients ask one after the other, enough of them that the batch is full:
          answers a second. Then requests come in an open loop at ten times that rate: how many
          answers a second are whole (goal: 95 % of the peak), how long a refusal takes (99 % within
          50 ms), and how long after the last of them an answer is as quick as before (5 s).
-keys     one request alone: how long it takes. Then again, with another key, beside 500 that were
-         asked for just before: how long it waits for its place (twice its time alone at the most).
+keys     one request alone: how long it takes. Then 500 of another key's are asked for at once, and
+         beside them one after the other, until half of the 500 have their answers: how long each
+         waits for its place (twice its time alone at the most, in the median), the longest of them,
+         and, apart, the first, which comes while the server still reads the 500.
 readers  the time between tokens of 20 streams, alone and beside 500 clients that read a byte a
          second (5 % more at the most).
 """
@@ -181,18 +183,20 @@ async def keys(url: str, rng: random.Random, crowd: int = CROWD) -> dict[str, An
             asyncio.create_task(ask_plainly(url, "crowd", prompt(rng), rng.randint(16, 48)))
             for _ in range(crowd)
         ]
-        await asyncio.sleep(1.0)
-        beside = await ask(client, "one", prompt(rng))
-        left = sum(not task.done() for task in tasks)
+        await asyncio.sleep(0)
+        beside = []
+        while sum(not task.done() for task in tasks) > crowd / 2:
+            beside.append(await ask(client, "one", prompt(rng)))
         await asyncio.gather(*tasks)
     time_alone = statistics.median(each.whole for each in alone)
+    first, *later = [each.first / time_alone for each in beside]
     return {
         "crowd": crowd,
         "alone_s": time_alone,
-        "waited_s": beside.first,
-        "waited_over_alone": beside.first / time_alone,
-        "whole_s": beside.whole,
-        "of_the_crowd_left": left,
+        "asked_beside": len(beside),
+        "waited_over_alone": statistics.median(later),
+        "longest_over_alone": max(later),
+        "first_over_alone": first,
     }
 
 

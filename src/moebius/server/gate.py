@@ -16,6 +16,7 @@ from moebius.server.faults import Fault, fault_of
 from moebius.server.keys import OUTSIDER, Caller, Door, KeyRing
 from moebius.server.limits import HTTP_LIMITS
 from moebius.server.page import PAGE_PATHS
+from moebius.server.reading_turns import ReadingTurns
 
 OPENAPI = "/openapi.json"
 DOCS = "/docs"
@@ -52,6 +53,7 @@ class Gate:
         self._cors = Cors(cors_origins)
         self._keys = keys
         self._access = access
+        self._turns = ReadingTurns()
 
     def _caller(self, scope: Scope, route: str) -> Caller:
         """Who asks. Raises Fault where that is nobody who may.
@@ -101,6 +103,7 @@ class Gate:
             if scope.get("method") != "POST":
                 await self._app(scope, receive, watched)
                 return
+            await self._turns.take(caller.key.name)
             with caller.quota.request(caller.key.limits):
                 await self._app(scope, receive, watched)
         except Exception as error:
