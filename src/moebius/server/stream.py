@@ -1,7 +1,6 @@
 """Engine <-> asyncio: a call is several choices, fed by the engine's thread, read by one task."""
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -93,6 +92,7 @@ class Call:
         self._inbox: list[tuple[LiveChoice, StepOutput]] = []
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
         self._end = "refused"
         self._ended: MoebiusError | ClientGone | None = None
         # The engine ends a late request between two steps. Its client hears of it at once, however
@@ -150,7 +150,10 @@ class Call:
                 group = self.choices[first : first + self.params.n]
                 drawn = max(choice.assembler.num_tokens for choice in group)
                 self._door.metrics.prompt_finished(drawn)
-        finally:  # a call that stayed would be waited for when the server drains
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            # A call that stayed would be waited for when the server drains.
             self._door.forget(self)
 
     def _how_it_ended(self, error: BaseException | None) -> str:
@@ -183,12 +186,10 @@ class Call:
         if self._inbox:  # what else the loop has to do comes in between
             await asyncio.sleep(0)
         until = min(self._deadline, self._door.clock() + self.keep_alive)
-        # More than once where a timer goes off early, as some do by a part of a millisecond.
         while not self._inbox and self._ended is None and (left := until - self._door.clock()) > 0:
             self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._wake.wait()
+            self._wake_within(left)
+            await self._wake.wait()
         if not self._inbox and self._ended is None and self._door.clock() >= self._deadline:
             raise DeadlineError("the request's deadline passed before it was finished")
         if self._ended is not None:
@@ -198,6 +199,21 @@ class Call:
             for choice, output in self._first_of_inbox()
             if not choice.closed
         ]
+
+    def _wake_within(self, seconds: float) -> None:
+        """By a timer that may go off sooner: whoever waits looks at the clock, and waits on. So one
+        timer lasts for the tokens of many steps."""
+        loop = asyncio.get_running_loop()
+        at = loop.time() + seconds
+        if self._timer is not None:
+            if self._timer.when() <= at:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(at, self._rouse)
+
+    def _rouse(self) -> None:
+        self._timer = None
+        self._wake.set()
 
     def _first_of_inbox(self) -> list[tuple[LiveChoice, StepOutput]]:
         """What came first, about _AT_ONCE bytes of it: what takes longer would hold the loop."""
