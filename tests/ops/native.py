@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command: str | Path, seconds: float = 1200) -> str:
+def run(*command: str | Path, seconds: float = 3600) -> str:
     """Its output; the test fails with all of it where the command fails."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds

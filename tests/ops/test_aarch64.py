@@ -25,7 +25,7 @@ CROSS = (
 
 
 @pytest.mark.aarch64
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 def test_kernels(request: pytest.FixtureRequest) -> None:
     """The portable kernels and those for NEON pass, subnormal numbers flushed on every thread."""
     if "aarch64" not in request.config.getoption("-m"):

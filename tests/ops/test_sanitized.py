@@ -48,7 +48,7 @@ def sanitized(
 
 
 @pytest.mark.sanitize
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 def test_kernels(programs: Path) -> None:
     """Every instruction set that this processor has passes."""
     from moebius import _cpu
@@ -58,7 +58,7 @@ def test_kernels(programs: Path) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 def test_emulated_amx(programs: Path) -> None:
     if not (programs / "test_amx").exists():
         pytest.skip(
@@ -68,7 +68,7 @@ def test_emulated_amx(programs: Path) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_exchange(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, sanitizers: str
