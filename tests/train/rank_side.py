@@ -273,7 +273,8 @@ def run(what: str, folder: Path) -> None:
     trainer(folder, "capacity")  # imports what the optimiser does not before it is made
     if what == "compare":
         for count in (2, 4):
-            assert ended(start(count, lambda rank: measure(folder, rank))) == [0] * count
+            codes = ended(start(count, lambda rank: measure(folder, rank)))
+            assert codes == [0] * count, f"the ranks ended with {codes}"
     elif what == "lose":
         for how in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM):
             lose(folder, how)
