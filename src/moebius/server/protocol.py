@@ -308,7 +308,13 @@ class ChatRequest(GenerationRequest):
         """What is asked, without the protocol. RequestError names what contradicts itself."""
         thinks = None if self.thinking is None else self.thinking.type != "disabled"
         budget = self.thinking_token_budget
-        if budget is None and self.thinking is not None:
+        if self.thinking is not None and self.thinking.budget_tokens is not None:
+            if budget not in (None, self.thinking.budget_tokens):
+                raise RequestError(
+                    "thinking_token_budget and thinking.budget_tokens say two things; give one of "
+                    "them",
+                    param="thinking_token_budget",
+                )
             budget = self.thinking.budget_tokens
         return Conversation(
             self.messages,
