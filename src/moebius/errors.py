@@ -109,7 +109,10 @@ class RequestError(MoebiusError, ValueError, wire_code="request"):
 
 
 class ConstraintError(RequestError, wire_code="constraint"):
-    """What a request's tokens are held to cannot be followed, or not any further."""
+    """What a request's tokens are held to cannot be followed, or not any further.
+
+    Of a grammar an engine does not know in which field it came, so that its `param` is None.
+    """
 
 
 class ContextLengthError(RequestError, wire_code="context_length"):

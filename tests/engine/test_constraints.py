@@ -165,6 +165,9 @@ def test_where_nothing_is_left_to_draw_the_request_ends_with_a_typed_error(
         return
     assert tokens == [] and last.finish_reason is FinishReason.ERROR
     assert isinstance(last.error, ConstraintError) and "no token" in str(last.error)
+    # In which field a grammar came, no engine knows.
+    ids = "allowed_token_ids"
+    assert last.error.param == (ids if ids in params else None)
 
 
 def test_allowed_ids_and_bad_words_hold_every_token() -> None:
@@ -202,6 +205,7 @@ def test_a_matcher_in_error_ends_its_request_alone(monkeypatch: pytest.MonkeyPat
     found = run(engine)
     last = found["r1"][-1]
     assert last.finish_reason is FinishReason.ERROR and isinstance(last.error, ConstraintError)
+    assert last.error.param is None
     assert "\n" not in str(last.error), "trap f: the rest is the parser's state"
     assert sum(len(each.token_ids) for each in found["r1"]) == 2
     for id in ("r0", "r2"):
@@ -215,6 +219,7 @@ def test_a_grammar_that_does_not_compile_ends_its_request_alone() -> None:
     ask(engine, lark('start: "yes"'), "good")
     found = run(engine)
     assert isinstance(found["bad"][-1].error, ConstraintError)
+    assert found["bad"][-1].error.param is None
     assert "nosuch" in str(found["bad"][-1].error)
     assert found["good"][-1].finish_reason is FinishReason.COMPLETE
     engine.close()

@@ -148,6 +148,20 @@ def test_calls_that_must_be_made_are_held_to_behind_the_reasoning() -> None:
     assert found is not None and found.grammar is not None and found.grammar.after == ()
 
 
+@pytest.mark.parametrize("tokenizer", [QWEN, HARMONY], ids=["qwen", "harmony"])
+def test_a_keyword_that_is_not_held_to_is_refused_with_its_tools_name(tokenizer: Tokenizer) -> None:
+    """llguidance tells a line of the grammar of all tools, which no client has seen."""
+    wrong = {"type": "object", "properties": {"days": {"type": "array", "uniqueItems": True}}}
+    right = {"type": "object", "properties": {"days": {"type": "array"}}}
+    schemas = {"first": right, "second": wrong, "third": right}
+    tools = tuple(Tool(name, parameters=each, strict=True) for name, each in schemas.items())
+    for choice in (ToolChoice(), ToolChoice("required")):
+        with pytest.raises(RequestError) as raised:
+            constraint(tokenizer, Conversation([USER], tools, choice))
+        assert str(raised.value) == 'tools: second: Unimplemented keys: ["uniqueItems"]'
+        assert raised.value.param == "tools"
+
+
 def test_what_cannot_be_held_to_is_refused_by_its_name() -> None:
     schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}
     chat = Conversation([USER], (Tool("f", parameters=schema, strict=True),))

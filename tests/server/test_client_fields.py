@@ -117,7 +117,7 @@ def test_every_field_that_the_official_client_can_send() -> None:
 def test_fields_of_other_servers_that_ask_for_nothing() -> None:
     fields: dict[str, Any] = {
         "include_reasoning": True, "separate_reasoning": True, "stream_reasoning": True, "client_metadata": {"a": "b"},
-        "context_management": [{}], "spaces_between_special_tokens": False, "add_special_tokens": False,
+        "reasoning_format": "auto", "context_management": [{}], "spaces_between_special_tokens": False, "add_special_tokens": False,
         "guided_json": None, "kv_transfer_params": None, "truncate_prompt_tokens": None, "vllm_xargs": {},
     }  # fmt: skip
 
@@ -125,6 +125,26 @@ def test_fields_of_other_servers_that_ask_for_nothing() -> None:
         for path in (COMPLETIONS, CHAT):
             response = await server.post(path, {**GOOD[path], **fields})
             assert response.status_code == 200, response.text
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"separate_reasoning": False}, "separate_reasoning"),
+        ({"stream_reasoning": False}, "stream_reasoning"),
+        ({"reasoning_format": "none"}, "reasoning_format"),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 3}, "thinking_token_budget": 7},
+            "thinking_token_budget",
+        ),
+    ],
+)
+def test_what_would_change_an_answer_is_not_passed_over(fields: dict[str, Any], param: str) -> None:
+    async def check(server: Server) -> None:
+        response = await server.post(CHAT, {**GOOD[CHAT], **fields})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
     run(check)
 

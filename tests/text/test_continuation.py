@@ -86,6 +86,23 @@ def test_special_text_in_a_prefill_stays_plain() -> None:
         ([QUESTION], "must be the assistant's"),
         ([QUESTION, {"role": "assistant", "content": None}], "which has none"),
         ([QUESTION, {"role": "assistant", "content": []}], "which has none"),
+        (
+            [
+                QUESTION,
+                {
+                    "role": "assistant",
+                    "content": "I",
+                    "tool_calls": [
+                        {
+                            "id": "a",
+                            "type": "function",
+                            "function": {"name": "f", "arguments": "{}"},
+                        }
+                    ],
+                },
+            ],
+            "calls tools behind it",
+        ),
     ],
 )
 def test_what_cannot_be_continued_is_refused(messages: Any, says: str) -> None:

@@ -82,9 +82,7 @@ class Grammars:
 
     def _compile(self, text: str) -> CompiledGrammar:
         if self._tokenizer is None:
-            raise ConstraintError(
-                "this engine has no tokenizer, and takes no grammar", param="structured_outputs"
-            )
+            raise ConstraintError("this engine has no tokenizer, and takes no grammar")
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = Vocabulary(self._tokenizer(), self._vocab_size, self._eos_ids)

@@ -161,8 +161,7 @@ class Follower:
             assert self.grammar is not None, "a grammar is compiled before it is followed"
             if not self.grammar.done():
                 raise ConstraintError(
-                    f"the grammar takes over {MOST_SECONDS:g} s to compile; make it simpler",
-                    param="structured_outputs",
+                    f"the grammar takes over {MOST_SECONDS:g} s to compile; make it simpler"
                 )
             self._matcher = self.grammar.result().matcher.deep_copy()
             self._consumed = start
@@ -176,8 +175,7 @@ class Follower:
         if self._matcher is not None and self._matcher.is_error():
             raise ConstraintError(
                 f"the grammar cannot be followed any further: "
-                f"{first_line(self._matcher.get_error())}",
-                param="structured_outputs",
+                f"{first_line(self._matcher.get_error())}"
             )
 
     def restriction(self, allowed: Bits | None) -> Restriction:

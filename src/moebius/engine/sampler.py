@@ -184,7 +184,7 @@ class _Row:
         return ConstraintError(
             "no token can be drawn that is allowed by all of grammar, allowed_token_ids, bad_words "
             "and min_tokens",
-            param="allowed_token_ids" if self.params.allowed_token_ids else "structured_outputs",
+            param="allowed_token_ids" if self.params.allowed_token_ids else None,
         )
 
 

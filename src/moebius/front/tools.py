@@ -147,7 +147,11 @@ def _function_name(given: object) -> str:
     function = given.get("function") if isinstance(given, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
-        raise RequestError("tool_choice: a function needs its name", param="tool_choice")
+        raise RequestError(
+            'tool_choice: a function needs its name: {"type": "function", "function": {"name": '
+            "...}}",
+            param="tool_choice",
+        )
     return name
 
 

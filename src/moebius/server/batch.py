@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 
 from moebius.errors import ConfigError, StorageError
 from moebius.files import anyone, check_target, read_text, write_file
-from moebius.server.protocol import first_error
+from moebius.server.first_error import first_error
 
 try:
     import fcntl

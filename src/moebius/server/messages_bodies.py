@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moebius.errors import ContextExceededError, RequestError
 from moebius.front.tools import Tool
 from moebius.server.fields import without_nulls
+from moebius.server.first_error import first_error
 from moebius.server.messages_history import chat_messages
-from moebius.server.protocol import ChatRequest, first_error, parse
+from moebius.server.protocol import ChatRequest, parse
 from moebius.server.renamed import renamed
 from moebius.server.told_once import left_out
 

@@ -39,6 +39,7 @@ from moebius.server.fields import (
     without_idle_functions,
     without_nulls,
 )
+from moebius.server.first_error import first_error
 from moebius.server.limits import HTTP_LIMITS
 from moebius.server.structured import StructuredFields
 from moebius.text import (
@@ -307,7 +308,13 @@ class ChatRequest(GenerationRequest):
         """What is asked, without the protocol. RequestError names what contradicts itself."""
         thinks = None if self.thinking is None else self.thinking.type != "disabled"
         budget = self.thinking_token_budget
-        if budget is None and self.thinking is not None:
+        if self.thinking is not None and self.thinking.budget_tokens is not None:
+            if budget not in (None, self.thinking.budget_tokens):
+                raise RequestError(
+                    "thinking_token_budget and thinking.budget_tokens say two things; give one of "
+                    "them",
+                    param="thinking_token_budget",
+                )
             budget = self.thinking.budget_tokens
         return Conversation(
             self.messages,
@@ -439,22 +446,3 @@ def parse(
         return model.model_validate({name: value for name, value in given.items() if name in own})
     except ValidationError as error:
         raise first_error(error) from error
-
-
-_MESSAGES = {"missing": "this field is required", "extra_forbidden": "there is no such field"}
-
-
-def first_error(error: ValidationError) -> RequestError:
-    """What is wrong with the first wrong field, and its name."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RequestError):
-        return cause
-    param = _path(first["loc"])
-    message = _MESSAGES.get(first["type"], first["msg"])
-    return RequestError(f"{param}: {message}".removeprefix(": "), param=param)
-
-
-def _path(location: Sequence[int | str]) -> str:
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
-    return "".join(parts).removeprefix(".")

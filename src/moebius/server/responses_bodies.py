@@ -7,7 +7,8 @@ from pydantic import Field, ValidationError
 
 from moebius.errors import RequestError
 from moebius.server.fields import without_nulls
-from moebius.server.protocol import Body, ChatRequest, StreamOptions, first_error, parse
+from moebius.server.first_error import first_error
+from moebius.server.protocol import Body, ChatRequest, StreamOptions, parse
 from moebius.server.renamed import renamed
 from moebius.server.responses_input import chat_messages
 from moebius.server.responses_tools import Toolbox, choice_in_chat, toolbox_of
@@ -40,7 +41,7 @@ class ResponsesBody(Body):
     """POST /v1/responses; fields that a chat has too, and are not here, mean what they mean
     there."""
 
-    input: str | list[Any] = ""
+    input: str | list[Any]
     instructions: str | None = None
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None

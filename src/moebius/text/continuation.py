@@ -25,13 +25,19 @@ def ends_anew(add_generation_prompt: bool | None, continue_final_message: bool) 
 def last_text(messages: Messages) -> str:
     """The text of the last message, which the answer goes on with.
 
-    RequestError where that is not the assistant's, or has no text.
+    RequestError where that is not the assistant's, has no text, or calls tools behind it.
     """
     last = messages[-1] if messages else {}
     parts = last.get("content") if isinstance(last, Mapping) else None
     if not isinstance(last, Mapping) or last.get("role") != "assistant":
         raise RequestError(
             "continue_final_message goes on with the last message, which must be the assistant's",
+            param="continue_final_message",
+        )
+    if last.get("tool_calls"):
+        raise RequestError(
+            "continue_final_message goes on with the text of the last message, which calls tools "
+            "behind it",
             param="continue_final_message",
         )
     texts = [parts] if isinstance(parts, str) else parts

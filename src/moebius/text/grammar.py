@@ -22,11 +22,15 @@ from moebius.request.structured import StructuredOutput
 # Between two tokens of JSON at most one line break, with an indent behind it, or one blank. What
 # json.dumps writes in any of its styles passes; blanks without an end do not.
 JSON_WHITESPACE = r"\n[ \t]{0,32}|[ ]"
+TOOL = "// tool "
+"""Begins a comment in a grammar of calls: the rules behind it are those of the tool it names."""
 # Some models write line breaks between their reasoning and the answer.
 _LINE_BREAKS = r"start: /\n{0,2}/ @body"
 _MOST_DEPTH = 64
 _LONGEST_MESSAGE = 500
 _MOST_DIVISOR = 10_000
+# How llguidance says where in a grammar of Lark it failed.
+_PLACE = re.compile(r"at (?P<line>\d+)\(\d+\): (failed to compile JSON schema: )?")
 # Of JSON text: strings, in which brackets mean nothing, and brackets.
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', re.DOTALL)
 
@@ -68,7 +72,7 @@ def checked_grammar(wanted: StructuredOutput) -> CheckedGrammar:
         _grammars(body), None, limits=parser_limits()
     )
     if failed:
-        raise wanted.error(f"{wanted.param}: {first_line(messages[0])}")
+        raise wanted.error(f"{wanted.param}: {_of_its_tool(wanted, first_line(messages[0]))}")
     ignored = tuple(first_line(each) for each in messages if "no tokenizer" not in each)
     return CheckedGrammar(json.dumps(body), ignored)
 
@@ -78,6 +82,16 @@ def first_line(message: str) -> str:
     lines = message.strip().splitlines() or ["it cannot be compiled"]
     told = [lines[0], *(line for line in lines[1:] if line.startswith("error:"))]
     return " ".join(told)[:_LONGEST_MESSAGE]
+
+
+def _of_its_tool(wanted: StructuredOutput, message: str) -> str:
+    """In a grammar of calls, a message says in which line it failed: its client knows tools."""
+    found = _PLACE.match(message)
+    if wanted.calls is None or found is None:
+        return message
+    before = wanted.calls.splitlines()[: int(found["line"])]
+    names = [line.removeprefix(TOOL) for line in before if line.startswith(TOOL)]
+    return ": ".join([*names[-1:], message[found.end() :]])
 
 
 def _check_size(wanted: StructuredOutput) -> None:

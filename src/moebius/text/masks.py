@@ -29,8 +29,7 @@ class Vocabulary:
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=parser_limits())
         if matcher.is_error():
             raise ConstraintError(
-                f"the grammar cannot be compiled: {first_line(matcher.get_error())}",
-                param="structured_outputs",
+                f"the grammar cannot be compiled: {first_line(matcher.get_error())}"
             )
         return matcher
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebius.errors import RequestError
-from moebius.text.grammar import JSON_WHITESPACE, check_schema
+from moebius.text.grammar import JSON_WHITESPACE, TOOL, check_schema
 from moebius.text.replies.source import SYMBOLS
 
 Schema = Mapping[str, Any]
@@ -53,6 +53,7 @@ class Lark:
         for tool in tools:
             self._tool = tool.name
             self.strict = tool.strict
+            self._rules.append(f"{TOOL}{tool.name}")
             check_schema(tool.schema, self.error)
             found.append(self.rule(write(tool.name, bare_schema(tool.schema)), "call"))
         return one_of(found)
