@@ -189,14 +189,15 @@ async def keys(url: str, rng: random.Random, crowd: int = CROWD) -> dict[str, An
             beside.append(await ask(client, "one", prompt(rng)))
         await asyncio.gather(*tasks)
     time_alone = statistics.median(each.whole for each in alone)
-    first, *later = [each.first / time_alone for each in beside]
+    waits = [each.first / time_alone for each in beside]
+    later = waits[1:]
     return {
         "crowd": crowd,
         "alone_s": time_alone,
         "asked_beside": len(beside),
         "waited_over_alone": statistics.median(later),
         "longest_over_alone": max(later),
-        "first_over_alone": first,
+        "first_over_alone": waits[0],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moebius.engine.disk_pace import Pace
 from moebius.engine.disk_reader import DiskReader, Load, Read
 from moebius.engine.disk_store import DiskBounds, DiskStore
 from moebius.engine.load import load_engine, prepare
-from moebius.errors import MemoryPlanError
+from moebius.errors import ConfigError, MemoryPlanError
 from moebius.schedule.tiers import Piece
 from oracle import save_tiny
 from schedule.making import make_request
@@ -58,6 +59,31 @@ def test_the_plan_counts_it(tiny_model: Path) -> None:
     assert row[1].endswith(" MiB") and "of memory" in row[2]
     with pytest.raises(MemoryPlanError, match=r"KV cache on disk takes .* lower --kv-cache-disk-b"):
         prepare(tiny_model, on_disk(nbytes=10**16))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_next"])
+def test_a_disk_in_which_no_file_fits_is_refused(model_type: str, tmp_path: Path) -> None:
+    """And in the least that is told files do fit, a state's among them."""
+    save_tiny(tmp_path, model_type)
+
+    def config(nbytes: int) -> EngineConfig:
+        sizes = {"kv_cache_memory_bytes": 2**24, "max_num_seqs": 2}
+        return on_disk(tmp_path / "kv", nbytes, **sizes)
+
+    with pytest.raises(ConfigError, match=r"is 50, in which no file .* use at least \d+$") as told:
+        prepare(tmp_path, config(50))
+    least = int(str(told.value).rpartition(" ")[2])
+    with pytest.raises(ConfigError, match=f"at least {least}"):
+        prepare(tmp_path, config(least - 1))
+    with pytest.raises(ConfigError, match=f"at least {2 * least}"):
+        prepare(tmp_path, replace(config(least), ranks=2))
+    engine = load_engine(tmp_path, config(least))
+    cache, store = engine.runner.cache, DiskStore(tmp_path / "own", bytes(16), DiskBounds(least, 0))
+    for slot in (0, None) if model_type == "qwen3_next" else (0,):
+        described = cache.piece_bytes(slot) + 500
+        assert store.write(bytes([slot is None] * 16), memoryview(bytes(described)))
+    store.close()
+    engine.close()
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_next"])

@@ -80,6 +80,11 @@ class Page:
         self.ask("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.protocol !== 'about:'")
 
+    def leave(self) -> None:
+        """So that a page that asks again and again finds out nothing of a server that has ended."""
+        self.ask("Page.navigate", url="about:blank")
+        self.until("location.protocol === 'about:'")
+
     def value(self, expression: str) -> Any:
         result = self.ask(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from moebius.cli.commands import app
@@ -67,3 +68,22 @@ def test_the_unit_reloads_and_stops_as_the_server_does() -> None:
     assert "-HUP" in service["ExecReload"] and service["KillSignal"] == "SIGTERM"
     assert int(service["TimeoutStopSec"]) > bounds(DEPLOY / "moebius.toml")["drain_timeout"]
     assert "serve --config" in service["ExecStart"]
+
+
+def test_changed_keys_reach_a_pod() -> None:
+    """What is mounted by subPath never changes: https://kubernetes.io/docs/concepts/storage/volumes/#using-subpath"""
+    text = (DEPLOY / "kubernetes.yaml").read_text()
+    pod = next(yaml.safe_load_all(text))["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert not any("subPath" in mount for mount in container["volumeMounts"])
+    folders = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert folders["etc"] == str(Path(read(DEPLOY / "moebius.toml")["api_keys"]).parent)
+    assert folders.keys() == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_nothing_that_was_built_here_gets_into_the_image() -> None:
+    """A build folder knows the place of its sources, and CMake refuses it in another."""
+    ignored = (DEPLOY.parent / ".dockerignore").read_text().split()
+    kept_out = (".venv/", "build/", "dist/", "/models/", "/runs/", "__pycache__/", "*.so")
+    assert set(kept_out) <= set((DEPLOY.parent / ".gitignore").read_text().split())
+    assert all({line.strip("/"), f"**/{line.strip('/')}"} & set(ignored) for line in kept_out)

@@ -43,7 +43,7 @@ def test_clients_find_the_models(client: ollama.Client, live: tuple[FakeEngine, 
     assert "<|im_start|>" in shown.template
     version = httpx.get(f"{live[1]}/api/version").json()["version"]
     assert all(part.isdigit() for part in version.split("."))
-    with pytest.raises(ollama.ResponseError):
+    with pytest.raises(ollama.ResponseError, match="is not served here"):
         client.show("other")
 
 
@@ -112,6 +112,33 @@ def test_an_error_is_a_text(
     with pytest.raises(ollama.ResponseError, match=says) as caught:
         client.chat(MODEL, body["messages"], options=body.get("options"))
     assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "path, sent, status, says",
+    [
+        ("chat", {"json": {"model": "other", "messages": ASKED}}, 404, "'other' is not served"),
+        ("show", {"json": {"model": "other"}}, 404, "'other' is not served"),
+        ("generate", {"json": {"prompt": 5}}, 400, "prompt"),
+        ("chat", {"json": {"messages": 5}}, 400, "messages"),
+        ("chat", {"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "JSON"),
+        ("chat", {"content": b"{}"}, 415, "Content-Type"),
+        ("nowhere", {"json": {}}, 404, "there is no route /api/nowhere"),
+    ],
+)
+def test_what_is_refused_before_it_is_asked_is_a_text_too(
+    live: tuple[FakeEngine, str], path: str, sent: dict[str, Any], status: int, says: str
+) -> None:
+    response = httpx.post(f"{live[1]}/api/{path}", **sent)
+    assert response.status_code == status and list(response.json()) == ["error"]
+    assert says in response.json()["error"]
+
+
+def test_the_client_shows_the_words_of_a_refusal(client: ollama.Client) -> None:
+    with pytest.raises(ollama.ResponseError) as caught:
+        client.chat("other", ASKED)
+    assert str(caught.value).startswith("the model 'other' is not served here")
+    assert caught.value.status_code == 404
 
 
 def test_lines_are_objects_whatever_happens(live: tuple[FakeEngine, str]) -> None:

@@ -207,6 +207,7 @@ def test_the_page_shows_what_the_server_does(browser: Page, width: int) -> None:
             browser.value("localStorage.length + sessionStorage.length + document.cookie.length")
             == 0
         )
+        browser.leave()
     # Both times a key was asked for the browser says 401; it has nothing else to say.
     complaints = [said for said in browser.said if "401 (Unauthorized)" not in said]
     browser.said.clear()
@@ -222,6 +223,7 @@ def test_without_the_stream_the_page_says_so_and_finds_it_again(browser: Page) -
     browser.until("document.getElementById('state').innerText === 'not connected'")
     browser.until("document.getElementById('notice').innerText.includes('old')")
     assert browser.value(shown("#figures")), "what was seen stays"
+    browser.leave()
     browser.said.clear()
 
 
@@ -234,4 +236,5 @@ def test_one_page_too_many_shows_why(browser: Page, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(live, "MOST_VIEWERS", 1)
         browser.until(shown("#figures"), 40)
         assert text(browser, "#state") == "ready" and not browser.value(shown("#notice"))
+    browser.leave()
     browser.said.clear()

@@ -2,6 +2,7 @@
 
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
+from moebius.errors import ConfigError
 
 MOST_STAGED_BYTES = 64 * 2**20
 """Files that were read, or are just being read, and wait for the engine's thread."""
@@ -9,6 +10,8 @@ MOST_LANDED_BYTES = 32 * 2**20
 """Those that it puts into the cache between two steps: milliseconds."""
 _NAME_BYTES = 400
 """A file's name, size and place in the order of use: by tracemalloc 390 when they are sorted."""
+_PAGE = 4096
+"""What a file takes of the disk is a multiple of it, and what describes its bytes is less."""
 
 
 def most_files(cache: CacheSizes, config: EngineConfig) -> int:
@@ -17,13 +20,20 @@ def most_files(cache: CacheSizes, config: EngineConfig) -> int:
 
 
 def disk_memory(cache: CacheSizes, config: EngineConfig) -> int:
-    """Bytes that are taken at most; 0 without a KV cache on disk.
+    """Bytes that are taken at most; 0 without a KV cache on disk. Raises ConfigError where no file
+    would ever fit into what the disk may hold.
 
     One file goes each way, however large it is: a state may be larger than all that is staged.
     """
     if config.kv_cache_disk is None:
         return 0
     largest = max(_pieces(cache))
+    least = config.ranks * (-(-largest // _PAGE) + 1) * _PAGE
+    if (config.kv_cache_disk_bytes or 0) < least:
+        raise ConfigError(
+            f"kv_cache_disk_bytes (--kv-cache-disk-bytes) is {config.kv_cache_disk_bytes}, in "
+            f"which no file of this model's KV cache fits; use at least {least}"
+        )
     coming = max(MOST_STAGED_BYTES, largest) + max(MOST_LANDED_BYTES, largest)
     return coming + largest + most_files(cache, config) * _NAME_BYTES
 

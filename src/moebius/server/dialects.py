@@ -1,5 +1,5 @@
-"""What Anthropic's clients expect around every answer, and OpenAI's do not: errors of another
-shape, and the request's id under another name."""
+"""What Anthropic's and Ollama's clients expect around every answer, and OpenAI's do not: errors of
+another shape, and the request's id under another name."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,8 @@ from moebius.server.faults import Fault
 
 MESSAGES = "/v1/messages"
 """Where Anthropic's routes begin."""
+OLLAMA = "/api/"
+"""Where Ollama's routes begin."""
 
 _KINDS = {
     401: "authentication_error",
@@ -36,7 +38,9 @@ def anthropic_error(fault: Fault, request_id: str) -> dict[str, object]:
 
 def refusal_of(path: str) -> Refusal:
     """How a request for this path is refused."""
-    return _as_anthropic if path.startswith(MESSAGES) else _as_openai
+    if path.startswith(MESSAGES):
+        return _as_anthropic
+    return _as_ollama if path.startswith(OLLAMA) else _as_openai
 
 
 def _as_openai(fault: Fault, request_id: str) -> Response:
@@ -45,6 +49,16 @@ def _as_openai(fault: Fault, request_id: str) -> Response:
 
 def _as_anthropic(fault: Fault, request_id: str) -> Response:
     body = msgspec.json.encode(anthropic_error(fault, request_id))
+    return Response(body, fault.status, dict(fault.headers), "application/json")
+
+
+def ollama_error(fault: Fault) -> dict[str, object]:
+    """An error as Ollama's API says it: a text, whole or as a line of a stream."""
+    return {"error": fault.message}
+
+
+def _as_ollama(fault: Fault, request_id: str) -> Response:
+    body = msgspec.json.encode(ollama_error(fault))
     return Response(body, fault.status, dict(fault.headers), "application/json")
 
 

@@ -13,13 +13,12 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from moebius.errors import RequestError
 from moebius.front.assemble import Delta
-from moebius.server.access import Visit
 from moebius.server.answer import Answer
-from moebius.server.faults import Fault, fault_of
+from moebius.server.dialects import ollama_error
+from moebius.server.faults import Fault
 from moebius.server.formats import Format
 from moebius.server.objects import object_of
 from moebius.server.ollama_bodies import OllamaBody, OllamaChat, OllamaGenerate, OllamaShow
@@ -143,22 +142,7 @@ class OllamaAnswer(Answer):
         return msgspec.json.encode(chunk) + b"\n"
 
     def told(self, fault: Fault) -> object:
-        return {"error": fault.message}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        visit: Visit = scope["moebius.visit"]
-        try:
-            await super().__call__(scope, receive, send)
-        except Exception as error:
-            if visit.status is not None:
-                raise
-            visit.fault = fault_of(error)
-            await _refusal(visit.fault)(scope, receive, send)
-
-
-def _refusal(fault: Fault) -> Response:
-    body = msgspec.json.encode({"error": fault.message})
-    return Response(body, fault.status, dict(fault.headers), "application/json")
+        return ollama_error(fault)
 
 
 class Ollama:
@@ -243,13 +227,8 @@ class Ollama:
         body: Callable[[], Json],
         lines: type[OllamaFormat],
     ) -> Response:
-        try:
-            wanted = parse(kind, body())
-            call, model = self._begin(request, wanted)
-        except Exception as error:
-            visit: Visit = request.scope["moebius.visit"]
-            visit.fault = fault_of(error)
-            return _refusal(visit.fault)
+        wanted = parse(kind, body())
+        call, model = self._begin(request, wanted)
         return OllamaAnswer(call, lines(call, wanted, self._tokenizer, model, ""), asked.stream)
 
     def _loaded(self, asked: OllamaBody, lines: type[OllamaFormat]) -> Response:
