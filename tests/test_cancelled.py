@@ -26,7 +26,7 @@ STATES = ("a part of the headers", "a part of the body", "at once", "some answer
 ASKED = 150
 SEATS = 3
 """Sequences in one step: most requests wait for one."""
-POOLS = ("ThreadPoolExecutor-", "tokenise_")
+POOLS = ("uvloop_", "tokenise_")
 """Names of threads of pools, the event loop's and ours, which grow up to a bound as needed."""
 
 
