@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from moebius.cli.commands import app
@@ -79,7 +78,7 @@ def test_the_command_line_and_the_environment_win(serve, monkeypatch: pytest.Mon
         ("prot = 1", "has no option 'prot'; it may have activations, "),
         ("config = 'x'", "has no option 'config'"),
         ("help = true", "has no option 'help'"),
-        ("max_num_seqs = 1.5", "Invalid value for '--max-num-seqs'"),
+        ("max_num_seqs = 1.5", "max_num_seqs is 1.5: Input should be a valid integer"),
         ("max_num_seqs = true", "max_num_seqs is True; it must be a text or a number"),
         ("max_num_seqs = 0", "max_num_seqs is 0; it must be at least 1"),
         ("enable_prefix_caching = 'no'", "it must be true or false"),
@@ -96,7 +95,7 @@ def test_the_command_line_and_the_environment_win(serve, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_what_a_file_may_not_say_is_named(serve, text: str, said: str) -> None:
-    with pytest.raises((ConfigError, typer.BadParameter)) as error:
+    with pytest.raises(ConfigError) as error:
         serve(text, "--port", "0")
     assert said in " ".join(str(error.value).replace("│", " ").split())
 

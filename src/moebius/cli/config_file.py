@@ -62,7 +62,12 @@ def set_defaults(context: typer.Context, path: Path | None) -> Path | None:
                 f"config file {path} has no option {name!r}; it may have "
                 f"{', '.join(sorted(map(str, known)))} and a table [{BOUNDS}]"
             )
-        defaults[name] = _given(f"config file {path}: {name}", known[name], value)
+        where = f"config file {path}: {name}"
+        defaults[name] = _given(where, known[name], value)
+        try:
+            known[name].process_value(context, defaults[name])
+        except typer.BadParameter as error:
+            raise ConfigError(f"{where} is {value!r}: {error.message}") from None
     context.default_map = defaults
     return path
 
