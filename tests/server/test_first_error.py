@@ -24,10 +24,10 @@ READERS = {
     ("api", "fields", "says"),
     [
         ("responses", {"input": 3}, "input: Input should be a valid string or a valid list"),
-        ("responses", {"tool_choice": 3}, "tool_choice: Input should be a valid string or a valid dictionary"),
-        ("responses", {"stream_options": 3}, "stream_options: Input should be a valid dictionary"),
+        ("responses", {"tool_choice": 3}, "tool_choice: Input should be a valid string or an object"),
+        ("responses", {"stream_options": 3}, "stream_options: Input should be an object"),
         ("messages", {"system": 3}, "system: Input should be a valid string or a valid list"),
-        ("messages", {"system": [3]}, "system[0]: Input should be a valid dictionary"),
+        ("messages", {"system": [3]}, "system[0]: Input should be an object"),
         ("messages", {"stop_sequences": ["a", 3]}, "stop_sequences[1]: Input should be a valid string"),
         ("ollama", {"think": 3}, "think: Input should be a valid boolean or a valid string"),
         ("ollama", {"options": {"stop": 3}}, "options.stop: Input should be a valid list or a valid string"),

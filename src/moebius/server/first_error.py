@@ -13,7 +13,7 @@ Location = tuple[int | str, ...]
 _MESSAGES = {
     "missing": "this field is required",
     "extra_forbidden": "there is no such field",
-    "model_type": "Input should be a valid dictionary",
+    "model_type": "Input should be an object",
 }
 _EXPECTED = "Input should be "
 # Where a field may be of several types, pydantic tells each one's error, and puts its name, such as
@@ -30,7 +30,7 @@ def first_error(error: ValidationError) -> RequestError:
         return cause
     location, message = _of_branches(errors) or (first["loc"], first["msg"])
     param = _path(location)
-    message = _MESSAGES.get(first["type"], message)
+    message = _MESSAGES.get(first["type"], message).replace("a valid dictionary", "an object")
     return RequestError(f"{param}: {message}".removeprefix(": "), param=param)
 
 

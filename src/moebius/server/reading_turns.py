@@ -1,6 +1,7 @@
 """Whose request the event loop reads next."""
 
 import asyncio
+import contextvars
 from collections import OrderedDict, deque
 
 
@@ -14,27 +15,32 @@ class ReadingTurns:
     """
 
     def __init__(self) -> None:
+        # What passes turns on runs in no request's context.
+        self._context = contextvars.copy_context()
         self._taken = False
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def take(self, account: str) -> None:
         """Return when it is the turn of a request of this account's."""
-        loop = asyncio.get_running_loop()
         if not self._taken:
-            self._taken = True
-            loop.call_soon(self._pass_on)
+            self._pass_on_later()
             return
-        turn: asyncio.Future[None] = loop.create_future()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(account, deque()).append(turn)
         await turn
+
+    def _pass_on_later(self) -> None:
+        asyncio.get_running_loop().call_soon(self._pass_on, context=self._context)
+        self._taken = True
 
     def _pass_on(self) -> None:
         """Give this round's turn to the account whose last one is the longest ago."""
         turn = self._next()
-        self._taken = turn is not None
-        if turn is not None:
+        if turn is None:
+            self._taken = False
+        else:
             turn.set_result(None)
-            asyncio.get_running_loop().call_soon(self._pass_on)
+            self._pass_on_later()
 
     def _next(self) -> asyncio.Future[None] | None:
         while self._waiting:

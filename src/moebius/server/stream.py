@@ -138,8 +138,8 @@ class Call:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        left = [choice for choice in self.choices if not choice.closed]
         try:
+            left = [choice for choice in self.choices if not choice.closed]
             self._leave_queue()
             for choice in left:
                 self._door.client.abort(choice.request.id)
@@ -204,16 +204,12 @@ class Call:
         """By a timer that may go off sooner: whoever waits looks at the clock, and waits on. So one
         timer lasts for the tokens of many steps."""
         loop = asyncio.get_running_loop()
-        at = loop.time() + seconds
+        now = loop.time()
         if self._timer is not None:
-            if self._timer.when() <= at:
+            if now < self._timer.when() <= now + seconds:
                 return
             self._timer.cancel()
-        self._timer = loop.call_at(at, self._rouse)
-
-    def _rouse(self) -> None:
-        self._timer = None
-        self._wake.set()
+        self._timer = loop.call_at(now + seconds, self._wake.set)
 
     def _first_of_inbox(self) -> list[tuple[LiveChoice, StepOutput]]:
         """What came first, about _AT_ONCE bytes of it: what takes longer would hold the loop."""
