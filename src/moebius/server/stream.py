@@ -51,6 +51,8 @@ News = list[tuple[LiveChoice, Delta]]
 """What came for a call at one time, in the order it came."""
 
 
+# Timers go off early by a part of a millisecond at the most.
+_EARLY_SECONDS = 0.01
 # About so many bytes of JSON are taken from an inbox between two turns of the loop.
 _AT_ONCE = 2**20
 
@@ -93,6 +95,7 @@ class Call:
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._rouses_at = 0.0
         self._end = "refused"
         self._ended: MoebiusError | ClientGone | None = None
         # The engine ends a late request between two steps. Its client hears of it at once, however
@@ -205,11 +208,14 @@ class Call:
         timer lasts for the tokens of many steps."""
         loop = asyncio.get_running_loop()
         now = loop.time()
+        at = now + seconds
         if self._timer is not None:
-            if now < self._timer.when() <= now + seconds:
-                return
+            if now + _EARLY_SECONDS < self._rouses_at <= at:
+                return  # it has not gone off yet
             self._timer.cancel()
-        self._timer = loop.call_at(now + seconds, self._wake.set)
+        # An event's own method, which cannot fail as a method of a request's could.
+        self._timer = loop.call_at(at, self._wake.set)
+        self._rouses_at = at
 
     def _first_of_inbox(self) -> list[tuple[LiveChoice, StepOutput]]:
         """What came first, about _AT_ONCE bytes of it: what takes longer would hold the loop."""
