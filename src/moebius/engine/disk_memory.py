@@ -2,6 +2,7 @@
 
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
+from moebius.engine.disk_store import space_of
 from moebius.errors import ConfigError
 
 MOST_STAGED_BYTES = 64 * 2**20
@@ -10,8 +11,8 @@ MOST_LANDED_BYTES = 32 * 2**20
 """Those that it puts into the cache between two steps: milliseconds."""
 _NAME_BYTES = 400
 """A file's name, size and place in the order of use: by tracemalloc 390 when they are sorted."""
-_PAGE = 4096
-"""What a file takes of the disk is a multiple of it, and what describes its bytes is less."""
+_DESCRIPTION_BYTES = 4096
+"""More than what describes a file's bytes takes in it."""
 
 
 def most_files(cache: CacheSizes, config: EngineConfig) -> int:
@@ -28,7 +29,7 @@ def disk_memory(cache: CacheSizes, config: EngineConfig) -> int:
     if config.kv_cache_disk is None:
         return 0
     largest = max(_pieces(cache))
-    least = config.ranks * (-(-largest // _PAGE) + 1) * _PAGE
+    least = config.ranks * space_of(largest + _DESCRIPTION_BYTES)
     if (config.kv_cache_disk_bytes or 0) < least:
         raise ConfigError(
             f"kv_cache_disk_bytes (--kv-cache-disk-bytes) is {config.kv_cache_disk_bytes}, in "

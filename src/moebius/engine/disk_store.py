@@ -139,7 +139,7 @@ class DiskStore:
 
     def write(self, name: bytes, payload: memoryview) -> bool:
         """Keep this under this name; False where it has no room, or cannot be written."""
-        file = _File(self._folder.path, _on_disk(_HEAD.size + len(payload) + _DIGEST_BYTES))
+        file = _File(self._folder.path, space_of(_HEAD.size + len(payload) + _DIGEST_BYTES))
         if name in self:
             return True
         try:
@@ -268,7 +268,7 @@ def _files(folder: Path, *, clean: bool) -> Iterator[tuple[float, bytes, _File]]
                 if name is None or not entry.is_file(follow_symlinks=False):
                     continue
                 found = entry.stat(follow_symlinks=False)
-                yield found.st_mtime, name, _File(folder, _on_disk(found.st_size))
+                yield found.st_mtime, name, _File(folder, space_of(found.st_size))
 
 
 def _name(text: str) -> bytes | None:
@@ -279,7 +279,7 @@ def _name(text: str) -> bytes | None:
     return name if len(name) == NAME_BYTES and name.hex() == text else None
 
 
-def _on_disk(nbytes: int) -> int:
+def space_of(nbytes: int) -> int:
     """What so many bytes take of a disk."""
     return -(-nbytes // _PAGE) * _PAGE
 
@@ -289,7 +289,7 @@ def _read(path: Path, on_disk: int) -> memoryview:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with open(descriptor, "rb", buffering=0) as file:
         size = os.fstat(descriptor).st_size
-        if _on_disk(size) != on_disk:
+        if space_of(size) != on_disk:
             raise CacheDataError(f"a file has {size} bytes, which it had not before")
         data = np.empty(size, np.uint8).data
         filled = 0
