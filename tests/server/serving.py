@@ -166,8 +166,8 @@ def listening(fake: FakeEngine, **options: Any) -> Iterator[tuple[int, Any]]:
             yield port, app.state.front_door
         finally:
             server.stop()
-            thread.join(10)
-            assert not thread.is_alive()
+            thread.join(30)
+            assert not thread.is_alive(), "the server did not end"
 
 
 def http_request(path: str, body: Any, method: str = "POST", **headers: str) -> bytes:

@@ -116,10 +116,19 @@ def test_openai_sees_an_error_inside_a_stream(
         live[0].fault = lambda request, step: None
 
 
-def ask(fake: FakeEngine, port: int, body: dict[str, Any]) -> tuple[socket.socket, str]:
-    """Send a request, and wait until the engine has it: its socket and its id."""
+def ask(
+    fake: FakeEngine, port: int, body: dict[str, Any], room: int | None = None
+) -> tuple[socket.socket, str]:
+    """Send a request, and wait until the engine has it: its socket and its id.
+
+    room   bytes that the kernel may hold for the client; None: as many as it likes
+    """
     before = len(fake.requests)
-    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    sock = socket.socket()
+    if room is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    sock.settimeout(10)
+    sock.connect(("127.0.0.1", port))
     sock.sendall(http_request("/v1/completions", body, Authorization=f"Bearer {KEY}"))
     wait_until(lambda: len(fake.requests) > before)
     return sock, fake.requests[-1].id
@@ -201,8 +210,8 @@ def test_a_client_that_takes_nothing_at_all_is_hung_up_on(monkeypatch: pytest.Mo
     monkeypatch.setattr(connection_module, "_STALL_SECONDS", 0.2)
     fake = engine(max_model_len=1_000_000, step_tokens=1000)
     with listening(fake, api_keys=(KEY,)) as (port, door):
-        body = {"prompt": "x", "max_tokens": 20_000, "ignore_eos": True, "logprobs": 20}
-        sock, _ = ask(fake, port, body)
+        body = {"prompt": "x", "max_tokens": 8000, "ignore_eos": True, "logprobs": 20}
+        sock, _ = ask(fake, port, body, room=4096)
         wait_until(lambda: door.in_flight == 0, 20)
         time.sleep(0.5)
         with sock, pytest.raises(ConnectionResetError):

@@ -144,6 +144,40 @@ def test_what_outlasts_the_drain_time_is_told_so() -> None:
         assert child.returncode == 0
 
 
+def connected(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def test_connections_that_never_asked_anything_are_hung_up_on() -> None:
+    """Browsers open some ahead of need."""
+    with process(step_seconds=0.02) as (child, port), connected(port) as silent:
+        with connected(port) as begun:
+            begun.sendall(b"GET /health/live HT")
+            assert get(port, "/health/live") == 200  # the loop has seen the others by now
+            started = time.monotonic()
+            child.send_signal(signal.SIGTERM)
+            assert rest(begun) == rest(silent) == b""
+        out, err = child.communicate(timeout=20)
+        assert (child.returncode, out, err) == (0, "ended\n", "")
+        assert time.monotonic() - started < 4, "of the five that answers under way may take"
+
+
+def test_clients_that_take_nothing_are_hung_up_on_at_the_end() -> None:
+    with process(step_seconds=0.0, drain_timeout=0.3) as (child, port), socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.settimeout(20)
+        lazy.connect(("127.0.0.1", port))
+        body = {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "logprobs": 20, "n": 16}
+        lazy.sendall(http_request("/v1/completions", body))
+        assert b" 200 OK" in lazy.recv(100), (
+            "some megabytes begin, of which the kernel holds a part"
+        )
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=20)
+        assert (child.returncode, out) == (0, "ended\n")
+        assert "unclosed" not in err
+
+
 def test_the_second_signal_ends_at_once() -> None:
     with process(step_seconds=0.02) as (child, port):
         sock = streaming(port, max_tokens=500)

@@ -92,6 +92,16 @@ class Capacity:
         """A connection has a request under way."""
         self._waiting.pop(connection, None)
 
+    def close_waiting(self) -> None:
+        """Hang up on all that have no request under way."""
+        for connection in list(self._waiting):
+            connection.close()
+
+    def cut_all(self) -> None:
+        """Hang up on everybody at once."""
+        for connection in [*self._connections, *self._leaving]:
+            connection.cut()
+
 
 class BodyRoom:
     """How much of all requests' bodies a server has in memory: at most HTTP_LIMITS.bodies_bytes."""

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -32,6 +32,7 @@ except ImportError:  # Windows has no such limits
 log = logging.getLogger(__name__)
 
 _LAST_SECONDS = 5.0
+_CUT_SECONDS = 1.0
 _BACKLOG = 2048
 # So much longer than clients are told a connection may rest: a request that is sent in the last
 # moment is served.
@@ -122,6 +123,17 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and not self.should_exit:
             self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Leave no connection behind: uvicorn knows of none that has sent no request yet, and
+        leaves those open whose clients are slower than its patience."""
+        self._capacity.close_waiting()
+        await super().shutdown(sockets)
+        self._capacity.cut_all()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CUT_SECONDS):
+                while len(self._capacity):
+                    await asyncio.sleep(0)
 
     def stop(self) -> None:
         """Stop serving, from any thread: answers under way get some seconds to finish."""
