@@ -415,11 +415,11 @@ NB_MODULE(_cpu, m) {
     });
     nb::class_<Shaping>(m, "Shaping").def("__init__", [](Shaping* self, std::vector<int32_t> biased, std::vector<double> bias,
             std::vector<int32_t> seen, std::vector<int32_t> drawn, double repetition, double presence, double frequency,
-            std::vector<int32_t> banned) {
+            std::vector<int32_t> banned, Address allowed, size_t words) {
         new (self) Shaping{std::move(biased), std::move(bias), std::move(seen), std::move(drawn), repetition, presence, frequency,
-                           std::move(banned)};
+                           std::move(banned), array<const uint32_t>(allowed), words};
     }, nb::arg("biased"), nb::arg("bias"), nb::arg("seen"), nb::arg("drawn"), nb::arg("repetition"), nb::arg("presence"),
-       nb::arg("frequency"), nb::arg("banned"));
+       nb::arg("frequency"), nb::arg("banned"), nb::arg("allowed") = 0, nb::arg("words") = 0);
     nb::class_<Shaped>(m, "Shaped").def("restore", &Shaped::restore, release());
 
     nb::class_<Ops>(m, "Ops")
@@ -435,7 +435,9 @@ NB_MODULE(_cpu, m) {
         }, release())
         .def("draw", &Ops::draw, release())
         .def("ranks", &Ops::ranks, release())
-        .def("shape", &Ops::shape, release());
+        .def("shape", [](Ops& ops, const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings, Address kept) {
+            return ops.shape(x, rows, shapings, array<float>(kept));
+        }, release());
     bind_calls(m);
     bind_recurrent(m);
     bind_latent(m);

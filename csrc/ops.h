@@ -262,8 +262,9 @@ public:
     // Of each of the rows: one token's place among all of the vocabulary, from 1.
     std::vector<int64_t> ranks(const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& token_ids);
     // Changes the rows, each named once, in place until the result is restored. Throws std::out_of_range, with nothing
-    // changed, for an id outside the vocabulary.
-    Shaped shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings);
+    // changed, for an id outside the vocabulary, and std::invalid_argument for a set of allowed ids that is too small for it.
+    // kept: room for all rows that have such a set, until the result is restored
+    Shaped shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings, float* kept);
 
 private:
     struct Scratch {

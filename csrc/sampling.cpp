@@ -136,11 +136,42 @@ float changed(double x, const Change& c, const Shaping& s) {
     return float(x);
 }
 
-void shape_row(const Shaping& s, Shaped::Row& row) {
+// For each byte of a set of ids, what eight logits are bounded by.
+struct Bounds {
+    float of[256][8];
+    Bounds() {
+        for (int byte = 0; byte < 256; byte++)
+            for (int bit = 0; bit < 8; bit++)
+                of[byte][bit] = byte >> bit & 1 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::lowest();
+    }
+};
+
+// The lesser of each logit and its bound, NaN where the logit is. Bounds are laid out first: then compilers see that what is
+// left is done to many at a time.
+void ban_others(const uint32_t* allowed, int vocab, float* logits) {
+    static const Bounds bounds;
+    constexpr int AT_ONCE = 256;
+    alignas(64) float most[AT_ONCE];
+    for (int first = 0; first < vocab; first += AT_ONCE) {
+        const int n = std::min(AT_ONCE, vocab - first);
+        for (int i = 0; i < n; i += 8) {
+            const uint32_t byte = allowed[(first + i) / 32] >> (i % 32) & 255;
+            std::memcpy(most + i, bounds.of[byte], sizeof bounds.of[byte]);
+        }
+        float* x = logits + first;
+        for (int i = 0; i < n; i++) x[i] = most[i] < x[i] ? most[i] : x[i];
+    }
+}
+
+void shape_row(const Shaping& s, int vocab, float* kept, Shaped::Row& row) {
     const Changes changes(s);
     row.ids.reserve(changes.all.size()), row.values.reserve(changes.all.size());
     for (const Change& c : changes.all) row.ids.push_back(c.id), row.values.push_back(row.logits[c.id]);
     for (const Change& c : changes.all) row.logits[c.id] = changed(row.logits[c.id], c, s);
+    if (!s.allowed) return;
+    std::copy_n(row.logits, vocab, kept);
+    row.whole = kept, row.size = size_t(vocab);
+    ban_others(s.allowed, vocab, row.logits);
 }
 
 void check_ids(const std::vector<int32_t>& ids, int count, const char* what) {
@@ -152,6 +183,8 @@ void check_ids(const std::vector<int32_t>& ids, int count, const char* what) {
 
 void Shaped::restore() {
     for (Row& row : rows) {
+        if (row.whole) std::copy_n(row.whole, row.size, row.logits);
+        row.whole = nullptr;
         for (size_t i = 0; i < row.ids.size(); i++) row.logits[row.ids[i]] = row.values[i];
         row.ids.clear();
     }
@@ -164,15 +197,21 @@ void Logits::check(const std::vector<int32_t>& rows, std::initializer_list<size_
             throw std::invalid_argument(std::to_string(n) + (n == 1 ? " parameter for " : " parameters for ") + std::to_string(rows.size()) + " rows");
 }
 
-Shaped Ops::shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings) {
+Shaped Ops::shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings, float* kept) {
     x.check(rows, {shapings.size()});
-    for (const Shaping* s : shapings)
+    for (const Shaping* s : shapings) {
+        if (s->allowed && s->words * 32 < size_t(x.vocab))
+            throw std::invalid_argument(std::to_string(s->words) + " words of allowed ids for a vocabulary of " + std::to_string(x.vocab));
         for (const std::vector<int32_t>* ids : {&s->biased, &s->seen, &s->drawn, &s->banned}) check_ids(*ids, x.vocab, "token id ");
+    }
     Shaped shaped(rows.size());
+    std::vector<float*> places(rows.size());  // of the rows that are kept whole, one behind the other
+    for (size_t i = 0; i < rows.size(); i++)
+        if (shapings[i]->allowed) places[i] = kept, kept += x.vocab;
     try {
         pool_.run(int(rows.size()), [&](int i, int) {
             shaped.rows[i].logits = x.row(rows[i]);
-            shape_row(*shapings[i], shaped.rows[i]);
+            shape_row(*shapings[i], x.vocab, places[i], shaped.rows[i]);
         });
     } catch (...) {
         shaped.restore();

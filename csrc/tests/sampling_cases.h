@@ -130,7 +130,11 @@ void test_shaping(Ops& ops) {
             for (int32_t& id : ids) id = uniform(0, vocab - 1);
             return ids;
         };
-        Shaping s{{uniform(0, vocab - 1)}, {normal()}, some(200), some(50), 1.3, 0.7, 0.1, some(2)};
+        std::vector<uint32_t> allowed((vocab + 31) / 32);
+        for (uint32_t& word : allowed) word = uint32_t(uniform(0, 0xffff)) << 16 | uint32_t(uniform(0, 0xffff));
+        const bool held = uniform(0, 1);
+        Shaping s{{uniform(0, vocab - 1)}, {normal()}, some(200), some(50), 1.3, 0.7, 0.1, some(2),
+                  held ? allowed.data() : nullptr, held ? allowed.size() : 0};
         std::vector<float> expected = logits;
         for (int id = 0; id < vocab; id++) {
             float& logit = expected[size_t(row) * vocab + id];
@@ -139,9 +143,11 @@ void test_shaping(Ops& ops) {
             const int times = int(std::count(s.drawn.begin(), s.drawn.end(), id));
             if (times || std::count(s.seen.begin(), s.seen.end(), id)) value = value > 0 ? value / 1.3 : value * 1.3;
             if (times) value -= 0.7 + 0.1 * times;
-            logit = std::count(s.banned.begin(), s.banned.end(), id) ? -std::numeric_limits<float>::max() : float(value);
+            const bool banned = std::count(s.banned.begin(), s.banned.end(), id) || (held && !(allowed[id / 32] >> (id % 32) & 1));
+            logit = banned ? -std::numeric_limits<float>::max() : float(value);
         }
-        Shaped shaped = ops.shape({logits.data(), rows, vocab}, {row}, {&s});
+        std::vector<float> kept(held ? vocab : 0);
+        Shaped shaped = ops.shape({logits.data(), rows, vocab}, {row}, {&s}, kept.data());
         check(logits == expected, "shaping of one of %d rows of %d", rows, vocab);
         shaped.restore();
         check(logits == before, "shaping left something behind");

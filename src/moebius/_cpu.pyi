@@ -420,6 +420,8 @@ class Shaping:
         presence: float,
         frequency: float,
         banned: Sequence[int],
+        allowed: int = 0,
+        words: int = 0,
     ) -> None: ...
 
 class Shaped:
@@ -455,7 +457,9 @@ class Ops:
         uniforms: Sequence[float],
     ) -> list[int]: ...
     def ranks(self, logits: Logits, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]: ...
-    def shape(self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping]) -> Shaped: ...
+    def shape(
+        self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping], kept: int
+    ) -> Shaped: ...
 
 class PeersLost(Exception):
     """Its arguments: the ranks, and `late`, `gone` (given up), `left` or `out of step`."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.test_router import CHOSEN_LOGITS, ROWS, SOFTMAX, V3
@@ -412,6 +413,11 @@ def test_ranks(ops: CpuOps) -> None:
         assert ops.ranks(logits, rows, tokens) == REF.ranks(logits, rows, tokens) == expected
 
 
+def random_words(rng: random.Random, vocab: int) -> NDArray[np.uint32]:
+    """A set of ids; beyond the vocabulary, which may end within a word, it holds some as well."""
+    return np.array([rng.getrandbits(32) for _ in range(-(-vocab // 32))], dtype=np.uint32)
+
+
 def naive_shaping(logits: Tensor, shaping: Shaping) -> Tensor:
     """One row in numpy's float64 over the whole vocabulary, step by step."""
     x = logits.numpy().astype(np.float64)
@@ -422,6 +428,10 @@ def naive_shaping(logits: Tensor, shaping: Shaping) -> Tensor:
     for token in set(shaping.drawn):
         x[token] -= shaping.presence + shaping.frequency * shaping.drawn.count(token)
     x[list(shaping.banned)] = np.finfo(np.float32).min
+    if shaping.allowed is not None:
+        for token in range(len(x)):
+            if not int(shaping.allowed[token // 32]) >> token % 32 & 1:
+                x[token] = np.finfo(np.float32).min
     return torch.from_numpy(x.astype(np.float32))
 
 
@@ -448,6 +458,7 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None
                 presence=rng.choice((0.0, -1.3, 2.0)),
                 frequency=rng.choice((0.0, 0.1, -0.7)),
                 banned=some(3),
+                allowed=rng.choice((None, random_words(rng, vocab))),
             )
             for _ in rows
         ]

@@ -5,8 +5,8 @@ copied, and none pays for another's.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,6 @@ from torch import Tensor
 LOWEST = torch.finfo(torch.float32).min
 # An id that is looked up takes up to 64 bytes, one of a row that is kept 4: a word of 32 ids.
 _WORD_IDS = 2
-# For each byte of a set of ids, what eight logits are bounded by.
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_BOUNDS = np.where(_BITS == 1, np.float32(np.inf), np.float32(LOWEST))
 # Rows whose vocabulary is widened to float64 at a time.
 ROWS_AT_ONCE = 8
 
@@ -119,33 +116,3 @@ class SamplerOps(ABC):
         read, kept and written, and all of a row in which some alone are allowed. Raises IndexError
         for an id that is not in the vocabulary.
         """
-
-
-@contextmanager
-def only_allowed(
-    logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
-) -> Iterator[None]:
-    """What `shaped` does with the ids that are allowed, on any device, after all else."""
-    kept: list[tuple[int, Tensor]] = []
-    try:
-        for row, shaping in zip(rows, shapings, strict=True):
-            if shaping.allowed is not None:
-                kept.append((row, logits_LV[row].clone()))
-                _ban_others(logits_LV, row, shaping.allowed)
-        yield
-    finally:
-        for row, before_V in kept:
-            _write(logits_LV, row, before_V)
-
-
-@torch.inference_mode()  # a step's logits may be written nowhere else
-def _ban_others(logits_LV: Tensor, row: int, allowed: NDArray[np.uint32]) -> None:
-    """The lesser of each logit and a bound: a choice by a condition takes ten times as long."""
-    bounds = np.take(_BOUNDS, allowed.view(np.uint8), axis=0).reshape(-1)
-    bounds_V = torch.from_numpy(bounds[: logits_LV.shape[-1]]).to(logits_LV.device)
-    torch.minimum(logits_LV[row], bounds_V, out=logits_LV[row])
-
-
-@torch.inference_mode()
-def _write(logits_LV: Tensor, row: int, values_V: Tensor) -> None:
-    logits_LV[row] = values_V

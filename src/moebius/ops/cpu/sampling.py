@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.cpu.base import CpuBase, address
-from moebius.ops.sampling import Shaping, TopK, only_allowed
+from moebius.ops.sampling import Shaping, TopK
 
 
 class SamplingOps(CpuBase):
@@ -49,14 +50,21 @@ class SamplingOps(CpuBase):
     def shaped(
         self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
     ) -> Iterator[None]:
+        kept = self._room_for(logits_LV.shape[1] * sum(s.allowed is not None for s in shapings))
         before = self._native.shape(
-            _logits(logits_LV), rows, [_shaping(shaping) for shaping in shapings]
+            _logits(logits_LV), rows, [_shaping(shaping) for shaping in shapings], address(kept)
         )
         try:
-            with only_allowed(logits_LV, rows, shapings):
-                yield
+            yield
         finally:
             before.restore()
+            self._kept = kept
+
+    def _room_for(self, floats: int) -> Tensor:
+        """Memory that was there before, if it can be: new pages cost more than what is written to
+        them here."""
+        kept, self._kept = self._kept, torch.empty(0)
+        return kept if len(kept) >= floats else torch.empty(floats)
 
 
 def _logits(logits_LV: Tensor) -> _cpu.Logits:
@@ -64,6 +72,16 @@ def _logits(logits_LV: Tensor) -> _cpu.Logits:
 
 
 def _shaping(s: Shaping) -> _cpu.Shaping:
+    """What is allowed is read when rows are shaped, and not afterwards."""
+    if s.allowed is None:
+        allowed, words = 0, 0
+    elif s.allowed.dtype == np.uint32 and s.allowed.flags.c_contiguous:
+        allowed, words = s.allowed.ctypes.data, s.allowed.size
+    else:
+        raise ValueError(
+            f"a set of ids is contiguous words of uint32, not {s.allowed.dtype} "
+            f"with strides {s.allowed.strides}"
+        )
     return _cpu.Shaping(
         biased=list(s.bias),
         bias=list(s.bias.values()),
@@ -73,4 +91,6 @@ def _shaping(s: Shaping) -> _cpu.Shaping:
         presence=s.presence,
         frequency=s.frequency,
         banned=s.banned,
+        allowed=allowed,
+        words=words,
     )
