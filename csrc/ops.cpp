@@ -30,34 +30,42 @@ struct Level {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+[[maybe_unused]] bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
+[[maybe_unused]] bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+[[maybe_unused]] bool has_avx512bf16() {
+    return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 #if defined(MOEBIUS_HAS_AMX)
 bool has_amx() { return has_avx512bf16() && amx_present(); }
 #endif
 bool always() { return true; }
 
-const Level LEVELS[] = {  // worst first
+const Level LEVELS[] = {  // worst first, of those that were compiled
     {"portable", portable::kernels, always},
 #if defined(MOEBIUS_HAS_AMX_EMULATED)
     {"amx_emulated", amx_emulated::kernels, has_avx512bf16},
 #endif
-#if defined(__x86_64__)
+#if defined(MOEBIUS_HAS_AVX2)
     {"avx2", avx2::kernels, has_avx2},
+#endif
+#if defined(MOEBIUS_HAS_AVX512)
     {"avx512", avx512::kernels, has_avx512},
+#endif
+#if defined(MOEBIUS_HAS_AVX512VNNI)
     {"avx512vnni", avx512vnni::kernels, has_avx512vnni},
+#endif
+#if defined(MOEBIUS_HAS_AVX512BF16)
     {"avx512bf16", avx512bf16::kernels, has_avx512bf16},
 #endif
 #if defined(MOEBIUS_HAS_AMX)
     {"amx", amx::kernels, has_amx},
 #endif
-#if defined(__aarch64__)
+#if defined(MOEBIUS_HAS_NEON)
     {"neon", neon::kernels, always},
 #endif
 };

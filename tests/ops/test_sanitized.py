@@ -43,8 +43,21 @@ def sanitized(
     command = [COMPILER, f"-fsanitize={sanitizers}", empty, "-o", empty.with_suffix("")]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip(f"{COMPILER} has no sanitizers {sanitizers}")
-    settings = (f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DMOEBIUS_SANITIZERS={sanitizers}")
+    settings = (
+        f"-DCMAKE_CXX_COMPILER={COMPILER}",
+        f"-DMOEBIUS_SANITIZERS={sanitizers}",
+        # Compiling for the others takes most of an hour, and they could not be run.
+        f"-DMOEBIUS_LEVELS={';'.join(levels())}",
+    )
     return build(f"sanitized-{sanitizers.replace(',', '-')}", *settings, targets=targets)
+
+
+def levels() -> list[str]:
+    """Those that this processor has, with the emulated one where it can be run."""
+    from moebius import _cpu
+
+    found = _cpu.available()
+    return [*found, "amx_emulated"] if "avx512bf16" in found else found
 
 
 @pytest.mark.sanitize
