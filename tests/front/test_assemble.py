@@ -130,7 +130,7 @@ def test_a_stop_string_cuts_all_at_the_token_that_completes_it(tokenizer):
     assembler = SequenceAssembler(tokenizer, SamplingParams(stop=("END",), logprobs=0))
     first = assembler.push(step(ids[:3]))
     scored = (logprob(ids[0], 0), logprob(ids[1], 1))
-    assert first == Delta("xy", tuple(ids[:2]), scored, (0, 1), events=(Content("xy"),))
+    assert first == Delta("xy", tuple(ids[:2]), scored, (0, 1), events=(Content("xy", (0, 1)),))
     second = assembler.push(step(ids[3:8], first=3))  # the engine was faster than the match
     assert (second.text, second.token_ids, second.finish_reason, second.stop_reason) == (
         "",
