@@ -7,6 +7,7 @@ from itertools import chain
 
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import EngineError
+from moebius.front.constraints import named
 from moebius.front.origins import Origins, Place
 from moebius.front.reply_feed import Feed, PlainFeed, ReplyFeed
 from moebius.front.results import CompletionOutput, EndReason
@@ -144,9 +145,8 @@ class SequenceAssembler:
                 return self._delta("".join(texts))
         if step.finish_reason is not None:
             if step.finish_reason not in _END_REASONS:
-                raise step.error or EngineError(
-                    f"the request ended early: {step.finish_reason.value}"
-                )
+                early = EngineError(f"the request ended early: {step.finish_reason.value}")
+                raise named(step.error or early, self._params)
             texts.append(self._read(self._finish(_END_REASONS[step.finish_reason])))
         return self._delta("".join(texts))
 
