@@ -111,7 +111,8 @@ class RequestError(MoebiusError, ValueError, wire_code="request"):
 class ConstraintError(RequestError, wire_code="constraint"):
     """What a request's tokens are held to cannot be followed, or not any further.
 
-    Of a grammar an engine does not know in which field it came, so that its `param` is None.
+    An engine does not know in which field its grammar came, so that its `param` is None; the front
+    names the field (front/constraints.py: named).
     """
 
 

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebius.engine.client import StepOutput, TokenLogprob
-from moebius.errors import DeadlineError, EngineError
+from moebius.errors import ConstraintError, DeadlineError, EngineError, RequestError
 from moebius.front.assemble import Delta, SequenceAssembler
 from moebius.front.results import CompletionOutput, RequestOutput
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams
+from moebius.request.structured import StructuredOutput
 from moebius.text import Tokenizer, text_offsets
 from moebius.text.replies import Content
 from text.tiny_tokenizers import FAMILIES, SPECIALS
@@ -130,7 +131,7 @@ def test_a_stop_string_cuts_all_at_the_token_that_completes_it(tokenizer):
     assembler = SequenceAssembler(tokenizer, SamplingParams(stop=("END",), logprobs=0))
     first = assembler.push(step(ids[:3]))
     scored = (logprob(ids[0], 0), logprob(ids[1], 1))
-    assert first == Delta("xy", tuple(ids[:2]), scored, (0, 1), events=(Content("xy"),))
+    assert first == Delta("xy", tuple(ids[:2]), scored, (0, 1), events=(Content("xy", (0, 1)),))
     second = assembler.push(step(ids[3:8], first=3))  # the engine was faster than the match
     assert (second.text, second.token_ids, second.finish_reason, second.stop_reason) == (
         "",
@@ -353,6 +354,26 @@ def test_errors_of_the_engine_are_raised(tokenizer):
             assembler.push(step([5], finish, error=DeadlineError("too late")))
         with pytest.raises(EngineError, match=finish.value):
             SequenceAssembler(tokenizer, SamplingParams()).push(step([], finish))
+
+
+def test_what_an_engine_cannot_hold_to_names_its_field(tokenizer):
+    """The one that it came in; an error that names another is left as it is."""
+    wanted = StructuredOutput(regex="a", param="guided_regex")
+    for params, error, param in (
+        (SamplingParams(structured=wanted), ConstraintError("no"), "guided_regex"),
+        (
+            SamplingParams(structured=StructuredOutput(regex="a")),
+            ConstraintError("no"),
+            "structured",
+        ),
+        (SamplingParams(bad_words=("a",)), ConstraintError("no"), "bad_words"),
+        (SamplingParams(structured=wanted), ConstraintError("no", param="x"), "x"),
+        (SamplingParams(structured=wanted), RequestError("no"), None),
+        (SamplingParams(), ConstraintError("no"), None),
+    ):
+        with pytest.raises(type(error), match="no") as caught:
+            SequenceAssembler(tokenizer, params).push(step([], FinishReason.ERROR, error=error))
+        assert caught.value.param == param
 
 
 def test_prompt_logprobs_and_cached_tokens_are_kept(tokenizer):

@@ -13,8 +13,11 @@ import pytest
 from pace import allowed
 from server.holding import Holding, longest_turn
 from server.serving import MODEL, Server, engine, events, run
+from server.test_messages import named_events
+from server.test_responses import folded
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 MOST_SECONDS = 0.050
 TRIES = 4
 
@@ -31,6 +34,12 @@ MANY = {
     "logprobs": True,
     "top_logprobs": 20,
     "max_tokens": 400,
+}
+LONG = {
+    "input": "x",
+    "include": ["message.output_text.logprobs"],
+    "top_logprobs": 20,
+    "max_output_tokens": 3000,
 }
 
 
@@ -51,8 +60,10 @@ async def cost(server: Server, path: str, fields: dict[str, Any]) -> tuple[float
         (COMPLETIONS, ECHO),
         (COMPLETIONS, {**ECHO, "stream": True, "prompt_logprobs": None}),
         (CHAT, MANY),
+        (RESPONSES, LONG),
+        (RESPONSES, {**LONG, "stream": True, "max_output_tokens": 6000}),
     ],
-    ids=["echo", "streamed echo", "many choices"],
+    ids=["echo", "streamed echo", "many choices", "response", "streamed response"],
 )
 def test_the_loop_goes_on_while_a_long_answer_is_made(path: str, fields: dict[str, Any]) -> None:
     async def check(server: Server) -> None:
@@ -65,11 +76,18 @@ def test_the_loop_goes_on_while_a_long_answer_is_made(path: str, fields: dict[st
         assert min(worst) <= 1, f"{worst} of what is allowed"
         check_whole(fields, response)
 
-    run(check, engine(step_tokens=10, prompt_chunk=500))
+    run(check, engine(step_tokens=10, prompt_chunk=500, max_model_len=8192))
 
 
 def check_whole(fields: dict[str, Any], response: httpx.Response) -> None:
     """Every prompt or choice is there, with each of its positions."""
+    if "input" in fields:
+        streamed = "stream" in fields
+        body = folded(named_events(response.text)) if streamed else response.json()
+        [entries] = [part["logprobs"] for item in body["output"] for part in item["content"]]
+        most = fields["max_output_tokens"]
+        assert 0.8 * most < len(entries) <= most, "all but special tokens"
+        return
     if fields.get("stream"):
         *chunks, last = events(response.content)
         assert last == "[DONE]"

@@ -63,12 +63,13 @@ def folded(events: list[dict[str, Any]]) -> dict[str, Any]:
     done: list[dict[str, Any]] = []
     item: dict[str, Any] | None = None
     text = ""
+    scores: list[dict[str, Any]] = []
     for event in middle:
         kind = event["type"].removeprefix("response.")
         assert event["output_index"] == len(done)
         if kind == "output_item.added":
             assert item is None
-            item, text = event["item"], ""
+            item, text, scores = event["item"], "", []
             assert not (item.get("content") or item.get("arguments") or item.get("input"))
             continue
         assert item is not None
@@ -82,15 +83,20 @@ def folded(events: list[dict[str, Any]]) -> dict[str, Any]:
         assert event["item_id"] == item["id"]
         if kind == "content_part.added":
             assert event["part"]["text"] == "" and item["content"] == []
+            assert not event["part"].get("logprobs")
         elif kind.endswith(".delta"):
             text += event["delta"]
             assert ("logprobs" in event) == (kind == "output_text.delta")
+            scores += event.get("logprobs", [])
         elif kind == "content_part.done":
             assert event["part"]["text"] == text
+            assert event["part"].get("logprobs", []) == scores
         else:
             assert kind.endswith(".done")
             [written] = [event[name] for name in ("text", "arguments", "input") if name in event]
             assert written == text
+            assert event.get("logprobs", []) == scores
+            assert ("logprobs" in event) == (kind == "output_text.done")
     assert item is None and last["response"]["output"] == done
     return last["response"]
 
@@ -388,8 +394,10 @@ def test_an_answer_that_comes_back_is_what_the_model_wrote() -> None:
         ({"conversation": "conv_1"}, "conversation", "unsupported_parameter"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "unsupported_parameter"),
         ({"background": True}, "background", "unsupported_parameter"),
-        ({"top_logprobs": 2}, "top_logprobs", "unsupported_parameter"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "unsupported_parameter"),
+        ({"top_logprobs": 2}, "top_logprobs", None),
+        ({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "top_logprobs", None),
+        ({"top_logprobs": -1, "include": ["message.output_text.logprobs"]}, "top_logprobs", None),
+        ({"top_logprobs": "2"}, "top_logprobs", None),
         ({"input": []}, "input", None),
         ({"input": None}, "input", None),
         ({"input": 3}, "input", None),

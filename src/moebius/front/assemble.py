@@ -7,12 +7,14 @@ from itertools import chain
 
 from moebius.engine.client import StepOutput, TokenLogprob
 from moebius.errors import EngineError
-from moebius.front.reply_feed import Place, ReplyFeed
+from moebius.front.constraints import named
+from moebius.front.origins import Origins, Place
+from moebius.front.reply_feed import Feed, PlainFeed, ReplyFeed
 from moebius.front.results import CompletionOutput, EndReason
 from moebius.request.finish import FinishReason
 from moebius.request.params import SamplingParams
 from moebius.text import IncrementalDecoder, StopMatcher, Tokenizer
-from moebius.text.replies import CallStart, Content, Event, ReplyParser, fold, merged
+from moebius.text.replies import CallStart, Event, ReplyParser, fold, merged
 
 _END_REASONS: dict[FinishReason, EndReason] = {
     FinishReason.STOP: "stop",
@@ -30,7 +32,8 @@ class Delta:
     text_offsets    where each token's text begins in the choice's whole text, in characters
     finish_reason   set on the last delta of a choice, and on no other
     events          what that makes of a reply to a chat; all of a text that is none is content.
-                    They may come later than their text, and their tokens
+                    They may come later than their text, and their tokens. Where log-probabilities
+                    were asked for, content says which tokens it is made of
     """
 
     text: str = ""
@@ -83,7 +86,8 @@ class SequenceAssembler:
         )
         self._params = params
         self._tokenizer = tokenizer
-        self._reply = None if reply is None else ReplyFeed(reply)
+        origins = None if params.logprobs is None else Origins()
+        self._feed: Feed = PlainFeed(origins) if reply is None else ReplyFeed(reply, origins)
         self._held: deque[_Held] = deque()
         self._decoded = 0
         self._released = 0
@@ -91,6 +95,8 @@ class SequenceAssembler:
         self._deltas: list[Delta] = []
         self.output_ids: list[int] = []
         """Tokens drawn so far; after a stop string none beyond the one that completed it."""
+        self.output_logprobs: list[TokenLogprob] = []
+        """One for each of output_ids, empty where none were asked for."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.num_cached_tokens = 0
         self.num_calls = 0
@@ -107,12 +113,12 @@ class SequenceAssembler:
     @property
     def num_reasoning_tokens(self) -> int:
         """Those of them that are reasoning, for usage."""
-        return 0 if self._reply is None else self._reply.reasoning_tokens
+        return self._feed.reasoning_tokens
 
     @property
     def malformed_calls(self) -> int:
         """Tool calls that did not parse."""
-        return 0 if self._reply is None else self._reply.malformed
+        return self._feed.malformed
 
     @property
     def finished(self) -> bool:
@@ -139,45 +145,42 @@ class SequenceAssembler:
                 return self._delta("".join(texts))
         if step.finish_reason is not None:
             if step.finish_reason not in _END_REASONS:
-                raise step.error or EngineError(
-                    f"the request ended early: {step.finish_reason.value}"
-                )
+                early = EngineError(f"the request ended early: {step.finish_reason.value}")
+                raise named(step.error or early, self._params)
             texts.append(self._read(self._finish(_END_REASONS[step.finish_reason])))
         return self._delta("".join(texts))
 
     def _read(self, text: str) -> str:
         """Make events of text that is released now, and give it back."""
-        reply = self._reply
-        if reply is None:
-            if text:
-                self._events.append(Content(text))
-            return text
-        self._events += reply.feed(text)
-        if reply.done and not self.finished:
+        self._events += self._feed.feed(text)
+        if self._feed.done and not self.finished:
             self.finish_reason = "stop"
         if self.finished:
-            self._events += reply.finish(cut=self.finish_reason == "length")
+            self._events += self._feed.finish(cut=self.finish_reason == "length")
         return text
 
     def _take(self, token_id: int, logprob: TokenLogprob | None, ender: bool) -> str:
         """One more token; the text that it releases."""
+        index = len(self.output_ids)
         self.output_ids.append(token_id)
+        if logprob is not None:
+            self.output_logprobs.append(logprob)
         special = token_id in self._tokenizer.special_ids
-        symbol = "" if self._reply is None else self._reply.symbols.get(token_id, "")
+        symbol = self._feed.symbols.get(token_id, "")
         text = ""
         if symbol:
             # A character that is unfinished before a control token stays so.
             text = self._decoder.flush()
             self._decoded += len(text)
             self._settle(text)
-        place = Place(self._decoded, symbol=symbol)
+        place = Place(index, self._decoded, symbol=symbol)
         self._held.append(_Held(token_id, logprob, place))
         asked = ender and token_id in self._params.stop_token_ids
         if ender:
             self.stop_reason = token_id if asked else None
         silent = ender and not (asked and self._params.include_stop_str_in_output)
-        if self._reply is not None and (symbol or not silent):
-            self._reply.expect(place)
+        if symbol or not silent:
+            self._feed.expect(place)
         if silent:
             place.end = self._decoded
             return self._match(text) + (self._match_special(token_id) if special else "")
@@ -190,15 +193,15 @@ class SequenceAssembler:
         return released
 
     def _settle(self, text: str, newest: Place | None = None) -> None:
-        """Set the end of each token whose bytes have become characters: any text settles all bytes
-        held before it."""
+        """Set the end of each token whose bytes have become characters: of any text the first
+        character is of all bytes held before it."""
         for held in reversed(self._held):
             if held.place is newest:
                 held.place.end = None if self._decoder.num_pending else self._decoded
             elif held.place.end is not None or not text:
                 break
             else:
-                held.place.end = self._decoded
+                held.place.end = self._decoded - len(text) + 1
 
     def _match(self, text: str) -> str:
         if self.num_tokens < self._params.min_tokens:

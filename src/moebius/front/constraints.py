@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from moebius.errors import RequestError
+from moebius.errors import ConstraintError, MoebiusError, RequestError
 from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.params import SamplingParams
 from moebius.request.structured import StructuredOutput
@@ -98,6 +98,20 @@ def constraint_of(
     if grammar is None and not words and budget is None:
         return None
     return Constraint(grammar, tuple(words), budget)
+
+
+def named(error: MoebiusError, params: SamplingParams) -> MoebiusError:
+    """An engine's error, about what these parameters hold a request's tokens to: it names the field
+    in which that came, which the engine does not know."""
+    if not isinstance(error, ConstraintError) or error.param is not None:
+        return error
+    if params.structured is not None:
+        param = params.structured.param
+    elif params.bad_words:
+        param = "bad_words"
+    else:
+        return error
+    return ConstraintError(f"{param}: {error}", param=param, code=error.code)
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> Iterator[TokenIds]:

@@ -61,6 +61,8 @@ class Answer(Response):
     stream_headers: ClassVar = _STREAM_HEADERS
     keep_alive: ClassVar = _KEEP_ALIVE
     done: ClassVar = _DONE
+    repeats: ClassVar = False
+    """Whether a stream's end tells all of the answer once more."""
 
     def __init__(self, call: Call, formatter: Formatter, stream: bool) -> None:
         self.call = call
@@ -135,7 +137,9 @@ class Answer(Response):
                     await self._send(send, data or self.keep_alive)
                     heard = loop.time()
                 news = await self.call.next()
-            data += self._framed(self.formatter.closing()) + self.done
+            weight = self.call.received_bytes if self.repeats else 0
+            data += await self._made(lambda: self._framed(self.formatter.closing()), weight)
+            data += self.done
         except (ClientGone, asyncio.CancelledError):
             raise
         except Exception as error:

@@ -295,6 +295,7 @@ class Api:
             call = self._open(request, asked)
         except RequestError as error:
             raise asked.as_written(error) from error
+        call.as_written = asked.as_written
         return call, asked.model or self.settings.served_model_names[0]
 
     def _open(self, request: Request, asked: CompletionRequest | ChatRequest) -> Call:

@@ -23,9 +23,11 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """More of the block that is open: text, or of a call's arguments."""
+    """More of the block that is open: text, or of a call's arguments. tokens: as Content has
+    them."""
 
     text: str
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,9 @@ class Blocks:
                 case Reasoning(text):
                     yield from self._run("reasoning")
                     yield Piece(text)
-                case Content(text):
+                case Content(text, tokens):
                     yield from self._run("content")
-                    yield Piece(text)
+                    yield Piece(text, tokens)
                 case CallStart():
                     yield from self.close()
                     yield self._begin("call", event)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from moebius.engine.client import TokenLogprob
 from moebius.front.assemble import Delta
-from moebius.server.formats import FLOOR, Format, Json, encoded_list
+from moebius.server.formats import Format, Json, encoded_list, scored
 from moebius.server.protocol import ChatRequest
 from moebius.server.stream import LiveChoice
 from moebius.text.replies import CallArguments, CallStart, Content, Event, Reasoning, Said, fold
@@ -141,23 +141,8 @@ class ChatFormat(Format):
         them."""
         if self._top is None:
             return None
-
-        def one(token_id: int, logprob: float) -> Json:
-            raw = self._tokenizer.token_bytes(token_id)
-            return {
-                "token": f"token_id:{token_id}" if self._by_id else raw.decode("utf-8", "replace"),
-                "logprob": max(logprob, FLOOR),
-                "bytes": list(raw),
-            }
-
-        content = encoded_list(
-            {
-                **one(entry.token_id, entry.logprob),
-                "top_logprobs": [one(*pair) for pair in entry.top[: self._top]],
-            }
-            for entry in entries
-        )
-        return {"content": content, "refusal": None}
+        found = scored(entries, self._tokenizer, self._top, by_id=self._by_id)
+        return {"content": encoded_list(found), "refusal": None}
 
 
 def _details(reasoning_tokens: Iterable[int]) -> Json:

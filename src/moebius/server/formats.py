@@ -44,6 +44,25 @@ def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
+def scored(
+    entries: Iterable[TokenLogprob], tokenizer: Tokenizer, top: int, *, by_id: bool = False
+) -> Iterator[Json]:
+    """Tokens as OpenAI's chats and responses have them: text, bytes, log-probability, and the same
+    of the `top` most likely ones. by_id: the text is token_id:5 of token 5."""
+
+    def one(token_id: int, logprob: float) -> Json:
+        raw = tokenizer.token_bytes(token_id)
+        return {
+            "token": f"token_id:{token_id}" if by_id else raw.decode("utf-8", "replace"),
+            "logprob": max(logprob, FLOOR),
+            "bytes": list(raw),
+        }
+
+    for entry in entries:
+        likely = [one(*pair) for pair in entry.top[:top]]
+        yield {**one(entry.token_id, entry.logprob), "top_logprobs": likely}
+
+
 def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
     return {
         "prompt_tokens": prompt_tokens,

@@ -22,7 +22,9 @@ class Responses:
     def answer(self, request: Request, asked: ResponsesChat) -> Response:
         """POST /v1/responses."""
         call, model = self._begin(request, asked)
-        return ResponsesAnswer(call, ResponsesFormat(call, asked, model), asked.stream)
+        return ResponsesAnswer(
+            call, ResponsesFormat(call, asked, self._tokenizer, model), asked.stream
+        )
 
     def count(self, request: Request, asked: ResponsesChat, *, context: int) -> Response:
         """POST /v1/responses/input_tokens."""

@@ -18,6 +18,8 @@ Ignore = Callable[[Sequence[str]], None]
 
 SEALED = "reasoning.encrypted_content"
 """What a client that keeps no text of reasoning asks to be included."""
+LOGPROBS = "message.output_text.logprobs"
+"""What a client asks to be included that wants its text's log-probabilities."""
 
 # What a field of a chat is called here.
 _NAMES = {
@@ -75,6 +77,8 @@ class ResponsesBody(Body):
             "tool_choice": choice_in_chat(self.tool_choice, tools),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": self.reasoning.get("effort"),
+            "logprobs": LOGPROBS in self.include,
+            "top_logprobs": self.top_logprobs,
         }
         wanted = self.text.get("format")
         if wanted is not None:
@@ -88,12 +92,11 @@ class ResponsesBody(Body):
                 param="background",
                 code="unsupported_parameter",
             )
-        if self.top_logprobs or "message.output_text.logprobs" in self.include:
-            name = "top_logprobs" if self.top_logprobs else "include"
+        if self.top_logprobs and LOGPROBS not in self.include:
             raise RequestError(
-                f"{name}: log-probabilities are not supported here; /v1/chat/completions has them",
-                param=name,
-                code="unsupported_parameter",
+                f'top_logprobs needs include: ["{LOGPROBS}"]; without it no token\'s '
+                "log-probability is told",
+                param="top_logprobs",
             )
 
 

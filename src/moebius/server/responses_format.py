@@ -9,6 +9,7 @@ import msgspec
 from moebius.server.answer import NamedEvents
 from moebius.server.blocks import Begin, Blocks, End, Piece, Step
 from moebius.server.faults import Fault
+from moebius.server.formats import scored
 from moebius.server.responses_bodies import SEALED, ResponsesChat
 from moebius.server.responses_items import (
     CallItem,
@@ -19,6 +20,7 @@ from moebius.server.responses_items import (
     TextItem,
 )
 from moebius.server.stream import Call, News
+from moebius.text import Tokenizer
 
 Json = dict[str, Any]
 
@@ -33,11 +35,14 @@ _ERROR_CODES = {
 class ResponsesFormat:
     """One response: its stream, or the whole of it; both are made of the same steps."""
 
-    def __init__(self, call: Call, request: ResponsesChat, model: str) -> None:
+    def __init__(
+        self, call: Call, request: ResponsesChat, tokenizer: Tokenizer, model: str
+    ) -> None:
         self._hex = call.id.rpartition("-")[2]
         self.id = f"resp_{self._hex}"
         self._call = call
         self._request = request
+        self._tokenizer = tokenizer
         self._model = model
         self._created = int(time.time())
         self._blocks = Blocks()
@@ -92,12 +97,20 @@ class ResponsesFormat:
                     item = self._items[-1]
                     yield self._of_item("output_item.added", dict(item.shown))
                     yield from self._inside(item.opened())
-                case Piece(text):
-                    yield from self._inside(self._items[-1].more(text))
+                case Piece(text, tokens):
+                    yield from self._inside(self._items[-1].more(text, self._scores(tokens)))
                 case End():
                     item = self._items[-1]
                     yield from self._inside(item.closed(cut=cut))
                     yield self._of_item("output_item.done", item.shown)
+
+    def _scores(self, tokens: Iterable[int]) -> list[msgspec.Raw]:
+        """The log-probabilities of these, where they were asked for: as JSON, which takes less
+        memory until the end than what it is made of."""
+        known = self._call.choices[0].assembler.output_logprobs
+        top = self._call.params.logprobs or 0
+        entries = scored((known[token] for token in tokens), self._tokenizer, top)
+        return [msgspec.Raw(msgspec.json.encode(entry)) for entry in entries]
 
     def _item(self, begin: Begin) -> Item:
         id = f"{self._hex}{len(self._items):04d}"
@@ -160,7 +173,7 @@ class ResponsesFormat:
             "text": {"format": {"type": "text"}, **sent.text},
             "tool_choice": sent.tool_choice,
             "tools": self._request.toolbox.kept,
-            "top_logprobs": 0,
+            "top_logprobs": sent.top_logprobs,
             "top_p": params.top_p,
             "truncation": sent.truncation,
             "usage": None,
@@ -181,6 +194,8 @@ class ResponsesFormat:
 
 class ResponsesAnswer(NamedEvents):
     """One response to a client."""
+
+    repeats = True
 
     def __init__(self, call: Call, formatter: ResponsesFormat, stream: bool) -> None:
         super().__init__(call, formatter, stream)

@@ -2,9 +2,12 @@
 the end."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import msgspec
+
+from moebius.server.formats import encoded_list
 from moebius.server.input_text import TextReader
 from moebius.server.responses_input import sealed
 from moebius.server.responses_tools import KnownTool
@@ -24,7 +27,8 @@ class Item:
         """Behind the item's own beginning."""
         yield from ()
 
-    def more(self, piece: str) -> Events:
+    def more(self, piece: str, scores: Sequence[msgspec.Raw]) -> Events:
+        """scores: the log-probabilities of the tokens that begin in this piece of a text."""
         raise NotImplementedError
 
     def closed(self, *, cut: bool) -> Events:
@@ -46,26 +50,30 @@ class TextItem(Item):
             "content": [],
         }
         self._pieces: list[str] = []
+        self._scores: list[msgspec.Raw] = []
 
-    def _part(self, text: str) -> Json:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _part(self, text: str, beside: Json) -> Json:
+        return {"type": "output_text", "text": text, "annotations": [], **beside}
 
-    def _beside(self) -> Json:
-        return {"logprobs": []}
+    def _beside(self, scores: Sequence[msgspec.Raw]) -> Json:
+        return {"logprobs": encoded_list(scores)}
 
     def opened(self) -> Events:
-        yield "content_part.added", {"content_index": 0, "part": self._part("")}
+        part = self._part("", self._beside(()))
+        yield "content_part.added", {"content_index": 0, "part": part}
 
-    def more(self, piece: str) -> Events:
+    def more(self, piece: str, scores: Sequence[msgspec.Raw]) -> Events:
         self._pieces.append(piece)
-        yield f"{self.events}.delta", {"content_index": 0, "delta": piece, **self._beside()}
+        self._scores += scores
+        yield f"{self.events}.delta", {"content_index": 0, "delta": piece, **self._beside(scores)}
 
     def closed(self, *, cut: bool) -> Events:
         text = "".join(self._pieces)
-        part = self._part(text)
+        beside = self._beside(self._scores)
+        part = self._part(text, beside)
         status = "incomplete" if cut else "completed"
         self.shown = {**self.shown, "status": status, "content": [part]}
-        yield f"{self.events}.done", {"content_index": 0, "text": text, **self._beside()}
+        yield f"{self.events}.done", {"content_index": 0, "text": text, **beside}
         yield "content_part.done", {"content_index": 0, "part": part}
 
 
@@ -86,10 +94,10 @@ class ReasoningItem(TextItem):
             "content": [],
         }
 
-    def _part(self, text: str) -> Json:
+    def _part(self, text: str, beside: Json) -> Json:
         return {"type": "reasoning_text", "text": text}
 
-    def _beside(self) -> Json:
+    def _beside(self, scores: Sequence[msgspec.Raw]) -> Json:
         return {}
 
     def closed(self, *, cut: bool) -> Events:
@@ -113,7 +121,7 @@ class CallItem(Item):
         }
         self._pieces: list[str] = []
 
-    def more(self, piece: str) -> Events:
+    def more(self, piece: str, scores: Sequence[msgspec.Raw]) -> Events:
         self._pieces.append(piece)
         yield "function_call_arguments.delta", {"delta": piece}
 
@@ -140,7 +148,7 @@ class CustomCallItem(Item):
         self._reader = TextReader()
         self._pieces: list[str] = []
 
-    def more(self, piece: str) -> Events:
+    def more(self, piece: str, scores: Sequence[msgspec.Raw]) -> Events:
         yield from self._told(self._reader.push(piece))
 
     def closed(self, *, cut: bool) -> Events:

@@ -12,7 +12,13 @@ from typing import Self
 
 from moebius.engine.client import EngineClient, StepOutput
 from moebius.engine.faults import failure
-from moebius.errors import DeadlineError, EngineError, MoebiusError, OverloadError
+from moebius.errors import (
+    DeadlineError,
+    EngineError,
+    MoebiusError,
+    OverloadError,
+    RequestError,
+)
 from moebius.front.assemble import Delta, SequenceAssembler
 from moebius.front.choices import ChoiceOpener
 from moebius.request.engine_request import EngineRequest
@@ -88,6 +94,8 @@ class Call:
         """About how many bytes of JSON all that `next` has given so far becomes."""
         self.fault: Fault | None = None
         self.on_cut: Callable[[], None] = lambda: None
+        self.as_written: Callable[[RequestError], RequestError] = lambda error: error
+        """An error in the words of the protocol that the client speaks."""
         self._door = door
         self._caller = caller
         self._queued: dict[str, int] = {}
@@ -265,7 +273,10 @@ class Call:
 
     def _take(self, choice: LiveChoice, output: StepOutput) -> Delta:
         choice.times.computed(output)
-        delta = choice.assembler.push(output)
+        try:
+            delta = choice.assembler.push(output)
+        except RequestError as error:
+            raise self.as_written(error) from error
         if choice.assembler.wants_abort:
             self._door.client.abort(choice.request.id)
         if delta.finish_reason is not None:

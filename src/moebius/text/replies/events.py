@@ -13,9 +13,14 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A piece of the answer."""
+    """A piece of the answer.
+
+    tokens   which of the reply's tokens it is made of, counted from 0, where whoever has read them
+             tells: each of them with the first of its characters that is content
+    """
 
     text: str
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,8 @@ def merged(events: Iterable[Event]) -> list[Event]:
         match last, event:
             case (Reasoning(before), Reasoning(text)):
                 found[-1] = Reasoning(before + text)
-            case (Content(before), Content(text)):
-                found[-1] = Content(before + text)
+            case (Content(before, tokens), Content(text, more)):
+                found[-1] = Content(before + text, tokens + more)
             case (CallArguments(index, before), CallArguments(same, text)) if index == same:
                 found[-1] = CallArguments(index, before + text)
             case _:

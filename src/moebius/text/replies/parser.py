@@ -60,6 +60,9 @@ class ReplyParser:
     symbols     the symbol of each control token's id: whoever feeds the parser writes them in the
                 tokens' places
     thinks      whether what comes now is reasoning
+    pushed      how many characters were pushed, symbols among them
+    tokens_of   which tokens the characters from one place up to another are of, by these counts;
+                whoever pushes them may say so
     malformed   calls that did not parse
     done        the reply may end here: it has made the one call that was allowed
     """
@@ -80,6 +83,8 @@ class ReplyParser:
         self.thinks = thinks
         self.malformed = 0
         self.done = False
+        self.pushed = 0
+        self.tokens_of: Callable[[int, int], tuple[int, ...]] = lambda start, end: ()
         self._markers = markers
         self._call_id = call_id
         self._events: list[Event] = []
@@ -88,6 +93,7 @@ class ReplyParser:
         self._said = False
         # Of the run of content or reasoning at hand: white space that waits for what follows.
         self._waiting = ""
+        self._waits_from = 0
         self._fresh = False
         self._blank = True
         self._reading = talk(self)
@@ -95,6 +101,7 @@ class ReplyParser:
 
     def push(self, text: str) -> list[Event]:
         """What the next piece of text, or a symbol, settles."""
+        self.pushed += len(text)
         self.source.text += text
         self._advance()
         return self._out()
@@ -107,7 +114,7 @@ class ReplyParser:
         if cut:
             self.malformed = before  # it might have become a call
         if not self._said and self._waiting and not self.thinks:
-            self._events.append(Content(self._waiting))
+            self._tell(self._waiting, self._waits_from)
         return self._out()
 
     def _advance(self) -> None:
@@ -130,16 +137,24 @@ class ReplyParser:
         (self.reason if self.thinks else self.content)(text)
 
     def content(self, text: str) -> None:
-        """White space alone is nothing; line breaks behind a marker are the format's."""
+        """What was read last. White space alone is nothing; line breaks behind a marker are the
+        format's."""
+        end = self.pushed - len(self.source.text)
         if self._blank:
             self._waiting += text
+            self._waits_from = end - len(self._waiting)
             if not self._waiting.strip():
                 return
             text = self._waiting.lstrip("\r\n") if self._fresh else self._waiting
             self._blank = False
             self._waiting = ""
         self._said = True
-        self._events.append(Content(self._markers.spell(text)))
+        self._tell(text, end - len(text))
+
+    def _tell(self, text: str, start: int) -> None:
+        """Content that was read from this character on."""
+        tokens = self.tokens_of(start, start + len(text))
+        self._events.append(Content(self._markers.spell(text), tokens))
 
     def reason(self, text: str) -> None:
         """Line breaks at either end are the format's."""
