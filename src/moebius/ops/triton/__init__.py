@@ -5,17 +5,18 @@ No card has proven them yet: until one has, `select_ops` takes plain PyTorch on 
 
 from moebius.ops.capability import Capability, Use
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.triton import pointwise, sampling
+from moebius.ops.triton import pointwise, recurrent, sampling
 from moebius.ops.triton.pointwise import PointwiseOps
+from moebius.ops.triton.recurrent import RecurrentOps
 from moebius.ops.triton.sampling import SamplingOps
 
 __all__ = ["TritonOps"]
 
 # What has kernels of ours.
-OWN = pointwise.OPERATIONS | sampling.OPERATIONS
+OWN = pointwise.OPERATIONS | recurrent.OPERATIONS | sampling.OPERATIONS
 
 
-class TritonOps(PointwiseOps, SamplingOps, ReferenceOps):
+class TritonOps(PointwiseOps, RecurrentOps, SamplingOps, ReferenceOps):
     """Our kernels where there are some.
 
     They are made so that a row's bits depend on the row alone, but that is declared only once a
