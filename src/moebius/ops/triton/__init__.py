@@ -5,7 +5,8 @@ No card has proven them yet: until one has, `select_ops` takes plain PyTorch on 
 
 from moebius.ops.capability import Capability, Use
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.triton import pointwise, recurrent, sampling
+from moebius.ops.triton import latent, pointwise, recurrent, sampling
+from moebius.ops.triton.latent import LatentOps
 from moebius.ops.triton.pointwise import PointwiseOps
 from moebius.ops.triton.recurrent import RecurrentOps
 from moebius.ops.triton.sampling import SamplingOps
@@ -13,10 +14,10 @@ from moebius.ops.triton.sampling import SamplingOps
 __all__ = ["TritonOps"]
 
 # What has kernels of ours.
-OWN = pointwise.OPERATIONS | recurrent.OPERATIONS | sampling.OPERATIONS
+OWN = latent.OPERATIONS | pointwise.OPERATIONS | recurrent.OPERATIONS | sampling.OPERATIONS
 
 
-class TritonOps(PointwiseOps, RecurrentOps, SamplingOps, ReferenceOps):
+class TritonOps(LatentOps, PointwiseOps, RecurrentOps, SamplingOps, ReferenceOps):
     """Our kernels where there are some.
 
     They are made so that a row's bits depend on the row alone, but that is declared only once a

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from moebius.ops.triton.kernels.rows import norm_and_store, turn
 from moebius.ops.triton.language import narrow, rounded, tanh
 
 
@@ -18,7 +19,7 @@ def rms_norm(
     inside = at < size
     value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     into = out + row * out_stride
-    _norm_and_store(value, weight, into, size, eps, WEIGHT_WIDE, LESS_MEAN, BLOCK)
+    norm_and_store(value, weight, into, size, eps, WEIGHT_WIDE, LESS_MEAN, BLOCK)
 
 
 @triton.jit
@@ -38,25 +39,7 @@ def add_rms_norm(
     if SCALED:
         value = rounded(value * tl.load(scale), x)
     tl.store(stream + row * size + at, narrow(value, stream.dtype.element_ty), mask=inside)
-    _norm_and_store(value, weight, out + row * size, size, eps, WEIGHT_WIDE, LESS_MEAN, BLOCK)
-
-
-@triton.jit
-def _norm_and_store(
-    value, weight, out, size, eps, WEIGHT_WIDE: tl.constexpr, LESS_MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = tl.arange(0, BLOCK)
-    inside = at < size
-    if LESS_MEAN:
-        value = tl.where(inside, value - tl.sum(value, 0) / size, 0.0)
-    value = value * (1.0 / tl.sqrt(tl.sum(value * value, 0) / size + eps))
-    factor = tl.load(weight + at, mask=inside, other=0.0)
-    if WEIGHT_WIDE:
-        value = value * factor
-    else:
-        value = rounded(value, out) * rounded(factor.to(tl.float32), out)
-    tl.store(out + at, narrow(value, out.dtype.element_ty), mask=inside)
+    norm_and_store(value, weight, out + row * size, size, eps, WEIGHT_WIDE, LESS_MEAN, BLOCK)
 
 
 @triton.jit
@@ -113,24 +96,7 @@ def rotary(
     there = head < heads
     x += row * row_stride + head * head_stride
     out += (row * heads + head) * size
-    pair = tl.arange(0, HALF)[None, :]
-    of_pair = pair < half
-    c = tl.load(cos + row * half + pair, mask=of_pair, other=0.0)
-    s = tl.load(sin + row * half + pair, mask=of_pair, other=0.0)
-    if INTERLEAVED:
-        # Both of a pair in one load of neighbours, and apart only then.
-        at = tl.arange(0, 2 * HALF)[None, :]
-        inside = there & (at < 2 * half)
-        both = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(both, (HEADS, HALF, 2)))
-        turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), (HEADS, 2 * HALF))
-        tl.store(out + at, narrow(turned, out.dtype.element_ty), mask=inside)
-    else:
-        inside = there & of_pair
-        a = tl.load(x + pair, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(x + half + pair, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + pair, narrow(a * c - b * s, out.dtype.element_ty), mask=inside)
-        tl.store(out + half + pair, narrow(b * c + a * s, out.dtype.element_ty), mask=inside)
+    turn(x, out, there, cos, sin, row, half, INTERLEAVED, HEADS, HALF)
     if REST > 0:
         at = 2 * half + tl.arange(0, REST)[None, :]
         inside = there & (at < size)
