@@ -49,14 +49,7 @@ class ReferenceStatePlan(StatePlan):
         """Each sequence's state (B, *row) before the step."""
         if self.slots is None:
             return torch.zeros((len(self.starts), *row), dtype=dtype, device=self.starts.device)
-        if state is None:
-            raise ValueError("the step's states are kept, and none are given")
-        if state.shape[1:] != tuple(row) or state.dtype != dtype:
-            raise ValueError(
-                f"states are {tuple(state.shape[1:])} in {state.dtype}; they must be {tuple(row)} "
-                f"in {dtype}"
-            )
-        return state[self.slots]
+        return require_state(state, row, dtype)[self.slots]
 
     def keep(self, state: Tensor | None, after: Tensor) -> None:
         """What the states are after the step."""
@@ -285,6 +278,18 @@ class RecurrentOps(Ops):
         column_HN = column_H.unsqueeze(1) + torch.arange(width, device=x_THN.device)
         gates_THN = gates_TI[:, column_HN.flatten()].view(rows, heads, width)
         return x_THN * GATES[at.function](gates_THN.float()).to(x_THN.dtype)
+
+
+def require_state(state: Tensor | None, row: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What a layer keeps, which must be (S, *row) of that dtype. Raises ValueError."""
+    if state is None:
+        raise ValueError("the step's states are kept, and none are given")
+    if state.shape[1:] != tuple(row) or state.dtype != dtype:
+        raise ValueError(
+            f"states are {tuple(state.shape[1:])} in {state.dtype}; they must be {tuple(row)} "
+            f"in {dtype}"
+        )
+    return state
 
 
 def require_states(step: StepInputs) -> None:

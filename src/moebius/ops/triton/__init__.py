@@ -1,0 +1,34 @@
+"""Operations by kernels in Triton, for CUDA devices; what they lack, plain PyTorch computes there.
+
+No card has proven them yet: until one has, `select_ops` takes plain PyTorch on CUDA devices.
+"""
+
+from moebius.ops.capability import Capability, Use
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.triton import latent, pointwise, recurrent, sampling
+from moebius.ops.triton.latent import LatentOps
+from moebius.ops.triton.pointwise import PointwiseOps
+from moebius.ops.triton.recurrent import RecurrentOps
+from moebius.ops.triton.sampling import SamplingOps
+
+__all__ = ["TritonOps"]
+
+# What has kernels of ours.
+OWN = latent.OPERATIONS | pointwise.OPERATIONS | recurrent.OPERATIONS | sampling.OPERATIONS
+
+
+class TritonOps(LatentOps, PointwiseOps, RecurrentOps, SamplingOps, ReferenceOps):
+    """Our kernels where there are some.
+
+    They are made so that a row's bits depend on the row alone, but that is declared only once a
+    card has shown it: the interpreter can't.
+    """
+
+    name = "triton"
+
+    def capability(self, use: Use) -> Capability | None:
+        known = super().capability(use)
+        if known is None:
+            return None
+        by = self.name if use.operation in OWN else ReferenceOps.name
+        return Capability(by, batch_invariant=False, recorded=False)

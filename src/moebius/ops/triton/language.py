@@ -1,0 +1,63 @@
+"""What all of our kernels in Triton say in the same words, and where they run.
+
+Triton runs a kernel on a GPU, or, where TRITON_INTERPRET=1 was set before this module was imported,
+step by step on the CPU: that proves its values, not its bits and not its speed.
+
+Rules of these kernels, by which a row's bits depend on the row alone (promise P1):
+    - a tile's sizes are constants of the kernel or of the chip, never of the number of rows;
+    - a sum goes over a dimension in one order, in one program, or is split at fixed places;
+    - no atomics on floats, and no tuning at run time that could choose another order.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_WIDE = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, products exact and sums in float32.
+
+    The interpreter keeps bfloat16 as its bits and would multiply those: it gets float32 instead,
+    which holds the same numbers.
+    """
+    if _WIDE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Float32 x in `dtype`, rounded to nearest, ties to even: what is stored goes through here.
+
+    The interpreter would cut a bfloat16 off instead.
+    """
+    if _WIDE and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        cut = (even & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, cut, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def rounded(x, like):
+    """x rounded to the dtype of what the pointer `like` points to, and widened again."""
+    return narrow(x, like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent of float32, to some units in the last place, near 0 too."""
+    size = tl.abs(x)
+    square = x * x
+    # Lambert's continued fraction, cut where it is still exact to 2^-24 up to 1.
+    near = size * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
+    far = 1 - 2 / (tl.exp(2 * size) + 1)
+    value = tl.where(size < 1, near, far)
+    return tl.where(x < 0, -value, value)

@@ -1,0 +1,198 @@
+"""Recurrent layers by Triton kernels: the gated delta rule, and what stands around it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from moebius.ops.capability import Operation
+from moebius.ops.config import DeltaSizes, GateFunction
+from moebius.ops.prepared import StatePlan, own
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.reference.recurrent import ReferenceStatePlan, require_state
+from moebius.ops.steps import Step
+from moebius.ops.triton.kernels import recurrent as kernels
+
+OPERATIONS = frozenset({Operation.CAUSAL_CONV, Operation.GATED_DELTA, Operation.GATED_NORM})
+# Columns of one program: of a convolution, and of a state, which has to fit in registers.
+_COLUMNS = 256
+_STATE_COLUMNS = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TritonStatePlan(ReferenceStatePlan):
+    """stops   behind the last row of each sequence (B,)"""
+
+    stops: Tensor
+
+    @classmethod
+    def of(cls, plan: StatePlan) -> "TritonStatePlan":
+        known = own(plan, ReferenceStatePlan)
+        rows_B = torch.bincount(known.sequence, minlength=len(known.starts))
+        return cls(
+            known.starts,
+            known.slots,
+            known.order,
+            known.counts,
+            known.sequence,
+            known.starts + rows_B,
+        )
+
+    def kept(self, state: Tensor | None, row: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """What kernels read and write in place; None where nothing is kept."""
+        if self.slots is None:
+            return None
+        state = require_state(state, row, dtype)
+        if not state[:1].is_contiguous():
+            raise ValueError(f"a state's own numbers lie {state.stride()[1:]} apart, not in order")
+        return state
+
+
+class RecurrentOps(ReferenceOps):
+    def plan_states(self, step: Step) -> StatePlan:
+        return TritonStatePlan.of(super().plan_states(step))
+
+    def plan_documents(
+        self, starts: Sequence[int], device: torch.device | str = "cpu"
+    ) -> StatePlan:
+        return TritonStatePlan.of(super().plan_documents(starts, device))
+
+    def causal_conv(
+        self,
+        x_TI: Tensor,
+        start: int,
+        weight_CJ: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        bias_C: Tensor | None = None,
+        *,
+        silu: bool = True,
+    ) -> Tensor:
+        planned = own(plan, TritonStatePlan)
+        columns, taps = weight_CJ.shape
+        kept = planned.kept(state, (taps - 1, columns), x_TI.dtype)
+        x_TC = _columns(x_TI, start, columns)
+        out = x_TI.new_empty((len(x_TI), columns))
+        if not len(out):
+            return out
+        parts = triton.cdiv(columns, _COLUMNS)
+        given = x_TC if kept is None else kept
+        slots = planned.starts if planned.slots is None else planned.slots
+        kernels.causal_conv[(len(out), parts)](
+            x_TC,
+            x_TC.stride(0),
+            weight_CJ,
+            weight_CJ if bias_C is None else bias_C,
+            given,
+            given.stride(0),
+            planned.sequence,
+            planned.starts,
+            slots,
+            out,
+            columns,
+            KEPT=kept is not None,
+            BIASED=bias_C is not None,
+            SILU=silu,
+            TAPS=taps,
+            BLOCK=_COLUMNS,
+        )
+        if kept is not None and taps > 1:
+            kernels.keep_inputs[(len(planned.starts), parts)](
+                x_TC,
+                x_TC.stride(0),
+                kept,
+                kept.stride(0),
+                planned.starts,
+                planned.stops,
+                slots,
+                columns,
+                TAPS=taps,
+                BLOCK=_COLUMNS,
+            )
+        return out
+
+    def gated_delta(
+        self,
+        qkv_TC: Tensor,
+        gates_TI: Tensor,
+        start: int,
+        decay_H: Tensor,
+        dt_bias_H: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: DeltaSizes,
+    ) -> Tensor:
+        planned = own(plan, TritonStatePlan)
+        heads = sizes.value_heads
+        row = (heads, sizes.key_dim, sizes.value_dim)
+        kept = planned.kept(state, row, torch.float32)
+        gates_TG = _columns(gates_TI, start, 2 * heads)
+        out = qkv_TC.new_empty((len(qkv_TC), sizes.out_size))
+        given = decay_H if kept is None else kept
+        if len(out):
+            parts = triton.cdiv(sizes.value_dim, _STATE_COLUMNS)
+            kernels.gated_delta[(len(planned.starts), heads, parts)](
+                qkv_TC,
+                qkv_TC.stride(0),
+                gates_TG,
+                gates_TG.stride(0),
+                decay_H,
+                dt_bias_H,
+                given,
+                given.stride(0),
+                planned.starts,
+                planned.stops,
+                planned.starts if planned.slots is None else planned.slots,
+                out,
+                sizes.key_heads,
+                heads,
+                sizes.key_dim,
+                sizes.value_dim,
+                sizes.key_dim**-0.5,
+                KEPT=kept is not None,
+                TILED=sizes.tiled,
+                K=triton.next_power_of_2(sizes.key_dim),
+                V=_STATE_COLUMNS,
+            )
+        return out
+
+    def gated_norm(
+        self,
+        x_TI: Tensor,
+        gate_TI: Tensor,
+        start: int,
+        weight_N: Tensor,
+        eps: float,
+        gate: GateFunction = "silu",
+    ) -> Tensor:
+        rows, width = x_TI.shape
+        size = len(weight_N)
+        heads, rest = divmod(width, size)
+        if rest:
+            raise ValueError(f"{width} columns are no heads of {size}, as the weight has")
+        gates = _columns(gate_TI, start, width)
+        out = torch.empty_like(x_TI)
+        if rows:
+            kernels.gated_norm[(rows, heads)](
+                x_TI,
+                gates,
+                gates.stride(0),
+                weight_N,
+                out,
+                heads,
+                size,
+                eps,
+                WEIGHT_WIDE=weight_N.dtype == torch.float32,
+                GATE=gate,
+                BLOCK=triton.next_power_of_2(size),
+            )
+        return out
+
+
+def _columns(x_TI: Tensor, start: int, count: int) -> Tensor:
+    """So many columns of x from `start`. Raises ValueError where they are not all there."""
+    if not 0 <= start <= x_TI.shape[1] - count:
+        raise ValueError(f"{count} columns from {start} are not all of {x_TI.shape[1]}")
+    return x_TI[:, start : start + count]

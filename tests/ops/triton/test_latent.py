@@ -1,0 +1,151 @@
+"""Latent attention's own operations in Triton beside plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moebius.ops import FORMATS, Matrix
+from moebius.ops.cache_spec import latent_spec
+from moebius.ops.config import Temperature
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.steps import Rotation
+from moebius.ops.triton import TritonOps
+from moebius.ops.triton.kernels import latent as kernels
+from moebius.quantize.encode import encoded
+from ops.triton.compiling import assert_compile, launches
+from ops.triton.conftest import DEVICE
+
+OPS = TritonOps()
+REF = ReferenceOps()
+DTYPES = [torch.bfloat16, torch.float32]
+BLOCK_SIZE = 4
+
+
+def near(found: Tensor, wanted: Tensor) -> None:
+    assert found.dtype == wanted.dtype
+    tolerance = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-19}[found.dtype]
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "heads", "outs", "columns", "behind"),
+    [(1, 1, 1, 1, 0), (3, 3, 13, 5, 4), (70, 2, 80, 40, 0), (0, 2, 4, 4, 2)],
+)
+def test_head_products(
+    rows: int, heads: int, outs: int, columns: int, behind: int, dtype: torch.dtype
+) -> None:
+    """Of several tiles of rows, of outputs and of columns, and of parts of one."""
+    weight = (torch.randn(heads * outs, columns, device=DEVICE) / columns**0.5).to(dtype)
+    x = torch.randn(rows, heads, columns + behind + 3, device=DEVICE).to(dtype)[..., 3:]
+    found = OPS.head_products(x, OPS.prepare_heads(weight, heads))
+    wanted = REF.head_products(x.double(), REF.prepare_heads(weight.double(), heads))
+    near(found, wanted.to(dtype))
+    assert torch.equal(found[..., outs:], x[..., columns:])
+    if rows:
+        # The first of the last tile: NumPy's products, which the interpreter takes, have other
+        # bits in other places of a tile.
+        first = (rows - 1) // 64 * 64
+        alone = OPS.head_products(x[first:][:1], OPS.prepare_heads(weight, heads))
+        assert torch.equal(found[first], alone[0])
+
+
+def test_head_products_of_codes_are_those_of_what_they_stand_for() -> None:
+    plain = torch.randn(2 * 5, 32)
+    codes = Matrix(FORMATS["q8_0"], (10, 32), (encoded(plain, "q8_0").to(DEVICE),))
+    x = torch.randn(3, 2, 32, device=DEVICE)
+    found = OPS.head_products(x, OPS.prepare_heads(codes, 2))
+    wide = OPS.prepare_heads(codes.widened(torch.float32), 2)
+    assert torch.equal(found, OPS.head_products(x, wide))
+
+
+def rotated(half: int, rows: int, *, interleaved: bool) -> Rotation:
+    angles = torch.randn(rows, half, device=DEVICE)
+    return Rotation(angles.cos(), angles.sin(), interleaved)
+
+
+def stored(ops: ReferenceOps, inputs: tuple[Tensor, Tensor], **kwargs: object) -> list[Tensor]:
+    """Queries, and all that the cache holds then: NaN where nobody wrote."""
+    q, latents = inputs
+    size = len(kwargs["norm_C"])  # type: ignore[arg-type]
+    spec = latent_spec(size, latents.shape[1] - size, latents.dtype)
+    stride = ops.cache_bytes_per_block(spec, BLOCK_SIZE) + 64
+    buffer = torch.full((5 * stride,), 255, dtype=torch.uint8, device=DEVICE)
+    cache = ops.make_cache(buffer, spec, BLOCK_SIZE, stride=stride)
+    turned = ops.rotate_and_store_latent(q.clone(), latents, cache=cache, eps=1e-6, **kwargs)  # type: ignore[arg-type]
+    memory = [plane for block in range(5) for plane in ops.block_memory(cache, block)]
+    return [turned, torch.cat(memory)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("temperature", [None, Temperature(0.3, 2)])
+@pytest.mark.parametrize(("heads", "size", "half"), [(1, 1, 1), (6, 13, 3), (5, 16, 8)])
+def test_rotate_and_store_latent(
+    heads: int,
+    size: int,
+    half: int,
+    temperature: Temperature | None,
+    interleaved: bool,
+    dtype: torch.dtype,
+) -> None:
+    q = torch.randn(4, heads, size + 2 * half, device=DEVICE).to(dtype)
+    latents = torch.randn(4, size + 2 * half, device=DEVICE).to(dtype)
+    given = {
+        "rotation": rotated(half, 4, interleaved=interleaved),
+        "slot_mapping_T": torch.tensor([17, 0, 5, 4], device=DEVICE),
+        "norm_C": torch.randn(size, device=DEVICE).to(dtype),
+        "temperature": temperature,
+        "positions_T": torch.tensor([0, 3, 4, 1001], device=DEVICE),
+    }
+    found = stored(OPS, (q, latents), **given)
+    for mine, wanted in zip(found, stored(REF, (q, latents), **given), strict=True):
+        assert torch.equal(mine.isnan(), wanted.isnan())
+        near(mine.nan_to_num(), wanted.nan_to_num())
+    # The last row by itself, into the same slot.
+    cos, sin, _ = given["rotation"]  # type: ignore[misc]
+    given["rotation"] = Rotation(cos[3:], sin[3:], interleaved)
+    given["slot_mapping_T"] = torch.tensor([4], device=DEVICE)
+    given["positions_T"] = torch.tensor([1001], device=DEVICE)
+    turned, memory = stored(OPS, (q[3:], latents[3:]), **given)
+    assert torch.equal(turned[0], found[0][3]) and torch.equal(memory[4], found[1][4])
+
+
+def test_what_does_not_turn_stays() -> None:
+    """Behind what does, which has no kernel; and no rows at all."""
+    q, latents = torch.randn(2, 3, 10, device=DEVICE), torch.randn(2, 10, device=DEVICE)
+    norm = torch.ones(4, device=DEVICE)
+    slots = torch.tensor([2, 3], device=DEVICE)
+    given = {
+        "rotation": rotated(2, 2, interleaved=False),
+        "slot_mapping_T": slots,
+        "norm_C": norm,
+    }
+    turned, memory = stored(OPS, (q, latents), **given)
+    assert torch.equal(turned[..., 8:], q[..., 8:])
+    assert torch.equal(memory[2:4, 0, 8:], latents[:, 8:])
+    none = {"rotation": rotated(3, 0, interleaved=False), "slot_mapping_T": slots[:0]}
+    turned, memory = stored(OPS, (q[:0], latents[:0]), norm_C=norm, **none)
+    assert turned.shape == (0, 3, 10) and memory.isnan().all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
+def test_kernels_compile() -> None:
+    slots = torch.zeros(2, dtype=torch.int64)
+    with launches() as seen:
+        for dtype, interleaved in ((torch.bfloat16, True), (torch.float32, False)):
+            spec = latent_spec(512, 64, dtype)
+            buffer = torch.zeros(OPS.cache_bytes_per_block(spec, 16), dtype=torch.uint8)
+            cache = OPS.make_cache(buffer, spec, 16)
+            x = torch.zeros(2, 4, 128 + 64, dtype=dtype)
+            heads = OPS.prepare_heads(torch.zeros(4 * 512, 128, dtype=dtype), 4)
+            q = OPS.head_products(x, heads)
+            norm = torch.ones(512, dtype=dtype)
+            rotation = rotated(32, 2, interleaved=interleaved)
+            given = (q, q[:, 0].contiguous(), rotation, cache, slots, norm, 1e-6)
+            OPS.rotate_and_store_latent(*given)
+            warm = Temperature(0.1, 8192)
+            OPS.rotate_and_store_latent(*given, temperature=warm, positions_T=slots)
+    assert_compile(seen, kernels)

@@ -1,0 +1,261 @@
+"""From logits to tokens in Triton, beside loops and plain PyTorch: parts of rows are so short here
+that small vocabularies have several."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moebius.ops.reference import ReferenceOps
+from moebius.ops.sampling import LOWEST, Shaping
+from moebius.ops.triton import TritonOps, sampling
+from moebius.ops.triton.kernels import sampling as kernels
+from ops.triton.compiling import assert_compile, launches
+from ops.triton.conftest import DEVICE
+
+OPS = TritonOps()
+REF = ReferenceOps()
+VOCABS = [1, 16, 33, 100]
+
+
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sampling, "_PART", 16)
+    return None
+
+
+def tied(rows: int, vocab: int) -> Tensor:
+    """Logits some of which are equal, and zeros of both signs."""
+    logits = torch.randn(rows, vocab, device=DEVICE)
+    logits[:, ::2] = logits[:, ::2].round()
+    return logits
+
+
+def first_of_largest(x: list[float]) -> int:
+    return x.index(max(x))
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_argmax(vocab: int) -> None:
+    logits = tied(4, vocab)
+    logits[0] = 1.0
+    expected = [first_of_largest(row) for row in logits.tolist()]
+    assert OPS.argmax(logits) == expected
+    assert OPS.argmax(logits, [3, 1, 3]) == [expected[row] for row in (3, 1, 3)]
+    assert OPS.argmax(logits, []) == [] and OPS.argmax(logits[:0]) == []
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_draws_split_the_unit_interval(vocab: int) -> None:
+    """The drawn id is the one whose share of the cumulative sum holds the uniform number."""
+    logits = 3 * torch.randn(5, vocab, device=DEVICE)
+    rows = [4, 0, 2, 1, 3, 3]
+    heats = [0.2, 1.0, 0.7, 3.0, 1.3, 1.3]
+    uniforms = [0.0, 0.3, 0.9, 1 - 2.0**-53, 0.5, 0.01]
+    drawn = OPS.draw(logits, rows, heats, uniforms)
+    for row, heat, uniform, id in zip(rows, heats, uniforms, drawn, strict=True):
+        sums = torch.softmax(logits[row].double() / heat, 0).cumsum(0).tolist()
+        before = sums[id - 1] if id else 0.0
+        assert before - 1e-6 <= uniform <= sums[id] + 1e-6
+    assert OPS.draw(logits, [], [], []) == []
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_draws_take_only_what_has_weight() -> None:
+    lonely = torch.full((3, 40), -200.0, device=DEVICE)
+    lonely[:, 21] = 0.0
+    lonely[1, :8] = LOWEST
+    # A weight of e^-200 is one, and one of LOWEST is none.
+    for uniform, drawn in ((0.0, [0, 8, 21]), (0.5, [21] * 3), (1 - 2.0**-53, [21] * 3)):
+        assert OPS.draw(lonely, range(3), [1.0, 0.5, 1e-30], [uniform] * 3) == drawn
+    even = torch.zeros(4, 64, device=DEVICE)
+    uniforms = [0.0, 0.25, 0.499, 1 - 2.0**-53]
+    assert OPS.draw(even, range(4), [1.0] * 4, uniforms) == [0, 16, 31, 63]
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_log_softmax_top_k(vocab: int) -> None:
+    """Few candidates, none, and more than there are."""
+    logits = tied(4, vocab)
+    rows, counts, heats = [2, 0, 3, 1], [3, 0, 1, 5], [1.0, 0.3, 2.0, 0.9]
+    for given in (None, heats):
+        found = OPS.log_softmax_top_k(logits, rows, counts, given)
+        exact = REF.log_softmax_top_k(logits, rows, counts, given)
+        assert found.log_sums_R.dtype == torch.float64
+        torch.testing.assert_close(found.log_sums_R, exact.log_sums_R, rtol=0, atol=2e-6)
+        assert torch.equal(found.ids, exact.ids) and torch.equal(found.values, exact.values)
+    assert OPS.log_softmax_top_k(logits, [], []).ids.shape == (0,)
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_many_candidates_change_no_bit_of_another_row() -> None:
+    """They are found in another way."""
+    logits = tied(3, 100)
+    alone = OPS.log_softmax_top_k(logits, [1], [2])
+    found = OPS.log_softmax_top_k(logits, [0, 1], [200, 2])
+    order = sorted(range(100), key=lambda id: (-float(logits[0, id]), id))
+    assert found.ids.tolist() == order + alone.ids.tolist()
+    assert torch.equal(found.log_sums_R[1:], alone.log_sums_R)
+    assert torch.equal(found.values, torch.cat((logits[0, order], alone.values)))
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_reported_for_their_row(bad: float) -> None:
+    for at in (0, 16, 39):
+        logits = torch.randn(3, 40, device=DEVICE)
+        logits[1, at] = bad
+        wanted = [False, True, False]
+        found = OPS.log_softmax_top_k(logits, range(3), [2] * 3)
+        assert found.log_sums_R.isnan().tolist() == wanted
+        assert ((found.ids >= 0) & (found.ids < 40)).all()
+        assert [id == -1 for id in OPS.argmax(logits)] == wanted
+        drawn = OPS.draw(logits, range(3), [1.0] * 3, [0.5] * 3)
+        assert [id == -1 for id in drawn] == wanted
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_ranks() -> None:
+    for vocab in VOCABS:
+        logits = tied(4, vocab)
+        rows, tokens = [3, 3, 0, 1], [vocab - 1, 0, vocab // 2, vocab // 3]
+        orders = [sorted(range(vocab), key=lambda i, x=logits[r]: (-float(x[i]), i)) for r in rows]
+        expected = [1 + order.index(token) for order, token in zip(orders, tokens, strict=True)]
+        assert OPS.ranks(logits, rows, tokens) == expected
+    assert OPS.ranks(logits, [], []) == []
+
+
+def naive_shaping(logits_V: Tensor, shaping: Shaping) -> Tensor:
+    """In Python's own numbers, which are float64, id by id."""
+    x = logits_V.tolist()
+    for id in range(len(x)):
+        times = list(shaping.drawn).count(id)
+        if id in shaping.bias:
+            x[id] += shaping.bias[id]
+        if times or id in shaping.seen:
+            x[id] = x[id] / shaping.repetition if x[id] > 0 else x[id] * shaping.repetition
+        if times:
+            x[id] -= shaping.presence + shaping.frequency * times
+        words = shaping.allowed
+        allowed = words is None or int(words[id // 32]) >> id % 32 & 1
+        if id in shaping.banned or not allowed:
+            x[id] = LOWEST
+    return torch.tensor(x, dtype=torch.float32, device=logits_V.device)
+
+
+def some_shaping(rng: random.Random, vocab: int) -> Shaping:
+    def some(most: int) -> list[int]:
+        return [rng.randrange(vocab) for _ in range(rng.randrange(most + 1))]
+
+    words = np.array([rng.getrandbits(32) for _ in range(-(-vocab // 32))], dtype=np.uint32)
+    return Shaping(
+        bias={token: rng.uniform(-100, 100) for token in some(5)},
+        seen=tuple(some(50)),
+        drawn=some(20),
+        repetition=rng.choice((1.0, 0.3, 1.7)),
+        presence=rng.choice((0.0, -1.3, 2.0)),
+        frequency=rng.choice((0.0, 0.1, -0.7)),
+        banned=some(3),
+        allowed=rng.choice((None, words)),
+    )
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("vocab", [1, 17, 300])
+def test_shaping_has_one_rounding_and_leaves_nothing_behind(vocab: int) -> None:
+    rng = random.Random(vocab)
+    logits = 4 * torch.randn(6, vocab, device=DEVICE)
+    logits[0] = -0.0
+    before = logits.view(torch.int32).clone()
+    rows = [0, 5, 3, 2]
+    shapings = [some_shaping(rng, vocab) for _ in rows[1:]]
+    shapings.append(shapings[0]._replace(allowed=np.array([1] * 10, dtype=np.uint32)))
+    expected = logits.clone()
+    for row, shaping in zip(rows, shapings, strict=True):
+        expected[row] = naive_shaping(logits[row], shaping)
+    with OPS.shaped(logits, rows, shapings):
+        assert torch.equal(logits.view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(logits.view(torch.int32), before)
+    with pytest.raises(RuntimeError, match="drawing"), OPS.shaped(logits, rows, shapings):
+        raise RuntimeError("drawing failed")
+    assert torch.equal(logits.view(torch.int32), before)
+    with OPS.shaped(logits, [], []):
+        assert torch.equal(logits.view(torch.int32), before)
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_what_is_not_finite_stays_so_where_others_are_allowed() -> None:
+    """But infinity, which is bounded as all is that is not allowed."""
+    logits = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]], device=DEVICE)
+    nothing = Shaping({}, (), (), 1.0, 0.0, 0.0, (), np.zeros(1, dtype=np.uint32))
+    with OPS.shaped(logits, [0], [nothing]), REF.shaped(logits.clone(), [0], [nothing]):
+        assert logits[0, 0].isnan()
+        assert logits[0, 1:].tolist() == [LOWEST, -torch.inf, LOWEST]
+
+
+PLAIN = Shaping({}, (), (), 1.0, 0.0, 0.0, ())
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: OPS.argmax(x, [2]), r"rows from 2 to 2 are not all below 2"),
+        (lambda x: OPS.ranks(x, [0, 1], [0, 5]), r"token ids from 0 to 5 .* below 5"),
+        (lambda x: OPS.draw(x, [0, 1], [1.0], [0.5, 0.5]), "1 parameters for 2 rows"),
+        (lambda x: OPS.argmax(x.double()), "contiguous float32, not torch.float64"),
+        (lambda x: OPS.argmax(x.T), "contiguous float32"),
+        (lambda x: shape(x, PLAIN._replace(banned=(5,))), "outside the vocabulary of 5"),
+        (lambda x: shape(x, PLAIN._replace(bias={-1: 1.0})), "outside the vocabulary of 5"),
+        (lambda x: shape(x, PLAIN._replace(allowed=np.zeros(0, np.uint32))), "1 words of uint32"),
+    ],
+)
+def test_bad_arguments_are_refused(call: Callable[[Tensor], object], says: str) -> None:
+    logits = torch.zeros(2, 5, device=DEVICE)
+    with pytest.raises((IndexError, ValueError), match=says):
+        call(logits)
+    assert not logits.any()
+
+
+def shape(logits: Tensor, wrong: Shaping) -> None:
+    with OPS.shaped(logits, [0, 1], [PLAIN._replace(banned=(1,)), wrong]):
+        pytest.fail("shaped")
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_a_row_is_itself_in_any_company() -> None:
+    logits = tied(6, 70)
+
+    def results(rows: list[int]) -> tuple[object, ...]:
+        heats = [0.5 + row for row in rows]
+        found = OPS.log_softmax_top_k(logits, rows, [3] * len(rows), heats)
+        place = rows.index(2)
+        return (
+            OPS.draw(logits, rows, heats, [0.1 * row for row in rows])[place],
+            found.log_sums_R[place].item(),
+            found.ids.view(-1, 3)[place].tolist(),
+        )
+
+    assert results([5, 2, 0, 4]) == results([2])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
+def test_kernels_compile() -> None:
+    allowed = np.zeros(5_000, dtype=np.uint32)
+    with launches() as seen:
+        logits = torch.zeros(2, 151_936)
+        OPS.argmax(logits)
+        OPS.draw(logits, [0, 1], [1.0] * 2, [0.5] * 2)
+        OPS.log_softmax_top_k(logits, [0, 1], [20, 1])
+        OPS.log_softmax_top_k(logits[:, :100].contiguous(), [0, 1], [1, 1])
+        OPS.ranks(logits, [0, 1], [3, 4])
+        with OPS.shaped(logits, [1], [PLAIN._replace(banned=(1, 2), allowed=allowed)]):
+            pass
+    assert_compile(seen, kernels)
