@@ -5,16 +5,20 @@ No card has proven them yet: until one has, `select_ops` takes plain PyTorch on 
 
 from moebius.ops.capability import Capability, Use
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.triton import pointwise
+from moebius.ops.triton import experts, linear, pointwise, routing
+from moebius.ops.triton.experts import ExpertOps
+from moebius.ops.triton.linear import LinearOps
 from moebius.ops.triton.pointwise import PointwiseOps
+from moebius.ops.triton.routing import RoutingOps
+from moebius.ops.triton.weights import DTYPES
 
 __all__ = ["TritonOps"]
 
 # What has kernels of ours.
-OWN = pointwise.OPERATIONS
+OWN = linear.OPERATIONS | pointwise.OPERATIONS | routing.OPERATIONS | experts.OPERATIONS
 
 
-class TritonOps(PointwiseOps, ReferenceOps):
+class TritonOps(LinearOps, PointwiseOps, RoutingOps, ExpertOps, ReferenceOps):
     """Our kernels where there are some.
 
     They are made so that a row's bits depend on the row alone, but that is declared only once a
@@ -27,5 +31,6 @@ class TritonOps(PointwiseOps, ReferenceOps):
         known = super().capability(use)
         if known is None:
             return None
-        by = self.name if use.operation in OWN else ReferenceOps.name
+        ours = use.operation in OWN and use.dtype in DTYPES
+        by = self.name if ours else ReferenceOps.name
         return Capability(by, batch_invariant=False, recorded=False)

@@ -18,6 +18,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _WIDE = tl.constexpr(INTERPRETED)
 
 
+def _interpreted_range(*bounds):
+    """tl.range in the interpreter, whose numbers are tensors of one element: current versions of
+    NumPy make no index of these."""
+    return range(*(x.handle.data.item() if isinstance(x, tl.tensor) else int(x) for x in bounds))
+
+
+# For loops with bounds that are known to the kernel alone.
+span = _interpreted_range if INTERPRETED else tl.range
+
+
 @triton.jit
 def dot(a, b, acc):
     """acc + a b, products exact and sums in float32.
@@ -49,3 +59,15 @@ def narrow(x, dtype: tl.constexpr):
 def rounded(x, like):
     """x rounded to the dtype of what the pointer `like` points to, and widened again."""
     return narrow(x, like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent of float32, to some units in the last place, near 0 too."""
+    size = tl.abs(x)
+    square = x * x
+    # Lambert's continued fraction, cut where it is still exact to 2^-24 up to 1.
+    near = size * (945 + square * (105 + square)) / (945 + square * (420 + square * 15))
+    far = 1 - 2 / (tl.exp(2 * size) + 1)
+    value = tl.where(size < 1, near, far)
+    return tl.where(x < 0, -value, value)
