@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.kernels.linear import product
-from moebius.ops.triton.kernels.weights import plain, tile
+from moebius.ops.triton.kernels.weights import plain, product, tile
 from moebius.ops.triton.language import dot, narrow, rounded, span
 
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.kernels.weights import plain, tile
-from moebius.ops.triton.language import dot, narrow, span
+from moebius.ops.triton.kernels.weights import plain, product, tile
+from moebius.ops.triton.language import narrow
 
 
 @triton.jit
@@ -26,27 +26,6 @@ def embed(
     at = k + tl.arange(0, K)[None, :]
     out += token * columns
     tl.store(out + at, narrow(wide, out.dtype.element_ty), mask=at < columns)
-
-
-@triton.jit
-def product(
-    x, inside_m, codes, scales, row_n, inside_n, columns, stride, scale_stride,
-    FORMAT: tl.constexpr, SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    """Rows that begin at the pointers x (M,) times rows of weights (N,), in steps of K: (M, N)."""
-    acc = tl.zeros((M, N), tl.float32)
-    for k in span(0, columns, K):
-        at = k + tl.arange(0, K)
-        here = inside_m[:, None] & (at < columns)[None, :]
-        a = tl.load(x[:, None] + at[None, :], mask=here, other=0.0)
-        b = tile(
-            codes, scales, row_n, inside_n, k, columns, stride, scale_stride,
-            FORMAT, SCALE, SCALE_ROWS, SCALE_COLUMNS, ALIGNED, DTYPE, N, K,
-        )  # fmt: skip
-        acc = dot(a.to(DTYPE), tl.trans(b), acc)
-    return acc
 
 
 @triton.jit(do_not_specialize=["rows"])

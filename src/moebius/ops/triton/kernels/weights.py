@@ -1,4 +1,4 @@
-"""Tiles of weights out of the planes that they are stored in, widened in registers.
+"""Tiles of weights out of the planes that they are stored in, widened in registers, and products.
 
 A plane comes as an address, since the weights of a layer's experts, or of several linear layers,
 are tensors of their own: tables have their addresses. FORMAT names what lies there, as
@@ -8,7 +8,7 @@ moebius.ops.formats does; moebius.ops.triton.weights says which are read.
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.language import narrow
+from moebius.ops.triton.language import dot, narrow, span
 
 
 @triton.jit
@@ -59,6 +59,27 @@ def tile(
     if wide.dtype != DTYPE:
         wide = narrow(wide.to(tl.float32), DTYPE)
     return wide
+
+
+@triton.jit
+def product(
+    x, inside_m, codes, scales, row_n, inside_n, columns, stride, scale_stride,
+    FORMAT: tl.constexpr, SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Rows that begin at the pointers x (M,) times rows of weights (N,), in steps of K: (M, N)."""
+    acc = tl.zeros((M, N), tl.float32)
+    for k in span(0, columns, K):
+        at = k + tl.arange(0, K)
+        here = inside_m[:, None] & (at < columns)[None, :]
+        a = tl.load(x[:, None] + at[None, :], mask=here, other=0.0)
+        b = tile(
+            codes, scales, row_n, inside_n, k, columns, stride, scale_stride,
+            FORMAT, SCALE, SCALE_ROWS, SCALE_COLUMNS, ALIGNED, DTYPE, N, K,
+        )  # fmt: skip
+        acc = dot(a.to(DTYPE), tl.trans(b), acc)
+    return acc
 
 
 @triton.jit
