@@ -78,9 +78,9 @@ def route(
     lane = tl.arange(0, GROUPS * SIZE)
     expert = lane // SIZE * size + lane % SIZE
     inside = (lane // SIZE < groups) & (lane % SIZE < size)
-    x = tl.load(logits + token * stride + expert, mask=inside, other=float("-inf"))
+    x = tl.load(logits + token * stride + expert, mask=inside, other=0.0)
     if CAPPED:
-        x = tl.where(inside, softcap * tanh(x / softcap), float("-inf"))
+        x = softcap * tanh(x / softcap)
     if SCORE == "softmax":
         score = _softmax(x, inside, 0)
     elif SCORE == "sigmoid":
@@ -96,7 +96,7 @@ def route(
     keys = _keys(choice, expert, groups * size, inside)
     slot = tl.arange(0, TOP_PADDED)
     chosen = tl.zeros((TOP_PADDED,), tl.int64)
-    values = tl.full((TOP_PADDED,), float("-inf"), tl.float32)
+    values = tl.zeros((TOP_PADDED,), tl.float32)
     raw = WEIGHT == "raw" or WEIGHT == "renorm"
     of = score if raw else x
     for k in tl.static_range(TOP):
