@@ -142,7 +142,8 @@ class ExpertOps(ReferenceOps):
         order = _sort(ids_TK, len(prepared.table))
         if not capturing(ids_TK):
             _require_held(ids_TK, order, prepared, drops=drops)
-        return self._feed_forward(x_TD, prepared, order, top_k).view(len(x_TD), top_k, -1)
+        rows_PD = self._feed_forward(x_TD, prepared, order, top_k)
+        return rows_PD.view(len(x_TD), top_k, prepared.hidden)
 
     def _feed_forward(
         self, x_TD: Tensor, prepared: TritonExperts, order: _Sorted | None, top_k: int
