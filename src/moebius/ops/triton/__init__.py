@@ -3,21 +3,50 @@
 No card has proven them yet: until one has, `select_ops` takes plain PyTorch on CUDA devices.
 """
 
-from moebius.ops.capability import Capability, Use
+from moebius.ops.capability import Capability, Operation, Use
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.triton import latent, pointwise, recurrent, sampling
+from moebius.ops.triton import (
+    experts,
+    latent,
+    linear,
+    pointwise,
+    recurrent,
+    routing,
+    sampling,
+)
+from moebius.ops.triton.experts import ExpertOps
 from moebius.ops.triton.latent import LatentOps
+from moebius.ops.triton.linear import LinearOps
 from moebius.ops.triton.pointwise import PointwiseOps
 from moebius.ops.triton.recurrent import RecurrentOps
+from moebius.ops.triton.routing import RoutingOps
 from moebius.ops.triton.sampling import SamplingOps
+from moebius.ops.triton.weights import DTYPES
 
 __all__ = ["TritonOps"]
 
 # What has kernels of ours.
-OWN = latent.OPERATIONS | pointwise.OPERATIONS | recurrent.OPERATIONS | sampling.OPERATIONS
+OWN = frozenset[Operation]().union(
+    experts.OPERATIONS,
+    latent.OPERATIONS,
+    linear.OPERATIONS,
+    pointwise.OPERATIONS,
+    recurrent.OPERATIONS,
+    routing.OPERATIONS,
+    sampling.OPERATIONS,
+)
 
 
-class TritonOps(LatentOps, PointwiseOps, RecurrentOps, SamplingOps, ReferenceOps):
+class TritonOps(
+    LinearOps,
+    PointwiseOps,
+    LatentOps,
+    RecurrentOps,
+    RoutingOps,
+    ExpertOps,
+    SamplingOps,
+    ReferenceOps,
+):
     """Our kernels where there are some.
 
     They are made so that a row's bits depend on the row alone, but that is declared only once a
@@ -30,5 +59,6 @@ class TritonOps(LatentOps, PointwiseOps, RecurrentOps, SamplingOps, ReferenceOps
         known = super().capability(use)
         if known is None:
             return None
-        by = self.name if use.operation in OWN else ReferenceOps.name
+        ours = use.operation in OWN and use.dtype in DTYPES
+        by = self.name if ours else ReferenceOps.name
         return Capability(by, batch_invariant=False, recorded=False)

@@ -1,0 +1,266 @@
+"""Tiles of weights out of the planes that they are stored in, widened in registers, and products.
+
+A plane comes as an address, since the weights of a layer's experts, or of several linear layers,
+are tensors of their own: tables have their addresses. FORMAT names what lies there, as
+moebius.ops.formats does; moebius.ops.triton.weights says which are read.
+"""
+
+import triton
+import triton.language as tl
+
+from moebius.ops.triton.language import dot, narrow, span
+
+
+@triton.jit
+def plain(address, NAME: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to plain numbers of the dtype NAME. ALIGNED: to 16 bytes."""
+    if NAME == "bfloat16":
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    elif NAME == "float16":
+        pointer = address.to(tl.pointer_type(tl.float16))
+    elif NAME == "float32":
+        pointer = address.to(tl.pointer_type(tl.float32))
+    else:
+        pointer = address.to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def tile(
+    codes, scales, row, inside, k, columns, stride, scale_stride,
+    FORMAT: tl.constexpr, SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """The numbers of rows `row` (N,), int64, at columns k to k + K - 1, in DTYPE: (N, K).
+
+    They are zeros where not `inside` (N,), and from `columns` on. codes, scales: the addresses of
+    the planes, whose rows are so many elements apart. k is a multiple of K.
+    """
+    if FORMAT == "q8_0":
+        wide = _q8_0(codes, row, inside, k, columns, stride, N, K)
+    elif FORMAT == "q4_k":
+        wide = _q4_k(codes, row, inside, k, columns, stride, ALIGNED, N, K)
+    elif FORMAT == "q6_k":
+        wide = _q6_k(codes, row, inside, k, columns, stride, N, K)
+    elif FORMAT == "mxfp4":
+        wide = _mxfp4(codes, row, inside, k, columns, stride, N, K)
+    elif FORMAT == "mxfp4_planes":
+        wide = _mxfp4_planes(
+            codes, scales, row, inside, k, columns, stride, scale_stride, ALIGNED, N, K
+        )
+    elif FORMAT == "fp8":
+        wide = _fp8(
+            codes, scales, row, inside, k, columns, stride, scale_stride,
+            SCALE, SCALE_ROWS, SCALE_COLUMNS, ALIGNED, N, K,
+        )  # fmt: skip
+    else:
+        at = k + tl.arange(0, K)
+        pointers = plain(codes, FORMAT, ALIGNED) + row[:, None] * stride + at[None, :]
+        wide = tl.load(pointers, mask=inside[:, None] & (at < columns)[None, :], other=0.0)
+    if wide.dtype != DTYPE:
+        wide = narrow(wide.to(tl.float32), DTYPE)
+    return wide
+
+
+@triton.jit
+def product(
+    x, inside_m, codes, scales, row_n, inside_n, columns, stride, scale_stride,
+    FORMAT: tl.constexpr, SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Rows that begin at the pointers x (M,) times rows of weights (N,), in steps of K: (M, N)."""
+    acc = tl.zeros((M, N), tl.float32)
+    for k in span(0, columns, K):
+        at = k + tl.arange(0, K)
+        here = inside_m[:, None] & (at < columns)[None, :]
+        a = tl.load(x[:, None] + at[None, :], mask=here, other=0.0)
+        b = tile(
+            codes, scales, row_n, inside_n, k, columns, stride, scale_stride,
+            FORMAT, SCALE, SCALE_ROWS, SCALE_COLUMNS, ALIGNED, DTYPE, N, K,
+        )  # fmt: skip
+        acc = dot(a.to(DTYPE), tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
+def _half(pointer, mask):
+    """The float16 that begins at each byte: GGUF's blocks are aligned to nothing."""
+    low = tl.load(pointer, mask=mask, other=0).to(tl.uint16)
+    high = tl.load(pointer + 1, mask=mask, other=0).to(tl.uint16)
+    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _blocks(address, row, inside, group, groups, stride, ALIGNED: tl.constexpr):
+    """Where the rows' bytes begin (N, 1), and which of the groups (G,) are there (N, G)."""
+    start = plain(address, "uint8", ALIGNED) + row[:, None] * stride
+    return start, inside[:, None] & (group < groups)[None, :]
+
+
+@triton.jit
+def _q8_0(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
+    """Blocks of 34 bytes on even addresses: a float16 scale, and 32 codes."""
+    G: tl.constexpr = K // 32
+    group = k // 32 + tl.arange(0, G)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
+    block = (start + group[None, :] * 34).to(tl.pointer_type(tl.int16))
+    scale = tl.load(block, mask=here, other=0).to(tl.float16, bitcast=True).to(tl.float32)
+    at = block[:, :, None] + (1 + tl.arange(0, 16))[None, None, :]
+    pairs = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
+    codes = tl.interleave((pairs << 24) >> 24, pairs >> 8)
+    return tl.reshape(codes.to(tl.float32) * scale[:, :, None], (N, K))
+
+
+@triton.jit
+def _q4_k(
+    address, row, inside, k, columns, stride, ALIGNED: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """Blocks of 144 bytes: float16 units of scales and of minima, eight of these of six bits each,
+    and codes: 32 bytes hold one group in their low bits and the next in their high ones."""
+    G: tl.constexpr = K // 32
+    group = k // 32 + tl.arange(0, G)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, ALIGNED)
+    block = start + (group // 8)[None, :] * 144
+    part = (group % 8)[None, :]
+    late = part >= 4
+    first = tl.load(block + 4 + part % 4, mask=here, other=0).to(tl.int32)
+    second = tl.load(block + 8 + part % 4, mask=here, other=0).to(tl.int32)
+    rest = tl.load(block + 12 + part % 4, mask=here & late, other=0).to(tl.int32)
+    scale = tl.where(late, (rest & 15) | ((first >> 6) << 4), first & 63)
+    least = tl.where(late, (rest >> 4) | ((second >> 6) << 4), second & 63)
+    scale = _half(block, here) * scale.to(tl.float32)
+    least = _half(block + 2, here) * least.to(tl.float32)
+    run = block + 16 + part // 2 * 32
+    at = run[:, :, None] + tl.arange(0, 32)[None, None, :]
+    both = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
+    codes = (both >> (part % 2 * 4)[:, :, None]) & 15
+    wide = codes.to(tl.float32) * scale[:, :, None] - least[:, :, None]
+    return tl.reshape(wide, (N, K))
+
+
+@triton.jit
+def _q6_k(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
+    """Blocks of 210 bytes, two halves of four groups each: the low four bits of codes, 64 bytes a
+    half, of which one holds two groups' in turn; their high two, 32 bytes a half; a scale of eight
+    bits for each 16 codes; and the float16 unit of these."""
+    G: tl.constexpr = K // 32
+    group = k // 32 + tl.arange(0, G)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
+    block = start + (group // 8)[None, :] * 210
+    half = (group % 8 // 4)[None, :]
+    part = (group % 4)[None, :]
+    lane = tl.arange(0, 32)[None, None, :]
+    all_here = here[:, :, None]
+    low_at = (block + half * 64 + part % 2 * 32)[:, :, None] + lane
+    low = tl.load(low_at, mask=all_here, other=0).to(tl.int32) >> (part // 2 * 4)[:, :, None]
+    high_at = (block + 128 + half * 32)[:, :, None] + lane
+    high = tl.load(high_at, mask=all_here, other=0).to(tl.int32) >> (part * 2)[:, :, None]
+    codes = ((low & 15) | ((high & 3) << 4)) - 32
+    scales_at = block + 192 + (group % 8)[None, :] * 2
+    unit = _half(block + 208, here)
+    first = unit * tl.load(scales_at, mask=here, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    second = tl.load(scales_at + 1, mask=here, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    second = unit * second
+    scale = tl.where(lane < 16, first[:, :, None], second[:, :, None])
+    return tl.reshape(codes.to(tl.float32) * scale, (N, K))
+
+
+@triton.jit
+def _e2m1_twice(code):
+    """Twice what four-bit floating point stands for: a sign, two bits of exponent, one of fraction
+    (OCP Microscaling Formats 1.0)."""
+    exponent = (code >> 1) & 3
+    fraction = code & 1
+    size = tl.where(exponent == 0, fraction, (2 + fraction) << tl.maximum(exponent - 1, 0))
+    return tl.where((code & 8) != 0, -size, size).to(tl.float32)
+
+
+@triton.jit
+def _power(exponent):
+    """2^exponent, as float32, of a number from -128 to 127."""
+    field = exponent + 127
+    # Below 2^-126 lie 2^-127 and 2^-128, which have no leading one.
+    small = 0x00400000 >> tl.minimum(tl.maximum(-field, 0), 1)
+    return tl.where(field > 0, field << 23, small).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mxfp4(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
+    """Blocks of 17 bytes: a power of two, and 32 codes, the first 16 of them in low bits."""
+    G: tl.constexpr = K // 32
+    group = k // 32 + tl.arange(0, G)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
+    block = start + group[None, :] * 17
+    exponent = tl.load(block, mask=here, other=0).to(tl.int32)
+    lane = tl.arange(0, 32)
+    at = block[:, :, None] + (1 + lane % 16)[None, None, :]
+    both = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
+    codes = (both >> (lane // 16 * 4)[None, None, :]) & 15
+    return tl.reshape(_e2m1_twice(codes) * _power(exponent - 128)[:, :, None], (N, K))
+
+
+@triton.jit
+def _mxfp4_planes(
+    address, scales, row, inside, k, columns, stride, scale_stride, ALIGNED: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A byte holds an even column's code in its low bits and the next column's in its high ones; a
+    power of two for each 32 columns lies in another plane, and 255 is none."""
+    G: tl.constexpr = K // 32
+    group = k // 32 + tl.arange(0, G)
+    start, here = _blocks(scales, row, inside, group, columns // 32, scale_stride, False)
+    exponent = tl.load(start + group[None, :], mask=here, other=0).to(tl.int32)
+    scale = tl.where(exponent == 255, float("nan"), _power(tl.minimum(exponent, 254) - 128))
+    at = k // 2 + tl.arange(0, K // 2)
+    start, here = _blocks(address, row, inside, at, columns // 2, stride, ALIGNED)
+    both = tl.load(start + at[None, :], mask=here, other=0).to(tl.int32)
+    codes = tl.reshape(tl.interleave(both & 15, both >> 4), (N, G, 32))
+    return tl.reshape(_e2m1_twice(codes) * scale[:, :, None], (N, K))
+
+
+@triton.jit
+def _fp8(
+    address, scales, row, inside, k, columns, stride, scale_stride,
+    SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Codes E4M3 (arXiv 2209.05433), and a scale for each block of SCALE_ROWS x SCALE_COLUMNS; 0 is
+    all of the matrix."""
+    at = k + tl.arange(0, K)
+    here = inside[:, None] & (at < columns)[None, :]
+    pointers = plain(address, "uint8", ALIGNED) + row[:, None] * stride + at[None, :]
+    bits = tl.load(pointers, mask=here, other=0).to(tl.uint16)
+    # The fields of a float16, whose exponents begin 8 lower.
+    half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    number = half.to(tl.float32) * 256.0
+    number = tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
+    block = row * 0
+    if SCALE_ROWS != 0:
+        block = row // SCALE_ROWS
+    of_row = plain(scales, SCALE, False) + block * scale_stride
+    if SCALE_COLUMNS % K == 0:
+        # One block of columns, whatever the row.
+        group = k * 0
+        if SCALE_COLUMNS != 0:
+            group = k // SCALE_COLUMNS
+        scale = _scale(tl.load(of_row + group, mask=inside, other=0), SCALE)[:, None]
+    else:
+        pointers = of_row[:, None] + (at // SCALE_COLUMNS)[None, :]
+        scale = _scale(tl.load(pointers, mask=here, other=0), SCALE)
+    return tl.where(here, number * scale, 0.0)
+
+
+@triton.jit
+def _scale(found, SCALE: tl.constexpr):
+    """A scale as float32: a number, or the byte of a power of two, of which 255 is none."""
+    if SCALE == "float8_e8m0fnu":
+        exponent = found.to(tl.int32)
+        scale = tl.where(exponent == 255, float("nan"), _power(tl.minimum(exponent, 254) - 127))
+    else:
+        scale = found.to(tl.float32)
+    return scale
