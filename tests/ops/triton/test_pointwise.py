@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import TritonOps
+from moebius.ops.triton.kernels import pointwise as kernels
+from ops.triton.compiling import assert_compile, launches
 from ops.triton.conftest import DEVICE
 
 OPS = TritonOps()
@@ -43,3 +45,16 @@ def test_add_rms_norm(dtype: torch.dtype, multiplier: float, scaled: bool) -> No
     wanted = REF.add_rms_norm(x, update, multiplier, weight, 1e-5, scale_1=scale)
     assert torch.equal(found[0], wanted[0])
     near(found[1], wanted[1])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
+def test_kernels_compile() -> None:
+    weight = torch.ones(4096)
+    with launches() as seen:
+        for dtype in DTYPES:
+            x = torch.zeros(2, 4096, dtype=dtype)
+            OPS.rms_norm(x, weight, 1e-6)
+            OPS.rms_norm(x, weight.to(dtype), 1e-6, less_mean=True)
+            OPS.add_rms_norm(x, x, 1.0, weight, 1e-5)
+            OPS.add_rms_norm(x, x, 0.5, weight.to(dtype), 1e-5, scale_1=weight[:1])
+    assert_compile(seen, kernels)
