@@ -5,16 +5,17 @@ No card has proven them yet: until one has, `select_ops` takes plain PyTorch on 
 
 from moebius.ops.capability import Capability, Use
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.triton import pointwise
+from moebius.ops.triton import attention, pointwise
+from moebius.ops.triton.attention import AttentionOps
 from moebius.ops.triton.pointwise import PointwiseOps
 
 __all__ = ["TritonOps"]
 
 # What has kernels of ours.
-OWN = pointwise.OPERATIONS
+OWN = attention.OPERATIONS | pointwise.OPERATIONS
 
 
-class TritonOps(PointwiseOps, ReferenceOps):
+class TritonOps(AttentionOps, PointwiseOps, ReferenceOps):
     """Our kernels where there are some.
 
     They are made so that a row's bits depend on the row alone, but that is declared only once a

@@ -18,6 +18,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _WIDE = tl.constexpr(INTERPRETED)
 
 
+def _interpreted_range(*bounds):
+    """tl.range in the interpreter, whose numbers are tensors of one element: current versions of
+    NumPy make no index of these."""
+    return range(*(x.handle.data.item() if isinstance(x, tl.tensor) else int(x) for x in bounds))
+
+
+# For loops with bounds that are known to the kernel alone.
+span = _interpreted_range if INTERPRETED else tl.range
+
+
 @triton.jit
 def dot(a, b, acc):
     """acc + a b, products exact and sums in float32.
