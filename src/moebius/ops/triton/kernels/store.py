@@ -5,7 +5,7 @@ import triton.language as tl
 
 from moebius.ops.triton.language import narrow, rounded
 
-_MOST_CODE = tl.constexpr(127)
+_MOST_CODE = tl.constexpr(127.0)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 # Added to a float32 between -2^22 and 2^22 and taken off again, it leaves the nearest integer.
 _TO_INTEGERS = tl.constexpr(1.5 * 2**23)
@@ -166,12 +166,13 @@ def _store_codes(value, to_H, scale_H, inside_H, SIZE: tl.constexpr, TILE: tl.co
     size = tl.abs(value)
     wrong_H = tl.sum(tl.where(size <= _LARGEST, 0, 1), 1)
     most_H = tl.max(tl.where(size <= _LARGEST, size, 0.0), 1)
-    half_H = tl.div_rn(most_H, most_H * 0.0 + _MOST_CODE).to(tl.float16)
+    half_H = tl.div_rn(most_H, tl.full(most_H.shape, _MOST_CODE, tl.float32)).to(tl.float16)
     wide_H = half_H.to(tl.float32)
     held_H = (wrong_H == 0) & (wide_H <= _LARGEST)
-    inverse_H = tl.where(wide_H > 0, tl.div_rn(wide_H * 0.0 + 1.0, wide_H), 0.0)
+    divisor_H = tl.where(wide_H > 0, wide_H, 1.0)
+    inverse_H = tl.where(wide_H > 0, tl.div_rn(tl.full(wide_H.shape, 1.0, tl.float32), divisor_H), 0.0)
     codes = (value * inverse_H[:, None] + _TO_INTEGERS) - _TO_INTEGERS
-    codes = tl.minimum(tl.maximum(codes, -1.0 * _MOST_CODE), 1.0 * _MOST_CODE)
+    codes = tl.minimum(tl.maximum(codes, -_MOST_CODE), _MOST_CODE)
     codes = tl.where(held_H[:, None], codes, 0.0).to(tl.int8)
     at = tl.arange(0, TILE)
     mask = inside_H[:, None] & (at < SIZE)[None, :]
