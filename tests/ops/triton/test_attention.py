@@ -255,6 +255,19 @@ def test_keys_that_no_step_has_are_refused() -> None:
         drawn.attend(OPS, 1.0, firsts=[0, 0])
 
 
+def test_shapes_that_do_not_go_together_are_refused() -> None:
+    drawn = Drawn.of([(5, 2)], (4, 2, 16, 16), torch.float32)
+    for options, words in (
+        ({"sinks_H": torch.zeros(3)}, "sinks are"),
+        ({"bias_HR": torch.zeros(4, 4)}, "both sides of 0"),
+        ({"bias_HR": torch.zeros(3, 5)}, "must be of 4 heads"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            drawn.attend(OPS, 1.0, **options)
+    with pytest.raises(ValueError, match="3 query heads of 16 values cannot share 2 key heads"):
+        replace(drawn, q=[q[:, :3] for q in drawn.q]).attend(OPS, 1.0)
+
+
 def test_what_the_kernels_do_not_take_plain_pytorch_computes() -> None:
     drawn = Drawn.of([(70, 2)], (4, 2, 16, 16), torch.float64)
     found, wanted = (drawn.attend(ops, 0.25) for ops in (OPS, REF))

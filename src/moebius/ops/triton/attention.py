@@ -218,8 +218,25 @@ class AttentionOps(ReferenceOps):
         if not computes(q_THN.dtype, held.k.dtype):
             plain = super().plan_attention(planned.step, planned.block_size, planned.window)
             return super().paged_attention(q_THN, cache, plain, scale, softcap, sinks_H, bias_HR)
-        scores = _Scores(scale * _LOG2_E, softcap, sinks_H, bias_HR)
+        scores = _Scores(scale, softcap, sinks_H, bias_HR)
+        _check_shapes(q_THN, held, scores)
         return _attend(q_THN.contiguous(), held, planned, scores)
+
+
+def _query_heads(width: int, half: int, held: ReferenceCache, heads: HeadRows) -> int:
+    """How many there are in a row of `width`. Raises ValueError for one that does not go with the
+    cache."""
+    key_heads, key_size = held.k.shape[2:]
+    value_size = held.v.shape[3]
+    q_width, _, _ = heads.sizes(width, key_heads, key_size, value_size)
+    q_heads, over = divmod(q_width, 2 * key_size if heads.gated else key_size)
+    unlike = heads.keys_as_values and key_size != value_size
+    if q_width < 0 or over or 2 * half > key_size or unlike:
+        raise ValueError(
+            f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
+            f"values of {key_heads} key heads of {key_size} values"
+        )
+    return q_heads
 
 
 def _store(
@@ -234,14 +251,7 @@ def _store(
     key_heads, key_size = held.k.shape[2:]
     value_size = held.v.shape[3]
     half = rotation.cos_TR.shape[1]
-    q_step = 2 * key_size if heads.gated else key_size
-    q_width, _, _ = heads.sizes(width, key_heads, key_size, value_size)
-    q_heads, over = divmod(q_width, q_step)
-    if q_width < 0 or over or 2 * half > key_size:
-        raise ValueError(
-            f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
-            f"values of {key_heads} key heads of {key_size} values"
-        )
+    q_heads = _query_heads(width, half, held, heads)
     key_tile = triton.next_power_of_2(key_size)
     value_tile = triton.next_power_of_2(value_size)
     heads_in_tile = max(1, _VALUES_AT_ONCE // max(key_tile, value_tile))
@@ -278,7 +288,7 @@ def _store(
             HALF=half,
             BLOCK_SIZE=held.block_size,
             INTERLEAVED=rotation.interleaved,
-            Q_STEP=q_step,
+            Q_STEP=2 * key_size if heads.gated else key_size,
             TURNED_FIRST=heads.turned_first,
             KEYS_AS_VALUES=heads.keys_as_values,
             NORMED_VALUES=heads.normed_values,
@@ -288,8 +298,7 @@ def _store(
 
 
 class _Scores(NamedTuple):
-    """What becomes of products of queries and keys; all of it but sinks and biases in units of log
-    2, as kernels/attention.py has it."""
+    """What becomes of products of queries and keys, as Ops.paged_attention has it."""
 
     scale: float
     softcap: float | None
@@ -297,20 +306,57 @@ class _Scores(NamedTuple):
     bias_HR: Tensor | None
 
 
-def _attend(q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scores) -> Tensor:
-    heads, key_size = q_THN.shape[1:]
-    key_heads = held.k.shape[2]
+def _check_shapes(q_THN: Tensor, held: ReferenceCache, scores: _Scores) -> None:
+    """Raises ValueError for queries, sinks or biases that do not go with one another."""
+    key_heads, key_size = held.k.shape[2:]
+    heads, size = q_THN.shape[1:]
+    if heads < 1 or heads % key_heads or size != key_size:
+        raise ValueError(
+            f"{heads} query heads of {size} values cannot share {key_heads} key heads of {key_size}"
+        )
+    sinks_H, bias_HR = scores.sinks_H, scores.bias_HR
+    if sinks_H is not None and sinks_H.shape != (heads,):
+        raise ValueError(f"sinks are {tuple(sinks_H.shape)}; they must be {(heads,)}")
+    if bias_HR is not None and (len(bias_HR) != heads or bias_HR.shape[1] % 2 == 0):
+        raise ValueError(
+            f"biases by distance are {tuple(bias_HR.shape)}; they must be of {heads} heads, and of "
+            "as many distances on both sides of 0"
+        )
+
+
+def _compiled_in(held: ReferenceCache, sizes: Sizes) -> dict[str, int | bool]:
+    """What kernels/attention.py is compiled for, but for the heads in a tile."""
+    key_size = held.k.shape[3]
     value_size = held.v.shape[3]
+    main, rest = key_tiles(key_size)
+    return {
+        "KEY_SIZE": key_size,
+        "VALUE_SIZE": value_size,
+        "KEY_MAIN": main,
+        "KEY_REST": rest,
+        "VALUE_TILE": max(16, triton.next_power_of_2(value_size)),
+        "BLOCK_SIZE": held.block_size,
+        "VALUE_STEP": key_size if held.shared else value_size,
+        "SHARED": held.shared and main == value_size,
+        "M": sizes.entries,
+        "KEYS": sizes.keys,
+        "SPLIT": SPLIT,
+        "num_warps": sizes.warps,
+        "num_stages": sizes.stages,
+    }
+
+
+def _attend(q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scores) -> Tensor:
+    heads = q_THN.shape[1]
+    key_heads = held.k.shape[2]
     share = heads // key_heads
-    sizes = sizes_of(key_size, value_size, q_THN.dtype)
+    sizes = sizes_of(held.k.shape[3], held.v.shape[3], q_THN.dtype)
     heads_in_tile = min(triton.next_power_of_2(share), sizes.entries)
     tiles = plan.of_rows(sizes.entries // heads_in_tile)
     groups = key_heads * -(-share // heads_in_tile)
-    out = q_THN.new_empty((len(q_THN), heads, value_size))
-    value_tile = max(16, triton.next_power_of_2(value_size))
-    main, rest = key_tiles(key_size)
     k_scale, v_scale = held.scales or (None, None)
     softcap = scores.softcap
+    # All of a query's scores may be more or less by the same, where nothing else joins them.
     shifts = softcap is None and scores.sinks_H is None
     reads = {
         "q": q_THN,
@@ -318,12 +364,11 @@ def _attend(q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scor
         "v": held.v,
         "k_scale": k_scale,
         "v_scale": v_scale,
-        # All of a query's scores may be more or less by the same, where nothing else joins them.
         "key_offset": None if shifts else held.key_offset,
         "bias": scores.bias_HR,
         "table": plan.step.block_table,
         "rows_seen": plan.on_device,
-        "scale": scores.scale,
+        "scale": scores.scale * _LOG2_E,
         "softcap": None if softcap is None else softcap * _LOG2_E,
         "reach": 0 if scores.bias_HR is None else scores.bias_HR.shape[1] // 2,
         "heads": heads,
@@ -333,43 +378,39 @@ def _attend(q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scor
         "scale_block": 0 if k_scale is None else k_scale.stride(0),
         "key_heads": key_heads,
         "share": share,
-        "KEY_SIZE": key_size,
-        "VALUE_SIZE": value_size,
-        "KEY_MAIN": main,
-        "KEY_REST": rest,
-        "VALUE_TILE": value_tile,
-        "BLOCK_SIZE": plan.block_size,
-        "VALUE_STEP": key_size if held.shared else value_size,
-        "SHARED": held.shared and main == value_size,
-        "M": sizes.entries,
         "HEADS": heads_in_tile,
-        "KEYS": sizes.keys,
-        "SPLIT": SPLIT,
-        "num_warps": sizes.warps,
-        "num_stages": sizes.stages,
+        **_compiled_in(held, sizes),
     }
+    out = q_THN.new_empty((*q_THN.shape[:2], held.v.shape[3]))
     if len(tiles.in_order):
         kernels.attend_in_order[(len(tiles.in_order), groups)](
             **reads, tiles=tiles.in_order, sinks=scores.sinks_H, out=out
         )
     if len(tiles.in_parts):
         shape = (tiles.rows_in_parts, heads, tiles.splits)
-        part_acc = q_THN.new_empty((*shape, value_size), dtype=torch.float32)
-        part_sums = q_THN.new_empty((*shape, 2), dtype=torch.float32)
+        part_acc = out.new_empty((*shape, out.shape[2]), dtype=torch.float32)
+        part_sums = out.new_empty((*shape, 2), dtype=torch.float32)
         kernels.attend_split[(len(tiles.in_parts), groups, tiles.splits)](
             **reads, tiles=tiles.in_parts, part_acc=part_acc, part_sums=part_sums
         )
-        kernels.join_splits[(len(tiles.in_parts), heads, tiles.most_rows)](
-            part_acc,
-            part_sums,
-            scores.sinks_H,
-            tiles.in_parts,
-            out,
-            heads,
-            tiles.splits,
-            VALUE_SIZE=value_size,
-            VALUE_TILE=value_tile,
-            SPLIT=SPLIT,
-            num_warps=1,
-        )
+        _join(part_acc, part_sums, tiles, scores.sinks_H, out)
     return out
+
+
+def _join(
+    part_acc: Tensor, part_sums: Tensor, tiles: Tiles, sinks_H: Tensor | None, out: Tensor
+) -> None:
+    heads, value_size = out.shape[1:]
+    kernels.join_splits[(len(tiles.in_parts), heads, tiles.most_rows)](
+        part_acc,
+        part_sums,
+        sinks_H,
+        tiles.in_parts,
+        out,
+        heads,
+        tiles.splits,
+        VALUE_SIZE=value_size,
+        VALUE_TILE=max(16, triton.next_power_of_2(value_size)),
+        SPLIT=SPLIT,
+        num_warps=1,
+    )

@@ -170,7 +170,9 @@ def _store_codes(value, to_H, scale_H, inside_H, SIZE: tl.constexpr, TILE: tl.co
     wide_H = half_H.to(tl.float32)
     held_H = (wrong_H == 0) & (wide_H <= _LARGEST)
     divisor_H = tl.where(wide_H > 0, wide_H, 1.0)
-    inverse_H = tl.where(wide_H > 0, tl.div_rn(tl.full(wide_H.shape, 1.0, tl.float32), divisor_H), 0.0)
+    inverse_H = tl.where(
+        wide_H > 0, tl.div_rn(tl.full(wide_H.shape, 1.0, tl.float32), divisor_H), 0.0
+    )
     codes = (value * inverse_H[:, None] + _TO_INTEGERS) - _TO_INTEGERS
     codes = tl.minimum(tl.maximum(codes, -_MOST_CODE), _MOST_CODE)
     codes = tl.where(held_H[:, None], codes, 0.0).to(tl.int8)
