@@ -6,6 +6,7 @@ No card has proven them yet: until one has, `select_ops` takes plain PyTorch on 
 from moebius.ops.capability import Capability, Operation, Use
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import (
+    attention,
     experts,
     latent,
     linear,
@@ -14,6 +15,7 @@ from moebius.ops.triton import (
     routing,
     sampling,
 )
+from moebius.ops.triton.attention import AttentionOps
 from moebius.ops.triton.experts import ExpertOps
 from moebius.ops.triton.latent import LatentOps
 from moebius.ops.triton.linear import LinearOps
@@ -27,6 +29,7 @@ __all__ = ["TritonOps"]
 
 # What has kernels of ours.
 OWN = frozenset[Operation]().union(
+    attention.OPERATIONS,
     experts.OPERATIONS,
     latent.OPERATIONS,
     linear.OPERATIONS,
@@ -40,6 +43,7 @@ OWN = frozenset[Operation]().union(
 class TritonOps(
     LinearOps,
     PointwiseOps,
+    AttentionOps,
     LatentOps,
     RecurrentOps,
     RoutingOps,
