@@ -4,6 +4,7 @@ tests/conftest.py asks for before anything imports triton."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,3 +19,40 @@ def _numbers_as_on_a_gpu() -> Iterator[None]:
     """The interpreter computes with NumPy, which would warn of infinities; a GPU says nothing."""
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _functions_are_called_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter replaces the language's functions by its own at each launch, and, which takes
+    most of its time, again at each call of one function by another: once for each module will
+    do."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call = InterpretedFunction.__call__
+    replaced: set[str] = set()
+
+    def call_once_replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module in replaced or module.startswith("moebius."):
+            return self.rewrite()(*args, **kwargs)
+        replaced.add(module)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", call_once_replaced)
+
+
+@pytest.fixture
+def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's products as a GPU's: what a row of a tile gives does not depend on its
+    place in it, as in NumPy's."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(_: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        products = a.data[:, :, None] * b.data[None, :, :]
+        return TensorHandle(products.sum(1) + acc.data, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -9,13 +9,21 @@ Rules of these kernels, by which a row's bits depend on the row alone (promise P
     - no atomics on floats, and no tuning at run time that could choose another order.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 _WIDE = tl.constexpr(INTERPRETED)
+
+
+def _interpreted_range(*bounds):
+    """tl.range in the interpreter, whose numbers are tensors of one element: current versions of
+    NumPy make no index of these."""
+    return range(*(x.handle.data.item() if isinstance(x, tl.tensor) else int(x) for x in bounds))
+
+
+# For loops with bounds that are known to the kernel alone.
+span = _interpreted_range if INTERPRETED else tl.range
 
 
 @triton.jit
@@ -61,3 +69,10 @@ def tanh(x):
     far = 1 - 2 / (tl.exp(2 * size) + 1)
     value = tl.where(size < 1, near, far)
     return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x) of float32, by a power of e that is never above 1."""
+    power = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, power, 1.0) / (1.0 + power)
