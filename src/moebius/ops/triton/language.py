@@ -9,12 +9,10 @@ Rules of these kernels, by which a row's bits depend on the row alone (promise P
     - no atomics on floats, and no tuning at run time that could choose another order.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 _WIDE = tl.constexpr(INTERPRETED)
 
 

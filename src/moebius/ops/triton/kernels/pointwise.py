@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from moebius.ops.triton.kernels.rows import norm_and_store, turn
-from moebius.ops.triton.language import narrow, rounded, tanh
+from moebius.ops.triton.language import narrow, rounded, sigmoid, tanh
 
 
 @triton.jit
@@ -111,5 +111,5 @@ def add_gated(a, b, gate, out, size, GATED: tl.constexpr, BLOCK: tl.constexpr):
     value = tl.load(a + row * size + at, mask=inside, other=0.0).to(tl.float32)
     more = tl.load(b + row * size + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        more = rounded(more * tl.sigmoid(tl.load(gate + row)), b)
+        more = rounded(more * sigmoid(tl.load(gate + row)), b)
     tl.store(out + row * size + at, narrow(value + more, out.dtype.element_ty), mask=inside)

@@ -7,7 +7,7 @@ at first, and forgotten.
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.language import narrow, rounded
+from moebius.ops.triton.language import narrow, rounded, sigmoid, span
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def causal_conv(
         total += factor * value.to(tl.float32)
     if SILU:
         total = rounded(total, out)
-        total = total * tl.sigmoid(total)
+        total = total * sigmoid(total)
     tl.store(out + row * columns + at, narrow(total, out.dtype.element_ty), mask=inside)
 
 
@@ -88,9 +88,7 @@ def gated_delta(
         S = tl.zeros((K, V), tl.float32)
     rate = tl.load(decay + head)
     bias = tl.load(dt_bias + head)
-    row = tl.load(starts + sequence)
-    stop = tl.load(stops + sequence)
-    while row < stop:
+    for row in span(tl.load(starts + sequence), tl.load(stops + sequence)):
         values = qkv + row * qkv_stride
         q = tl.load(values + q_at, mask=of_k, other=0.0).to(tl.float32)
         k = tl.load(values + keys + q_at, mask=of_k, other=0.0).to(tl.float32)
@@ -100,11 +98,10 @@ def gated_delta(
         q = q * (1.0 / tl.sqrt(tl.sum(q * q, 0) + 1e-6)) * scale
         k = k * (1.0 / tl.sqrt(tl.sum(k * k, 0) + 1e-6))
         S = S * tl.exp(rate * _softplus(a + bias))
-        u = rounded(tl.sigmoid(b), gates) * (v.to(tl.float32) - tl.sum(S * k[:, None], 0))
+        u = rounded(sigmoid(b), gates) * (v.to(tl.float32) - tl.sum(S * k[:, None], 0))
         S = S + k[:, None] * u[None, :]
         read = narrow(tl.sum(S * q[:, None], 0), out.dtype.element_ty)
         tl.store(out + (row * value_heads + head) * value_dim + v_at, read, mask=of_v)
-        row += 1
     if KEPT:
         tl.store(state + place, S, mask=held)
 
@@ -135,9 +132,9 @@ def gated_norm(
 @triton.jit
 def _gated(x, GATE: tl.constexpr):
     if GATE == "silu":
-        x = x * tl.sigmoid(x)
+        x = x * sigmoid(x)
     elif GATE == "sigmoid":
-        x = tl.sigmoid(x)
+        x = sigmoid(x)
     elif GATE == "softplus":
         x = _softplus(x)
     return x

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from moebius.ops.sampling import LOWEST
+from moebius.ops.triton.language import span
 
 _INFINITY = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
@@ -94,12 +95,10 @@ def top_parts(logits, rows, counts, keys, size, parts, most, PART: tl.constexpr)
     left = tl.where(at < size, (ordered << 32) + (size - 1 - at), _NO_KEY)
     into = keys + (place * parts + part) * most
     count = tl.load(counts + place)
-    rank = 0
-    while rank < count:
+    for rank in span(0, count):
         key = tl.max(left, 0)
         tl.store(into + rank, key)
         left = tl.where(left == key, _NO_KEY, left)
-        rank += 1
 
 
 @triton.jit
@@ -114,14 +113,12 @@ def top_of_parts(
     left = tl.load(keys + place * parts * most + at, mask=there, other=_NO_KEY)
     row = logits + tl.load(rows + place) * size
     into = tl.load(starts + place)
-    rank = 0
-    while rank < count:
+    for rank in span(0, count):
         key = tl.max(left, 0)
         left = tl.where(left == key, _NO_KEY, left)
         id = size - 1 - (key & 0xFFFFFFFF)
         tl.store(ids + into + rank, id)
         tl.store(values + into + rank, tl.load(row + id))
-        rank += 1
 
 
 @triton.jit
