@@ -142,31 +142,42 @@ class ExpertOps(ReferenceOps):
         order = _sort(ids_TK, len(prepared.table))
         if not capturing(ids_TK):
             _require_held(ids_TK, order, prepared, drops=drops)
-        return self._feed_forward(x_TD, prepared, order, top_k).view(len(x_TD), top_k, -1)
+        rows_PD = self._feed_forward(x_TD, prepared, order, top_k)
+        return rows_PD.view(len(x_TD), top_k, prepared.hidden)
 
     def _feed_forward(
         self, x_TD: Tensor, prepared: TritonExperts, order: _Sorted | None, top_k: int
     ) -> Tensor:
         """The rows of all choices, or without an order of each row's only one: (T * K, D)."""
         rows = len(x_TD) * top_k
-        dtype, device = x_TD.dtype, x_TD.device
-        inner = torch.empty((rows, prepared.width), dtype=dtype, device=device)
-        out = torch.empty((rows, prepared.hidden), dtype=dtype, device=device)
-        if not rows:
-            return out
-        x = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+        inner = torch.empty((rows, prepared.width), dtype=x_TD.dtype, device=x_TD.device)
+        out = torch.empty((rows, prepared.hidden), dtype=x_TD.dtype, device=x_TD.device)
+        if rows:
+            x = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+            launch = _Launch.of(rows, prepared, order)
+            _gate_up(x, inner, prepared, launch, top_k)
+            _down(inner, out, prepared, launch)
+        return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launch:
+    """What both products of a feed-forward are launched with.
+
+    tiles            of rows, the most that there may be
+    starts, places   as in _Sorted; what is not read where there is nothing to sort
+    """
+
+    rows: int
+    tiles: int
+    starts: Tensor
+    places: Tensor
+    constants: dict[str, object]
+
+    @classmethod
+    def of(cls, rows: int, prepared: TritonExperts, order: _Sorted | None) -> "_Launch":
         experts = len(prepared.table)
-        tiles = triton.cdiv(rows, ROWS)
-        if order is not None:
-            # Each expert's last tile may hold but one.
-            tiles = min(rows, rows // ROWS + experts)
-        # Where each choice is its row's there is nothing to sort, and what is passed isn't read.
-        starts = prepared.table if order is None else order.starts
-        places = prepared.table if order is None else order.order
-        weights = prepared.plain.weights
-        settings = prepared.plain.activation
-        clamped = isinstance(settings, ClampedSwiGLU)
-        common = {
+        constants = {
             "BIAS": prepared.bias,
             "ROUTED": order is not None,
             "EXPERTS": triton.next_power_of_2(experts),
@@ -176,45 +187,62 @@ class ExpertOps(ReferenceOps):
             "num_warps": 4,
             "num_stages": 3,
         }
-        kernels.gate_up[(tiles, triton.cdiv(prepared.width, COLUMNS))](
-            x,
-            prepared.table,
-            starts,
-            places,
-            inner,
-            rows,
-            experts,
-            top_k,
-            prepared.hidden,
-            prepared.width,
-            x.stride(0),
-            prepared.inner.stride,
-            prepared.inner.scale_stride,
-            settings.alpha if clamped else 0.0,
-            settings.limit if clamped else 0.0,
-            **prepared.inner.constants(),
-            DTYPE=DTYPE_OF[computed_in(dtype, _held(weights.gate_FD)[0], wide=False)],
-            ACTIVATION="clamped_swiglu" if clamped else settings,
-            UP=bool(weights.up_FD),
-            **common,
-        )
-        kernels.down[(tiles, triton.cdiv(prepared.hidden, COLUMNS))](
-            inner,
-            prepared.table,
-            starts,
-            places,
-            out,
-            rows,
-            experts,
-            prepared.hidden,
-            prepared.width,
-            prepared.outer.stride,
-            prepared.outer.scale_stride,
-            **prepared.outer.constants(),
-            DTYPE=DTYPE_OF[computed_in(dtype, _held(weights.down_DF)[0], wide=False)],
-            **common,
-        )
-        return out
+        if order is None:
+            tiles = triton.cdiv(rows, ROWS)
+            return cls(rows, tiles, prepared.table, prepared.table, constants)
+        # Each expert's last tile may hold but one row.
+        tiles = min(rows, rows // ROWS + experts)
+        return cls(rows, tiles, order.starts, order.order, constants)
+
+
+def _gate_up(
+    x: Tensor, inner: Tensor, prepared: TritonExperts, launch: _Launch, top_k: int
+) -> None:
+    weights = prepared.plain.weights
+    activation = prepared.plain.activation
+    clamped = isinstance(activation, ClampedSwiGLU)
+    kernels.gate_up[(launch.tiles, triton.cdiv(prepared.width, COLUMNS))](
+        x,
+        prepared.table,
+        launch.starts,
+        launch.places,
+        inner,
+        launch.rows,
+        len(prepared.table),
+        top_k,
+        prepared.hidden,
+        prepared.width,
+        x.stride(0),
+        prepared.inner.stride,
+        prepared.inner.scale_stride,
+        activation.alpha if isinstance(activation, ClampedSwiGLU) else 0.0,
+        activation.limit if isinstance(activation, ClampedSwiGLU) else 0.0,
+        **prepared.inner.constants(),
+        DTYPE=DTYPE_OF[computed_in(x.dtype, _held(weights.gate_FD)[0], wide=False)],
+        ACTIVATION="clamped_swiglu" if clamped else activation,
+        UP=bool(weights.up_FD),
+        **launch.constants,
+    )
+
+
+def _down(inner: Tensor, out: Tensor, prepared: TritonExperts, launch: _Launch) -> None:
+    weight = _held(prepared.plain.weights.down_DF)[0]
+    kernels.down[(launch.tiles, triton.cdiv(prepared.hidden, COLUMNS))](
+        inner,
+        prepared.table,
+        launch.starts,
+        launch.places,
+        out,
+        launch.rows,
+        len(prepared.table),
+        prepared.hidden,
+        prepared.width,
+        prepared.outer.stride,
+        prepared.outer.scale_stride,
+        **prepared.outer.constants(),
+        DTYPE=DTYPE_OF[computed_in(inner.dtype, weight, wide=False)],
+        **launch.constants,
+    )
 
 
 def _held(weights: Sequence[Weight | None]) -> list[Weight]:
@@ -275,11 +303,11 @@ def _table(weights: ExpertWeights) -> Tensor:
         pairs = [addresses(weight) for weight in kind] or [(0, 0)] * count
         columns += zip(*pairs, strict=True)
     for biases in (weights.gate_bias_F, weights.up_bias_F, weights.down_bias_D):
-        columns.append([addresses_of_bias(bias) for bias in biases] or [0] * count)
+        columns.append([_place(bias) for bias in biases] or [0] * count)
     return torch.tensor(columns, dtype=torch.int64).t().contiguous()
 
 
-def addresses_of_bias(bias: Tensor | None) -> int:
+def _place(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.data_ptr()
 
 
@@ -291,9 +319,7 @@ def _sort(ids_TK: Tensor, experts: int) -> _Sorted:
     return _Sorted(order, starts)
 
 
-def _require_held(
-    ids_TK: Tensor, order: _Sorted, prepared: TritonExperts, *, drops: bool
-) -> None:
+def _require_held(ids_TK: Tensor, order: _Sorted, prepared: TritonExperts, *, drops: bool) -> None:
     """Raises IndexError for an id that is no expert's, or a hole's. It waits for the device, so a
     captured graph doesn't look: its kernels compute nothing for such an id."""
     starts = order.starts.tolist()

@@ -71,3 +71,10 @@ def tanh(x):
     far = 1 - 2 / (tl.exp(2 * size) + 1)
     value = tl.where(size < 1, near, far)
     return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x) of float32, by a power of e that is never above 1."""
+    power = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, power, 1.0) / (1.0 + power)

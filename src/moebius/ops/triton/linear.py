@@ -121,9 +121,7 @@ class LinearOps(ReferenceOps):
             )
         return out
 
-    def prepare_linear(
-        self, *layers: Layer, dtype: torch.dtype | None = None
-    ) -> PreparedLinear:
+    def prepare_linear(self, *layers: Layer, dtype: torch.dtype | None = None) -> PreparedLinear:
         tensors = _tensors(layers)
         device = one_device(tensors)
         _check_shapes(layers)

@@ -25,10 +25,10 @@ class Stored(NamedTuple):
 
     format         one of READ
     stride         elements from one row of the first plane to the next
-    scale_stride   the same of the plane of scales, where there is one
+    aligned        rows of the first plane begin at multiples of 16 bytes
+    scale_stride   as stride, of the plane of scales, where there is one
     scale          the dtype of these scales
     scale_rows, scale_columns   how many rows and columns share one; 0: all
-    aligned        rows of the first plane begin at multiples of 16 bytes
     """
 
     format: str
@@ -39,14 +39,14 @@ class Stored(NamedTuple):
     scale_rows: int = 0
     scale_columns: int = 0
 
-    def constants(self, kind: str = "") -> dict[str, object]:
-        """What the kernels call it, where they read matrices of one kind, or of several."""
+    def constants(self) -> dict[str, object]:
+        """What is compiled into a kernel, as they call it."""
         return {
-            f"{kind}FORMAT": self.format,
-            f"{kind}SCALE": self.scale,
-            f"{kind}SCALE_ROWS": self.scale_rows,
-            f"{kind}SCALE_COLUMNS": self.scale_columns,
-            f"{kind}ALIGNED": self.aligned,
+            "FORMAT": self.format,
+            "SCALE": self.scale,
+            "SCALE_ROWS": self.scale_rows,
+            "SCALE_COLUMNS": self.scale_columns,
+            "ALIGNED": self.aligned,
         }
 
 

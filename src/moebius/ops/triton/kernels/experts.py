@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from moebius.ops.triton.kernels.weights import plain, product, tile
-from moebius.ops.triton.language import dot, narrow, rounded, span
+from moebius.ops.triton.language import dot, narrow, rounded, sigmoid, span
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -35,7 +35,8 @@ def _rows(
     starts, order, rows, experts, ROUTED: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
     """What the tile of rows is of: an expert, places among the sorted choices (M,), which of them
-    are there, the choices, and whether there are any. Not ROUTED: the only expert, which serves every row."""
+    are there, the choices, and whether there are any. Not ROUTED: the only expert, which serves
+    every row."""
     t = tl.program_id(0)
     if ROUTED:
         lane = tl.arange(0, EXPERTS)
@@ -62,7 +63,7 @@ def _rows(
 @triton.jit
 def _activated(gate, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        out = gate / (1.0 + tl.exp(-gate))
+        out = gate * sigmoid(gate)
     elif ACTIVATION == "relu":
         out = tl.where(gate < 0, 0.0, gate)
     elif ACTIVATION == "relu_squared":
@@ -73,7 +74,7 @@ def _activated(gate, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "gelu_tanh")
         # (1 + tanh z) / 2 is sigmoid 2z.
         z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        out = gate / (1.0 + tl.exp(-2.0 * z))
+        out = gate * sigmoid(2.0 * z)
     return out
 
 
@@ -82,7 +83,7 @@ def _clamped_swiglu(gate, up, alpha, limit):
     """The nonlinearity of gpt-oss (arXiv 2508.10925); NaN stays NaN."""
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return (up + 1.0) * (gate / (1.0 + tl.exp(-alpha * gate)))
+    return (up + 1.0) * (gate * sigmoid(alpha * gate))
 
 
 @triton.jit

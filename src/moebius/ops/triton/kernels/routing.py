@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.language import tanh
+from moebius.ops.triton.language import sigmoid, tanh
 
 
 @triton.jit
 def _order(x):
-    """An integer that is greater where x is, -0 equal to 0, and NaN in a place of its own: int32."""
+    """Integers in the order of x, -0 equal to 0, and each NaN in a place of its own: int32."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -21,11 +21,6 @@ def _keys(x, index, count, inside):
     """
     keys = (_order(x).to(tl.int64) << 32) + (count - 1 - index).to(tl.int64)
     return tl.where(inside, keys, -0x7FFFFFFFFFFFFFFF)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -78,13 +73,13 @@ def route(
     lane = tl.arange(0, GROUPS * SIZE)
     expert = lane // SIZE * size + lane % SIZE
     inside = (lane // SIZE < groups) & (lane % SIZE < size)
-    x = tl.load(logits + token * stride + expert, mask=inside, other=float("-inf"))
+    x = tl.load(logits + token * stride + expert, mask=inside, other=0.0)
     if CAPPED:
-        x = tl.where(inside, softcap * tanh(x / softcap), float("-inf"))
+        x = softcap * tanh(x / softcap)
     if SCORE == "softmax":
         score = _softmax(x, inside, 0)
     elif SCORE == "sigmoid":
-        score = _sigmoid(x)
+        score = sigmoid(x)
     else:
         score = x
 
@@ -96,7 +91,7 @@ def route(
     keys = _keys(choice, expert, groups * size, inside)
     slot = tl.arange(0, TOP_PADDED)
     chosen = tl.zeros((TOP_PADDED,), tl.int64)
-    values = tl.full((TOP_PADDED,), float("-inf"), tl.float32)
+    values = tl.zeros((TOP_PADDED,), tl.float32)
     raw = WEIGHT == "raw" or WEIGHT == "renorm"
     of = score if raw else x
     for k in tl.static_range(TOP):
@@ -113,7 +108,7 @@ def route(
     elif WEIGHT == "softmax":
         values = _softmax(values, there, 0)
     elif WEIGHT == "sigmoid":
-        values = _sigmoid(values)
+        values = sigmoid(values)
     values = values * scale
     if SCALED:
         values = values * tl.load(expert_scale + chosen, mask=there, other=0.0)
