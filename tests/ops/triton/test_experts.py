@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.ops import ExpertWeights, Weight
+from moebius.ops import ExpertWeights, Operation, Use, Weight
+from moebius.ops.capability import Feature
 from moebius.ops.config import Activation, ClampedSwiGLU
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.experts import ReferenceExperts
@@ -90,34 +91,37 @@ def test_a_feed_forward(activation: Activation, up: bool, bias: bool, dtype: tor
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_more_rows_than_a_tile_and_a_row_alone(dtype: torch.dtype) -> None:
-    """A row has the same bits alone, and what is summed has those of the rows."""
+    """A row has the same bits alone, and so has its sum."""
     weights = random_experts(dtype)
     ours = prepared(weights, "silu", dtype)
     x, share, ids = random_rows(67, dtype)
     ids[:66] = torch.tensor([2, 0])
-    whole = OPS.experts(x, share, ids, ours)
-    near(whole, REF.experts(x, share, ids, REF.prepare_experts(weights, "silu", dtype)))
-    for row in (0, 65, 66):
+    whole = OPS.expert_rows(x, ids, ours)
+    near(whole, REF.expert_rows(x, ids, REF.prepare_experts(weights, "silu", dtype)))
+    for row in (0, 65):
         at = slice(row, row + 1)
-        pairs = OPS.expert_rows(x[at], ids[at], ours)
-        assert pairs.shape == (1, K, D)
-        assert torch.equal(OPS.combine(pairs, share[at])[0], whole[row])
+        assert torch.equal(OPS.expert_rows(x[at], ids[at], ours)[0], whole[row])
+    summed = OPS.combine(whole[60:], share[60:])
+    near(summed, REF.combine(whole[60:], share[60:]))
+    assert torch.equal(OPS.experts(x[at], share[at], ids[at], ours)[0], summed[5])
 
 
-@pytest.mark.parametrize(("inner", "outer"), [("q8_0", "q4_k"), ("mxfp4_planes", "mxfp4")])
-def test_codes(inner: str, outer: str) -> None:
-    size = 256
+@pytest.mark.parametrize(
+    ("inner", "outer", "hidden", "width"),
+    [("q8_0", "q4_k", 32, 256), ("mxfp4_planes", "fp8[16x32,bfloat16]", 96, 32)],
+)
+def test_codes(inner: str, outer: str, hidden: int, width: int) -> None:
+    def each(name: str, rows: int, columns: int) -> list[Weight]:
+        return [random_weight(name, rows, columns) for _ in range(E)]
 
-    def each(name: str) -> list[Weight]:
-        return [random_weight(name, size, size) for _ in range(E)]
-
-    weights = ExpertWeights(each(inner), each(inner), each(outer))
-    x, share, ids = random_rows(2, torch.float32, size)
+    weights = ExpertWeights(
+        each(inner, width, hidden), each(inner, width, hidden), each(outer, hidden, width)
+    )
+    x, share, ids = random_rows(1, torch.float32, hidden)
     found = OPS.experts(x, share, ids, prepared(weights, "silu", torch.float32))
     wanted = REF.experts(x, share, ids, REF.prepare_experts(weights, "silu"))
-    torch.testing.assert_close(
-        found / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=1e-5
-    )
+    most = wanted.abs().max()
+    torch.testing.assert_close(found / most, wanted / most, rtol=0, atol=1e-5)
 
 
 def test_rows_of_gate_and_up_in_turn() -> None:
@@ -170,7 +174,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
 
 
 def test_what_plain_pytorch_computes_and_what_is_refused() -> None:
-    other = [random_weight("q6_k", 256, 256) for _ in range(E)]
+    other = [random_weight("q5_k", 256, 256) for _ in range(E)]
     weights = ExpertWeights(other, other, other)
     plain = OPS.prepare_experts(weights, "silu", torch.float32)
     assert isinstance(plain, ReferenceExperts)
@@ -187,6 +191,23 @@ def test_what_plain_pytorch_computes_and_what_is_refused() -> None:
         OPS.prepare_experts(weights._replace(up_FD=weights.down_DF), "silu")
     with pytest.raises(ValueError, match="rows for experts have 70 numbers"):
         OPS.experts(x, None, None, prepared(weights, "silu", torch.float32))
+
+
+def test_what_is_ours_is_said() -> None:
+    two = frozenset({Feature.TWO_MATRICES})
+    ours = (
+        Use(Operation.EMBED, torch.bfloat16),
+        Use(Operation.LINEAR, torch.float32),
+        Use(Operation.LOGITS, torch.float32),
+        Use(Operation.ROUTE, torch.float32),
+        Use(Operation.EXPERTS, torch.bfloat16, two),
+        Use(Operation.EXPERT_ROWS, torch.bfloat16),
+        Use(Operation.COMBINE, torch.bfloat16),
+    )
+    for use in (*ours, Use(Operation.LINEAR, torch.float16)):
+        found = OPS.capability(use)
+        assert found is not None and not found.batch_invariant
+        assert found.by == ("triton" if use in ours else "reference")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")

@@ -29,7 +29,7 @@ FP8 = [
     "fp8[16x32,float8_e8m0fnu]",
     "fp8[4x48,float16]",
 ]
-CODES = ["q8_0", "q4_k", "mxfp4", "mxfp4_planes", *FP8]
+CODES = ["q8_0", "q4_k", "q6_k", "mxfp4", "mxfp4_planes", *FP8]
 
 
 def random_weight(name: str, rows: int, columns: int) -> Weight:
@@ -83,7 +83,7 @@ def test_layers_side_by_side(rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CODES)
 def test_codes_are_widened_as_plain_pytorch_widens_them(name: str, dtype: torch.dtype) -> None:
     """By products with rows that are zero but for a one: each is a weight, rounded once."""
-    columns = 512 if name == "q4_k" else 96
+    columns = 512 if name.endswith("_k") else 96
     weight = random_weight(name, 5, columns)
     prepared = OPS.prepare_linear((weight, None), dtype=dtype)
     assert isinstance(prepared, TritonLinear) and not prepared.others
@@ -147,7 +147,7 @@ def test_other_weights_are_plain_pytorchs() -> None:
     x = torch.randn(2, 256, device=DEVICE)
     layers = (
         (torch.randn(3, 256, device=DEVICE), None),
-        (random_weight("q6_k", 4, 256), torch.randn(4, device=DEVICE)),
+        (random_weight("q5_k", 4, 256), torch.randn(4, device=DEVICE)),
     )
     prepared = OPS.prepare_linear(*layers, dtype=torch.float32)
     assert isinstance(prepared, TritonLinear) and len(prepared.others) == 1
@@ -192,7 +192,7 @@ def test_they_compile() -> None:
     x = torch.zeros(64, 2048, dtype=torch.bfloat16)
     bias = torch.zeros(64, dtype=torch.bfloat16)
     with launches() as seen:
-        weight = random_weight("q4_k", 64, 2048)
+        weight = random_weight("q6_k", 64, 2048)
         OPS.linear(x, OPS.prepare_linear((weight, None), dtype=x.dtype))
         OPS.linear(x, OPS.prepare_linear((x, bias)))
         OPS.embed(torch.zeros(3, dtype=torch.int64), random_weight("q8_0", 4, 2048), 2.0, x.dtype)

@@ -14,7 +14,7 @@ from moebius.ops.weights import Matrix, Weight
 DTYPES = (torch.bfloat16, torch.float32)
 # What numbers that are not codes may be stored in.
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
-_BYTES = ("q8_0", "q4_k", "mxfp4")
+_BYTES = ("q8_0", "q4_k", "q6_k", "mxfp4")
 READ = frozenset({*map(dtype_name, PLAIN), *_BYTES, "mxfp4_planes", "fp8"})
 """Formats whose kernels are ours, by their names without parameters."""
 _VECTOR = 16

@@ -43,6 +43,8 @@ def tile(
         wide = _q8_0(codes, row, inside, k, columns, stride, N, K)
     elif FORMAT == "q4_k":
         wide = _q4_k(codes, row, inside, k, columns, stride, N, K)
+    elif FORMAT == "q6_k":
+        wide = _q6_k(codes, row, inside, k, columns, stride, N, K)
     elif FORMAT == "mxfp4":
         wide = _mxfp4(codes, row, inside, k, columns, stride, N, K)
     elif FORMAT == "mxfp4_planes":
@@ -133,6 +135,33 @@ def _q4_k(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.const
     codes = (both >> (part % 2 * 4)[:, :, None]) & 15
     wide = codes.to(tl.float32) * scale[:, :, None] - least[:, :, None]
     return tl.reshape(wide, (N, K))
+
+
+@triton.jit
+def _q6_k(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
+    """Blocks of 210 bytes, two halves of four groups each: the low four bits of codes, 64 bytes a
+    half, of which one holds two groups' in turn; their high two, 32 bytes a half; a scale of eight
+    bits for each 16 codes; and the float16 unit of these."""
+    G: tl.constexpr = K // 32
+    group = k // 32 + tl.arange(0, G)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride)
+    block = start + (group // 8)[None, :] * 210
+    half = (group % 8 // 4)[None, :]
+    part = (group % 4)[None, :]
+    lane = tl.arange(0, 32)[None, None, :]
+    all_here = here[:, :, None]
+    low_at = (block + half * 64 + part % 2 * 32)[:, :, None] + lane
+    low = tl.load(low_at, mask=all_here, other=0).to(tl.int32) >> (part // 2 * 4)[:, :, None]
+    high_at = (block + 128 + half * 32)[:, :, None] + lane
+    high = tl.load(high_at, mask=all_here, other=0).to(tl.int32) >> (part * 2)[:, :, None]
+    codes = ((low & 15) | ((high & 3) << 4)) - 32
+    scales_at = block + 192 + (group % 8)[None, :] * 2
+    unit = _half(block + 208, here)
+    first = unit * tl.load(scales_at, mask=here, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    second = tl.load(scales_at + 1, mask=here, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    second = unit * second
+    scale = tl.where(lane < 16, first[:, :, None], second[:, :, None])
+    return tl.reshape(codes.to(tl.float32) * scale, (N, K))
 
 
 @triton.jit
