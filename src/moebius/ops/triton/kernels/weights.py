@@ -42,13 +42,15 @@ def tile(
     if FORMAT == "q8_0":
         wide = _q8_0(codes, row, inside, k, columns, stride, N, K)
     elif FORMAT == "q4_k":
-        wide = _q4_k(codes, row, inside, k, columns, stride, N, K)
+        wide = _q4_k(codes, row, inside, k, columns, stride, ALIGNED, N, K)
     elif FORMAT == "q6_k":
         wide = _q6_k(codes, row, inside, k, columns, stride, N, K)
     elif FORMAT == "mxfp4":
         wide = _mxfp4(codes, row, inside, k, columns, stride, N, K)
     elif FORMAT == "mxfp4_planes":
-        wide = _mxfp4_planes(codes, scales, row, inside, k, columns, stride, scale_stride, N, K)
+        wide = _mxfp4_planes(
+            codes, scales, row, inside, k, columns, stride, scale_stride, ALIGNED, N, K
+        )
     elif FORMAT == "fp8":
         wide = _fp8(
             codes, scales, row, inside, k, columns, stride, scale_stride,
@@ -93,9 +95,9 @@ def _half(pointer, mask):
 
 
 @triton.jit
-def _blocks(address, row, inside, group, groups, stride):
+def _blocks(address, row, inside, group, groups, stride, ALIGNED: tl.constexpr):
     """Where the rows' bytes begin (N, 1), and which of the groups (G,) are there (N, G)."""
-    start = address.to(tl.pointer_type(tl.uint8)) + row[:, None] * stride
+    start = plain(address, "uint8", ALIGNED) + row[:, None] * stride
     return start, inside[:, None] & (group < groups)[None, :]
 
 
@@ -104,7 +106,7 @@ def _q8_0(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.const
     """Blocks of 34 bytes: a float16 scale, and 32 codes."""
     G: tl.constexpr = K // 32
     group = k // 32 + tl.arange(0, G)
-    start, here = _blocks(address, row, inside, group, columns // 32, stride)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
     block = start + group[None, :] * 34
     scale = _half(block, here)
     at = block[:, :, None] + (2 + tl.arange(0, 32))[None, None, :]
@@ -113,12 +115,15 @@ def _q8_0(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def _q4_k(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
+def _q4_k(
+    address, row, inside, k, columns, stride, ALIGNED: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
     """Blocks of 144 bytes: float16 units of scales and of minima, eight of these of six bits each,
     and codes: 32 bytes hold one group in their low bits and the next in their high ones."""
     G: tl.constexpr = K // 32
     group = k // 32 + tl.arange(0, G)
-    start, here = _blocks(address, row, inside, group, columns // 32, stride)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, ALIGNED)
     block = start + (group // 8)[None, :] * 144
     part = (group % 8)[None, :]
     late = part >= 4
@@ -144,7 +149,7 @@ def _q6_k(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.const
     bits for each 16 codes; and the float16 unit of these."""
     G: tl.constexpr = K // 32
     group = k // 32 + tl.arange(0, G)
-    start, here = _blocks(address, row, inside, group, columns // 32, stride)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
     block = start + (group // 8)[None, :] * 210
     half = (group % 8 // 4)[None, :]
     part = (group % 4)[None, :]
@@ -188,7 +193,7 @@ def _mxfp4(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.cons
     """Blocks of 17 bytes: a power of two, and 32 codes, the first 16 of them in low bits."""
     G: tl.constexpr = K // 32
     group = k // 32 + tl.arange(0, G)
-    start, here = _blocks(address, row, inside, group, columns // 32, stride)
+    start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
     block = start + group[None, :] * 17
     exponent = tl.load(block, mask=here, other=0).to(tl.int32)
     lane = tl.arange(0, 32)
@@ -200,21 +205,20 @@ def _mxfp4(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.cons
 
 @triton.jit
 def _mxfp4_planes(
-    address, scales, row, inside, k, columns, stride, scale_stride, N: tl.constexpr,
-    K: tl.constexpr,
+    address, scales, row, inside, k, columns, stride, scale_stride, ALIGNED: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """A byte holds an even column's code in its low bits and the next column's in its high ones; a
     power of two for each 32 columns lies in another plane, and 255 is none."""
     G: tl.constexpr = K // 32
     group = k // 32 + tl.arange(0, G)
-    start, here = _blocks(address, row, inside, group, columns // 32, stride)
-    exponents = scales.to(tl.pointer_type(tl.uint8)) + row[:, None] * scale_stride
-    exponent = tl.load(exponents + group[None, :], mask=here, other=0).to(tl.int32)
+    start, here = _blocks(scales, row, inside, group, columns // 32, scale_stride, False)
+    exponent = tl.load(start + group[None, :], mask=here, other=0).to(tl.int32)
     scale = tl.where(exponent == 255, float("nan"), _power(tl.minimum(exponent, 254) - 128))
-    lane = tl.arange(0, 32)
-    at = (start + group[None, :] * 16)[:, :, None] + (lane // 2)[None, None, :]
-    both = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
-    codes = (both >> (lane % 2 * 4)[None, None, :]) & 15
+    at = k // 2 + tl.arange(0, K // 2)
+    start, here = _blocks(address, row, inside, at, columns // 2, stride, ALIGNED)
+    both = tl.load(start + at[None, :], mask=here, other=0).to(tl.int32)
+    codes = tl.reshape(tl.interleave(both & 15, both >> 4), (N, G, 32))
     return tl.reshape(_e2m1_twice(codes) * scale[:, :, None], (N, K))
 
 
