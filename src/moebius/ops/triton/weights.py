@@ -55,10 +55,10 @@ def stored(weight: Weight) -> Stored | None:
     matrix = Matrix.of(weight)
     planes = matrix.planes
     name = matrix.format.name.partition("[")[0]
-    readable = name in READ and all(plane.stride(-1) == 1 for plane in planes)
-    if not readable:
-        return None
     first = planes[0]
+    readable = name in READ and all(plane.stride(-1) == 1 for plane in planes)
+    if not readable or (name == "q8_0" and first.data_ptr() % 2):
+        return None
     stride = first.stride(0)
     bytes_apart = stride * first.element_size()
     aligned = first.data_ptr() % _VECTOR == 0 and bytes_apart % _VECTOR == 0

@@ -103,14 +103,15 @@ def _blocks(address, row, inside, group, groups, stride, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _q8_0(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
-    """Blocks of 34 bytes: a float16 scale, and 32 codes."""
+    """Blocks of 34 bytes on even addresses: a float16 scale, and 32 codes."""
     G: tl.constexpr = K // 32
     group = k // 32 + tl.arange(0, G)
     start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
-    block = start + group[None, :] * 34
-    scale = _half(block, here)
-    at = block[:, :, None] + (2 + tl.arange(0, 32))[None, None, :]
-    codes = tl.load(at, mask=here[:, :, None], other=0).to(tl.int8, bitcast=True)
+    block = (start + group[None, :] * 34).to(tl.pointer_type(tl.int16))
+    scale = tl.load(block, mask=here, other=0).to(tl.float16, bitcast=True).to(tl.float32)
+    at = block[:, :, None] + (1 + tl.arange(0, 16))[None, None, :]
+    pairs = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
+    codes = tl.interleave((pairs << 24) >> 24, pairs >> 8)
     return tl.reshape(codes.to(tl.float32) * scale[:, :, None], (N, K))
 
 
