@@ -188,12 +188,11 @@ class LinearOps(ReferenceOps):
 def require_ids(ids: Tensor, count: int) -> None:
     """Raises IndexError for a token id outside a table of so many rows: to look is to wait for the
     device, so that a captured graph doesn't, whose kernels read nothing for such an id."""
-    if not len(ids) or capturing(ids):
+    if capturing(ids):
         return
-    least, most = (int(x) for x in torch.aminmax(ids))
-    if least < 0 or most >= count:
-        wrong = least if least < 0 else most
-        raise IndexError(f"token id {wrong} is outside the table of {count} rows")
+    wrong = ids[(ids < 0) | (ids >= count)]
+    if len(wrong):
+        raise IndexError(f"token id {int(wrong[0])} is outside the table of {count} rows")
 
 
 def capturing(x: Tensor) -> bool:
