@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moebius.ops.cache_spec import CacheSpec, key_value_spec, latent_spec
+from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
@@ -272,6 +273,28 @@ def test_what_the_kernels_do_not_take_plain_pytorch_computes() -> None:
     drawn = Drawn.of([(70, 2)], (4, 2, 16, 16), torch.float64)
     found, wanted = (drawn.attend(ops, 0.25) for ops in (OPS, REF))
     torch.testing.assert_close(found, wanted)
+
+
+def test_it_is_declared() -> None:
+    for operation in (Operation.ROTATE_AND_STORE, Operation.PAGED_ATTENTION):
+        for feature in (*Feature, None):
+            for dtype, by in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+                use = Use(operation, dtype, frozenset({feature} if feature else ()))
+                found = OPS.capability(use)
+                assert found is not None and found.by == by and not found.batch_invariant
+    latent_codes = frozenset({Feature.LATENT, Feature.INT8_CACHE})
+    assert OPS.capability(Use(Operation.PAGED_ATTENTION, torch.bfloat16, latent_codes)) is None
+
+
+def test_splits_and_tiles_of_keys_end_at_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for size, dtype in product((6, 64, 80, 128, 192, 256, 576), DTYPES):
+        assert attention.SPLIT % attention.sizes_of(size, size, dtype).keys == 0
+        main, rest = attention.key_tiles(size)
+        assert main + rest >= size and all(
+            n == 0 or (n >= 16 and n & (n - 1) == 0) for n in (main, rest)
+        )
+    assert attention.key_tiles(576) == (512, 64) and attention.key_tiles(112) == (128, 0)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")

@@ -6,7 +6,7 @@ No card has proven them yet: until one has, `select_ops` takes plain PyTorch on 
 from moebius.ops.capability import Capability, Use
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import attention, pointwise
-from moebius.ops.triton.attention import AttentionOps
+from moebius.ops.triton.attention import DTYPES, AttentionOps
 from moebius.ops.triton.pointwise import PointwiseOps
 
 __all__ = ["TritonOps"]
@@ -28,5 +28,6 @@ class TritonOps(AttentionOps, PointwiseOps, ReferenceOps):
         known = super().capability(use)
         if known is None:
             return None
-        by = self.name if use.operation in OWN else ReferenceOps.name
+        ours = use.operation in OWN and use.dtype in DTYPES
+        by = self.name if ours else ReferenceOps.name
         return Capability(by, batch_invariant=False, recorded=False)
