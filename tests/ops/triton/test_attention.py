@@ -302,13 +302,14 @@ def test_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sizes of real models, where each also has to find its shared memory."""
     monkeypatch.setattr(attention, "SPLIT", 512)
     options = {"softcap": 50.0, "sinks_H": torch.zeros(8), "bias_HR": torch.zeros(8, 65)}
-    bfloat16 = torch.bfloat16
+    coded = key_value_spec(2, 80, torch.int8, 96)
+    latent = latent_spec(512, 64, torch.bfloat16)
+    decode = (1100, 1)
     with launches() as seen:
-        for heads, spec, offset, others in (
-            ((32, 8, 128, 128), None, None, {"window": 1024}),
-            ((8, 2, 80, 96), key_value_spec(2, 80, torch.int8, 96), torch.zeros(2, 80), options),
-            ((16, 1, 576, 512), latent_spec(512, 64, bfloat16), None, {}),
-        ):
-            drawn = Drawn.of([(1100, 1), (40, 40)], heads, bfloat16)
-            drawn.attend(OPS, 0.1, spec=spec, offset=offset, **others)
+        drawn = Drawn.of([decode, (40, 40)], (32, 8, 128, 128), torch.bfloat16)
+        drawn.attend(OPS, 0.1, window=1024)
+        drawn = Drawn.of([(40, 40)], (8, 2, 80, 96), torch.bfloat16)
+        drawn.attend(OPS, 0.1, spec=coded, offset=torch.zeros(2, 80), **options)
+        drawn = Drawn.of([decode], (16, 1, 576, 512), torch.bfloat16)
+        drawn.attend(OPS, 0.1, spec=latent)
     assert_compile(seen, kernels)
