@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moebius.ops.cache_spec import CacheSpec, key_value_spec, latent_spec
+from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
@@ -274,18 +275,41 @@ def test_what_the_kernels_do_not_take_plain_pytorch_computes() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+def test_it_is_declared() -> None:
+    for operation in (Operation.ROTATE_AND_STORE, Operation.PAGED_ATTENTION):
+        for feature in (*Feature, None):
+            for dtype, by in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+                use = Use(operation, dtype, frozenset({feature} if feature else ()))
+                found = OPS.capability(use)
+                assert found is not None and found.by == by and not found.batch_invariant
+    latent_codes = frozenset({Feature.LATENT, Feature.INT8_CACHE})
+    assert OPS.capability(Use(Operation.PAGED_ATTENTION, torch.bfloat16, latent_codes)) is None
+
+
+def test_splits_and_tiles_of_keys_end_at_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for size, dtype in product((6, 64, 80, 128, 192, 256, 576), DTYPES):
+        assert attention.SPLIT % attention.sizes_of(size, size, dtype).keys == 0
+        main, rest = attention.key_tiles(size)
+        assert main + rest >= size and all(
+            n == 0 or (n >= 16 and n & (n - 1) == 0) for n in (main, rest)
+        )
+    assert attention.key_tiles(576) == (512, 64) and attention.key_tiles(112) == (128, 0)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sizes of real models, where each also has to find its shared memory."""
     monkeypatch.setattr(attention, "SPLIT", 512)
     options = {"softcap": 50.0, "sinks_H": torch.zeros(8), "bias_HR": torch.zeros(8, 65)}
-    bfloat16 = torch.bfloat16
+    coded = key_value_spec(2, 80, torch.int8, 96)
+    latent = latent_spec(512, 64, torch.bfloat16)
+    decode = (1100, 1)
     with launches() as seen:
-        for heads, spec, offset, others in (
-            ((32, 8, 128, 128), None, None, {"window": 1024}),
-            ((8, 2, 80, 96), key_value_spec(2, 80, torch.int8, 96), torch.zeros(2, 80), options),
-            ((16, 1, 576, 512), latent_spec(512, 64, bfloat16), None, {}),
-        ):
-            drawn = Drawn.of([(1100, 1), (40, 40)], heads, bfloat16)
-            drawn.attend(OPS, 0.1, spec=spec, offset=offset, **others)
+        drawn = Drawn.of([decode, (40, 40)], (32, 8, 128, 128), torch.bfloat16)
+        drawn.attend(OPS, 0.1, window=1024)
+        drawn = Drawn.of([(40, 40)], (8, 2, 80, 96), torch.bfloat16)
+        drawn.attend(OPS, 0.1, spec=coded, offset=torch.zeros(2, 80), **options)
+        drawn = Drawn.of([decode], (16, 1, 576, 512), torch.bfloat16)
+        drawn.attend(OPS, 0.1, spec=latent)
     assert_compile(seen, kernels)

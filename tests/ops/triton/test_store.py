@@ -178,5 +178,4 @@ def test_kernels_compile() -> None:
             norm = torch.ones(128, dtype=dtype)
             turn = turn._replace(interleaved=interleaved)
             OPS.rotate_and_store(x, turn, held, slots, norm, norm, 1e-6, heads)
-            OPS.rotate_and_store(x, turn, held, slots, heads=heads)
     assert_compile(seen, kernels)

@@ -31,12 +31,12 @@ ROWS_IN_PARTS = 16
 # Heads' values that one program stores at once.
 _VALUES_AT_ONCE = 1024
 _LOG2_E = math.log2(math.e)
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def computes(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
     """Whether the kernels take rows of `dtype` beside such a cache."""
-    return dtype in _DTYPES and cache_dtype in (dtype, torch.int8)
+    return dtype in DTYPES and cache_dtype in (dtype, torch.int8)
 
 
 class Sizes(NamedTuple):

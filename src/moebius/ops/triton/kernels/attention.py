@@ -6,6 +6,8 @@ finds in all of them is joined from the first to the last, by the same operation
 program goes through all splits, or a program takes each of them and another joins the parts: so
 either may serve a row. All of the scores are in units of log 2.
 
+Numbers that differ from step to step are not specialised, so that all steps run one program.
+
 A tile has M entries, of `HEADS` query heads each: entry m is head m % HEADS of row m // HEADS.
 """
 
@@ -20,7 +22,7 @@ _TWICE_LOG2_E = tl.constexpr(2 * 1.4426950408889634)
 _TILE_COLUMNS = tl.constexpr(6)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def attend_in_order(
     q, k, v, k_scale, v_scale, key_offset, sinks, bias, table, tiles, rows_seen, out,
     scale, softcap, reach, heads, table_width, k_block, v_block, scale_block, key_heads, share,
@@ -53,7 +55,7 @@ def attend_in_order(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def attend_split(
     q, k, v, k_scale, v_scale, key_offset, bias, table, tiles, rows_seen, part_acc, part_sums,
     scale, softcap, reach, heads, table_width, k_block, v_block, scale_block, key_heads, share,
@@ -90,7 +92,7 @@ def attend_split(
     tl.store(part_sums + part_M * 2 + 1, total_M, mask=inside_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def join_splits(
     part_acc, part_sums, sinks, tiles, out, heads, splits,
     VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr, SPLIT: tl.constexpr,
