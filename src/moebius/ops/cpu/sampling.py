@@ -63,7 +63,8 @@ class SamplingOps(CpuBase):
     def _room_for(self, floats: int) -> Tensor:
         """Memory that was there before, if it can be: new pages cost more than what is written to
         them here."""
-        kept, self._kept = self._kept, torch.empty(0)
+        kept = self._kept
+        self._kept = torch.empty(0)
         return kept if len(kept) >= floats else torch.empty(floats)
 
 
@@ -73,14 +74,11 @@ def _logits(logits_LV: Tensor) -> _cpu.Logits:
 
 def _shaping(s: Shaping) -> _cpu.Shaping:
     """What is allowed is read when rows are shaped, and not afterwards."""
-    if s.allowed is None:
-        allowed, words = 0, 0
-    elif s.allowed.dtype == np.uint32 and s.allowed.flags.c_contiguous:
-        allowed, words = s.allowed.ctypes.data, s.allowed.size
-    else:
+    ids = s.allowed
+    if ids is not None and not (ids.dtype == np.uint32 and ids.flags.c_contiguous):
         raise ValueError(
-            f"a set of ids is contiguous words of uint32, not {s.allowed.dtype} "
-            f"with strides {s.allowed.strides}"
+            f"a set of ids is contiguous words of uint32, not {ids.dtype} with strides "
+            f"{ids.strides}"
         )
     return _cpu.Shaping(
         biased=list(s.bias),
@@ -91,6 +89,6 @@ def _shaping(s: Shaping) -> _cpu.Shaping:
         presence=s.presence,
         frequency=s.frequency,
         banned=s.banned,
-        allowed=allowed,
-        words=words,
+        allowed=0 if ids is None else ids.ctypes.data,
+        words=0 if ids is None else ids.size,
     )

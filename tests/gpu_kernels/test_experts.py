@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
+from gpu_kernels.test_linear import random_weight
 from moebius.ops import ExpertWeights, Operation, Use, Weight
 from moebius.ops.capability import Feature
 from moebius.ops.config import Activation, ClampedSwiGLU
@@ -16,9 +19,6 @@ from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.triton import TritonOps
 from moebius.ops.triton.experts import TritonExperts
 from moebius.ops.triton.kernels import experts as kernels
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
-from ops.triton.test_linear import random_weight
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -210,6 +210,7 @@ def test_what_is_ours_is_said() -> None:
         assert found.by == ("triton" if use in ours else "reference")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_they_compile() -> None:
     def each(rows: int, columns: int) -> list[Weight]:

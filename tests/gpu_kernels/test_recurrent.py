@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import TritonOps
 from moebius.ops.triton.kernels import recurrent as kernels
 from ops.recurrent_layers import KimiLayer, Layer, alone, naive_conv, naive_delta, served, step_of
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 OPS = TritonOps()
 REF = ReferenceOps()
@@ -164,6 +164,7 @@ def test_bad_arguments_are_refused() -> None:
         OPS.causal_conv(x, 0, weight, None, REF.plan_states(step_of([1], [0], [0])))
 
 
+@pytest.mark.exhaustive
 def test_kernels_compile() -> None:
     sizes = DeltaSizes(16, 32, 128, 128)
     dtype = torch.bfloat16

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops import Matrix, Weight
 from moebius.ops.formats import format_named
 from moebius.ops.reference import ReferenceOps
@@ -15,8 +17,6 @@ from moebius.ops.triton.kernels import linear as kernels
 from moebius.ops.triton.linear import TritonLinear
 from moebius.ops.triton.weights import READ
 from ops.formats.blocks import BLOCKS, random_matrix
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -187,6 +187,7 @@ def test_formats_are_those_that_are_read_in_place() -> None:
     assert "float32" not in OPS.formats(torch.bfloat16)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_they_compile() -> None:
     x = torch.zeros(64, 2048, dtype=torch.bfloat16)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops import FORMATS, Matrix
 from moebius.ops.cache_spec import latent_spec
 from moebius.ops.config import Temperature
@@ -14,8 +16,6 @@ from moebius.ops.steps import Rotation
 from moebius.ops.triton import TritonOps
 from moebius.ops.triton.kernels import latent as kernels
 from moebius.quantize.encode import encoded
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 OPS = TritonOps()
 REF = ReferenceOps()
@@ -129,6 +129,7 @@ def test_what_does_not_turn_stays() -> None:
     assert turned.shape == (0, 3, 10) and memory.isnan().all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_compile() -> None:
     slots = torch.zeros(2, dtype=torch.int64)

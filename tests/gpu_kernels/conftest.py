@@ -56,3 +56,10 @@ def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return TensorHandle(products.sum(1) + acc.data, acc.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield

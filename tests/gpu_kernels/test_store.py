@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.config import PLAIN_HEADS, HeadRows
 from moebius.ops.interface import Ops
@@ -17,8 +19,6 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import Rotation
 from moebius.ops.triton import TritonOps
 from moebius.ops.triton.kernels import store as kernels
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 OPS = TritonOps()
 REF = ReferenceOps()
@@ -163,6 +163,7 @@ def test_rows_that_are_no_heads_are_refused() -> None:
         OPS.rotate_and_store(x, wide, held, slots)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_compile() -> None:
     with launches() as seen:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops.cache_spec import CacheSpec, key_value_spec, latent_spec
 from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.interface import Ops
@@ -19,8 +21,6 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
 from moebius.ops.triton import TritonOps, attention
 from moebius.ops.triton.kernels import attention as kernels
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 OPS = TritonOps()
 REF = ReferenceOps()
@@ -297,6 +297,7 @@ def test_splits_and_tiles_of_keys_end_at_the_same_places(monkeypatch: pytest.Mon
     assert attention.key_tiles(576) == (512, 64) and attention.key_tiles(112) == (128, 0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sizes of real models, where each also has to find its shared memory."""

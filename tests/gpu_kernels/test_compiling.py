@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ops.triton.compiling import SHARED_BYTES, assert_compile, launches
-from ops.triton.conftest import DEVICE
+from gpu_kernels.compiling import SHARED_BYTES, assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.triton import TritonOps, sampling
 from moebius.ops.triton.kernels import sampling as kernels
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 OPS = TritonOps()
 REF = ReferenceOps()
@@ -246,6 +246,7 @@ def test_a_row_is_itself_in_any_company() -> None:
     assert results([5, 2, 0, 4]) == results([2])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_compile() -> None:
     allowed = np.zeros(5_000, dtype=np.uint32)

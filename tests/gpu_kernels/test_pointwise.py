@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import Rotation
 from moebius.ops.triton import TritonOps
 from moebius.ops.triton.kernels import pointwise as kernels
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 OPS = TritonOps()
 REF = ReferenceOps()
@@ -143,6 +143,7 @@ def test_a_row_is_itself_in_any_company(dtype: torch.dtype) -> None:
         assert torch.equal(together[2:3], alone)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_compile() -> None:
     weight = torch.ones(4096)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gpu_kernels.compiling import assert_compile, launches
+from gpu_kernels.conftest import DEVICE
 from moebius.ops import RouterTally
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import TritonOps
 from moebius.ops.triton.kernels import routing as kernels
-from ops.triton.compiling import assert_compile, launches
-from ops.triton.conftest import DEVICE
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -105,6 +105,7 @@ def test_what_is_refused() -> None:
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_it_compiles() -> None:
     with launches() as seen:
