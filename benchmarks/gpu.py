@@ -5,6 +5,8 @@ valid at any moment.
 
     environment   what the machine is, its memory bandwidth and its matrix peak
     tests         tests/test_device.py on the device
+    kernels       tests/gpu_kernels on it, each kernel beside plain PyTorch; without a GPU in
+                  Triton's interpreter
     checkpoint    the model's random weights, written to the folder of temporary files
     prefill       a prompt of 2,048 tokens
     decode        tokens after a prompt of 128, for one request and for 32 at once
@@ -112,9 +114,18 @@ def environment(stage: Stage) -> None:
 
 
 def tests(stage: Stage) -> None:
-    log = stage.out / "tests.log"
-    results = Path(tempfile.gettempdir()) / "moebius-gpu-tests.xml"
-    command = [sys.executable, "-m", "pytest", "tests/test_device.py", f"--junit-xml={results}"]
+    run_tests(stage, "tests/test_device.py")
+
+
+def kernels(stage: Stage) -> None:
+    # In the interpreter all of them take minutes.
+    run_tests(stage, "tests/gpu_kernels" + ("/test_pointwise.py" if stage.small else ""))
+
+
+def run_tests(stage: Stage, where: str) -> None:
+    log = stage.out / f"{stage.name}.log"
+    results = Path(tempfile.gettempdir()) / f"moebius-gpu-{stage.name}.xml"
+    command = [sys.executable, "-m", "pytest", where, f"--junit-xml={results}"]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "MOEBIUS_TEST_DEVICE": stage.device, "PYTHONPATH": path}
     with log.open("w") as file:
@@ -236,7 +247,9 @@ def decode(stage: Stage) -> None:
                     stage.keep(**{f"requests_{requests}": of})
 
 
-STAGES = {stage.__name__: stage for stage in (environment, tests, checkpoint, prefill, decode)}
+STAGES = {
+    stage.__name__: stage for stage in (environment, tests, kernels, checkpoint, prefill, decode)
+}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-${venv:-python3}}
 WHEELS=${WHEELS:-build/gpu-wheels}
 PACKAGES=build/gpu-packages
 # stage:seconds
-STAGES=${STAGES:-environment:40 tests:150 checkpoint:100 prefill:90 decode:150}
+STAGES=${STAGES:-environment:40 tests:120 kernels:150 checkpoint:90 prefill:80 decode:110}
 
 mkdir -p "$OUT" || exit
 if compgen -G "$WHEELS/*.whl" >/dev/null; then

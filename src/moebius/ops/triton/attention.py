@@ -314,7 +314,8 @@ def _check_shapes(q_THN: Tensor, held: ReferenceCache, scores: _Scores) -> None:
         raise ValueError(
             f"{heads} query heads of {size} values cannot share {key_heads} key heads of {key_size}"
         )
-    sinks_H, bias_HR = scores.sinks_H, scores.bias_HR
+    sinks_H = scores.sinks_H
+    bias_HR = scores.bias_HR
     if sinks_H is not None and sinks_H.shape != (heads,):
         raise ValueError(f"sinks are {tuple(sinks_H.shape)}; they must be {(heads,)}")
     if bias_HR is not None and (len(bias_HR) != heads or bias_HR.shape[1] % 2 == 0):
