@@ -20,6 +20,7 @@ from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.steps import Rotation, Step, StepInputs
 from moebius.ops.triton.kernels import attention as kernels
 from moebius.ops.triton.kernels import store
+from moebius.ops.triton.weights import DTYPES
 
 OPERATIONS = frozenset({Operation.ROTATE_AND_STORE, Operation.PAGED_ATTENTION})
 
@@ -31,7 +32,6 @@ ROWS_IN_PARTS = 16
 # Heads' values that one program stores at once.
 _VALUES_AT_ONCE = 1024
 _LOG2_E = math.log2(math.e)
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 def computes(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
