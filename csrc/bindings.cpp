@@ -410,16 +410,16 @@ NB_MODULE(_cpu, m) {
             program.run(0, program.calls.size(), counts);
         }, "columns"_a, "counts"_a, release());
 
-    nb::class_<Logits>(m, "Logits").def("__init__", [](Logits* self, Address values, int count, int vocab) {
-        new (self) Logits{array<float>(values), count, vocab};
-    });
+    nb::class_<Logits>(m, "Logits")
+        .def("__init__", [](Logits* self, Address values, int count, int vocab) { new (self) Logits{array<float>(values), count, vocab}; })
+        .def("allow", [](Logits& self, int row, Address ids, size_t words) { self.allow(row, array<const uint32_t>(ids), words); });
     nb::class_<Shaping>(m, "Shaping").def("__init__", [](Shaping* self, std::vector<int32_t> biased, std::vector<double> bias,
             std::vector<int32_t> seen, std::vector<int32_t> drawn, double repetition, double presence, double frequency,
-            std::vector<int32_t> banned, Address allowed, size_t words) {
+            std::vector<int32_t> banned) {
         new (self) Shaping{std::move(biased), std::move(bias), std::move(seen), std::move(drawn), repetition, presence, frequency,
-                           std::move(banned), array<const uint32_t>(allowed), words};
+                           std::move(banned)};
     }, nb::arg("biased"), nb::arg("bias"), nb::arg("seen"), nb::arg("drawn"), nb::arg("repetition"), nb::arg("presence"),
-       nb::arg("frequency"), nb::arg("banned"), nb::arg("allowed") = 0, nb::arg("words") = 0);
+       nb::arg("frequency"), nb::arg("banned"));
     nb::class_<Shaped>(m, "Shaped").def("restore", &Shaped::restore, release());
 
     nb::class_<Ops>(m, "Ops")
@@ -435,9 +435,7 @@ NB_MODULE(_cpu, m) {
         }, release())
         .def("draw", &Ops::draw, release())
         .def("ranks", &Ops::ranks, release())
-        .def("shape", [](Ops& ops, const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings, Address kept) {
-            return ops.shape(x, rows, shapings, array<float>(kept));
-        }, release());
+        .def("shape", &Ops::shape, release());
     bind_calls(m);
     bind_recurrent(m);
     bind_latent(m);

@@ -103,8 +103,13 @@ struct RouterSettings {
 struct Logits {
     float* values;  // (count, vocab)
     int count, vocab;
+    // Empty, or for each row the ids that may be drawn, all where it is null: id i if bit i % 32 of word i / 32 is set. All
+    // others that are finite are the lowest number to who reads the row.
+    std::vector<const uint32_t*> allowed{};
 
     float* row(int i) const { return values + size_t(i) * vocab; }
+    // Throws std::out_of_range for a row that is not there, std::invalid_argument for too few words.
+    void allow(int row, const uint32_t* ids, size_t words);
     // Throws std::out_of_range for a row that is not there, std::invalid_argument for other than one parameter a row.
     void check(const std::vector<int32_t>& rows, std::initializer_list<size_t> parameters) const;
 };
@@ -249,22 +254,22 @@ public:
     void route(const RouterSettings& r, const float* logits, int rows, const float* selection_bias, const float* expert_scale,
                float* weights, int64_t* ids, const RouterTally& tally);
     void within_capacity(const WithinCapacity& w);  // of the rows that its step says
-    // Of each of the rows: the lowest id of the largest logit, or -1 where one is not finite.
+    // Of each of the rows: the lowest id of the largest logit, NOT_FINITE where one is not finite, ALL_BANNED where that is
+    // the lowest number.
     std::vector<int64_t> argmax(const Logits& x, const std::vector<int32_t>& rows);
     // Of each of the rows: log of the sum of exp(logit / temperature) (NaN where a logit is not finite), and its `count`
     // (at most the vocabulary) largest in order with their ids, ties to the lowest id, row after row.
     void log_softmax_top_k(const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& counts,
                            const std::vector<float>& temperatures, double* log_sums, float* values, int64_t* ids);
     // Of each of the rows: the first id whose exp(logit / temperature), summed with all before it, exceeds uniform times the
-    // whole sum, or -1 where a logit is not finite.
+    // whole sum, or as `argmax` where there is none.
     std::vector<int64_t> draw(const Logits& x, const std::vector<int32_t>& rows, const std::vector<float>& temperatures,
                               const std::vector<double>& uniforms);
     // Of each of the rows: one token's place among all of the vocabulary, from 1.
     std::vector<int64_t> ranks(const Logits& x, const std::vector<int32_t>& rows, const std::vector<int32_t>& token_ids);
     // Changes the rows, each named once, in place until the result is restored. Throws std::out_of_range, with nothing
-    // changed, for an id outside the vocabulary, and std::invalid_argument for a set of allowed ids that is too small for it.
-    // kept: room for all rows that have such a set, until the result is restored
-    Shaped shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings, float* kept);
+    // changed, for an id outside the vocabulary.
+    Shaped shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings);
 
 private:
     struct Scratch {

@@ -17,6 +17,7 @@ namespace {
 
 // A heap of so many candidates finds them faster than a sort does.
 constexpr int MOST_IN_HEAP = 512;
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
 
 // A float's bits, so that the larger float has the smaller key. Adding 0 makes -0.0 equal to 0.0, and subnormal numbers,
 // which no comparison here tells from it. Signs cannot be predicted: without a branch it is four times as fast.
@@ -129,7 +130,7 @@ private:
 };
 
 float changed(double x, const Change& c, const Shaping& s) {
-    if (c.banned) return std::numeric_limits<float>::lowest();
+    if (c.banned) return LOWEST;
     x += c.bias;
     if (c.repeated) x = x > 0 ? x / s.repetition : x * s.repetition;
     if (c.times) x -= s.presence + s.frequency * c.times;
@@ -141,38 +142,80 @@ struct Bounds {
     float of[256][8];
     Bounds() {
         for (int byte = 0; byte < 256; byte++)
-            for (int bit = 0; bit < 8; bit++)
-                of[byte][bit] = byte >> bit & 1 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::lowest();
+            for (int bit = 0; bit < 8; bit++) of[byte][bit] = byte >> bit & 1 ? std::numeric_limits<float>::infinity() : LOWEST;
     }
 };
 
-// The lesser of each logit and its bound, NaN where the logit is. Bounds are laid out first: then compilers see that what is
-// left is done to many at a time.
-void ban_others(const uint32_t* allowed, int vocab, float* logits) {
+// The lesser of each of n logits and its bound, NaN where the logit is. Bounds are laid out first: then compilers see that
+// what is left is done to many at a time.
+void bound(const float* x, const uint32_t* allowed, int n, float* out) {
     static const Bounds bounds;
-    constexpr int AT_ONCE = 256;
-    alignas(64) float most[AT_ONCE];
-    for (int first = 0; first < vocab; first += AT_ONCE) {
-        const int n = std::min(AT_ONCE, vocab - first);
-        for (int i = 0; i < n; i += 8) {
-            const uint32_t byte = allowed[(first + i) / 32] >> (i % 32) & 255;
-            std::memcpy(most + i, bounds.of[byte], sizeof bounds.of[byte]);
-        }
-        float* x = logits + first;
-        for (int i = 0; i < n; i++) x[i] = most[i] < x[i] ? most[i] : x[i];
-    }
+    alignas(64) float most[SUM_BLOCK];
+    for (int i = 0; i < n; i += 8) std::memcpy(most + i, bounds.of[allowed[i / 32] >> (i % 32) & 255], sizeof bounds.of[0]);
+    for (int i = 0; i < n; i++) out[i] = most[i] < x[i] ? most[i] : x[i];
 }
 
-void shape_row(const Shaping& s, int vocab, float* kept, Shaped::Row& row) {
+// A row as it is drawn from. Where some ids alone are allowed it is bounded a block at a time, each time it is read: what a
+// block takes is in the first cache, and the row is not written.
+class Row {
+public:
+    Row(const Logits& x, int i) : x_(x.row(i)), allowed_(x.allowed.empty() ? nullptr : x.allowed[i]), size_(x.vocab) {}
+
+    // The logits of a block of n ids, from a multiple of SUM_BLOCK on; they may lie in `room`.
+    const float* block(int first, int n, float* room) const {
+        if (!allowed_) return x_ + first;
+        bound(x_ + first, allowed_ + first / 32, n, room);
+        return room;
+    }
+
+    // All of them; they may lie in memory that is this thread's, until it asks for another row's.
+    const float* whole() const {
+        if (!allowed_) return x_;
+        static thread_local std::vector<float> room;
+        room.resize(size_);
+        for (int i = 0; i < size_; i += SUM_BLOCK) block(i, std::min(SUM_BLOCK, size_ - i), room.data() + i);
+        return room.data();
+    }
+
+    // As the kernel of that name, to the bit.
+    void softmax_stats(const Kernels& kernels, float factor, float* largest, int* at, double* sum) const {
+        if (!allowed_) return kernels.softmax_stats(x_, size_, factor, largest, at, sum);
+        alignas(64) float room[SUM_BLOCK], ignored[SUM_BLOCK];
+        *largest = -std::numeric_limits<float>::infinity(), *at = 0;
+        for (int i = 0; i < size_; i += SUM_BLOCK) {
+            const int n = std::min(SUM_BLOCK, size_ - i);
+            float top;
+            int id;
+            kernels.softmax_stats(block(i, n, room), n, 1, &top, &id, nullptr);
+            if (std::isnan(top)) {
+                *largest = top, *at = 0;
+                return;
+            }
+            if (top > *largest) *largest = top, *at = i + id;
+        }
+        if (!sum) return;
+        *sum = 0;
+        for (int i = 0; i < size_; i += SUM_BLOCK) {
+            const int n = std::min(SUM_BLOCK, size_ - i);
+            *sum += kernels.exp_row(block(i, n, room), n, *largest, factor, ignored);
+        }
+    }
+
+private:
+    const float* x_;
+    const uint32_t* allowed_;
+    int size_;
+};
+
+void shape_row(const Shaping& s, Shaped::Row& row) {
     const Changes changes(s);
     row.ids.reserve(changes.all.size()), row.values.reserve(changes.all.size());
     for (const Change& c : changes.all) row.ids.push_back(c.id), row.values.push_back(row.logits[c.id]);
     for (const Change& c : changes.all) row.logits[c.id] = changed(row.logits[c.id], c, s);
-    if (!s.allowed) return;
-    std::copy_n(row.logits, vocab, kept);
-    row.whole = kept, row.size = size_t(vocab);
-    ban_others(s.allowed, vocab, row.logits);
 }
+
+// What is drawn of a row with this largest logit.
+int64_t drawn(float largest, int64_t id) { return std::isnan(largest) ? NOT_FINITE : largest == LOWEST ? ALL_BANNED : id; }
 
 void check_ids(const std::vector<int32_t>& ids, int count, const char* what) {
     for (int32_t id : ids)
@@ -183,8 +226,6 @@ void check_ids(const std::vector<int32_t>& ids, int count, const char* what) {
 
 void Shaped::restore() {
     for (Row& row : rows) {
-        if (row.whole) std::copy_n(row.whole, row.size, row.logits);
-        row.whole = nullptr;
         for (size_t i = 0; i < row.ids.size(); i++) row.logits[row.ids[i]] = row.values[i];
         row.ids.clear();
     }
@@ -197,21 +238,23 @@ void Logits::check(const std::vector<int32_t>& rows, std::initializer_list<size_
             throw std::invalid_argument(std::to_string(n) + (n == 1 ? " parameter for " : " parameters for ") + std::to_string(rows.size()) + " rows");
 }
 
-Shaped Ops::shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings, float* kept) {
+void Logits::allow(int row, const uint32_t* ids, size_t words) {
+    check({row}, {});
+    if (words * 32 < size_t(vocab))
+        throw std::invalid_argument(std::to_string(words) + " words of allowed ids for a vocabulary of " + std::to_string(vocab));
+    allowed.resize(count);
+    allowed[row] = ids;
+}
+
+Shaped Ops::shape(const Logits& x, const std::vector<int32_t>& rows, const std::vector<const Shaping*>& shapings) {
     x.check(rows, {shapings.size()});
-    for (const Shaping* s : shapings) {
-        if (s->allowed && s->words * 32 < size_t(x.vocab))
-            throw std::invalid_argument(std::to_string(s->words) + " words of allowed ids for a vocabulary of " + std::to_string(x.vocab));
+    for (const Shaping* s : shapings)
         for (const std::vector<int32_t>* ids : {&s->biased, &s->seen, &s->drawn, &s->banned}) check_ids(*ids, x.vocab, "token id ");
-    }
     Shaped shaped(rows.size());
-    std::vector<float*> places(rows.size());  // of the rows that are kept whole, one behind the other
-    for (size_t i = 0; i < rows.size(); i++)
-        if (shapings[i]->allowed) places[i] = kept, kept += x.vocab;
     try {
         pool_.run(int(rows.size()), [&](int i, int) {
             shaped.rows[i].logits = x.row(rows[i]);
-            shape_row(*shapings[i], x.vocab, places[i], shaped.rows[i]);
+            shape_row(*shapings[i], shaped.rows[i]);
         });
     } catch (...) {
         shaped.restore();
@@ -226,8 +269,8 @@ std::vector<int64_t> Ops::argmax(const Logits& x, const std::vector<int32_t>& ro
     pool_.run(int(rows.size()), [&](int i, int) {
         float largest;
         int at;
-        kernels_->softmax_stats(x.row(rows[i]), x.vocab, 1, &largest, &at, nullptr);
-        ids[i] = std::isnan(largest) ? -1 : at;
+        Row(x, rows[i]).softmax_stats(*kernels_, 1, &largest, &at, nullptr);
+        ids[i] = drawn(largest, at);
     });
     return ids;
 }
@@ -241,18 +284,21 @@ void Ops::log_softmax_top_k(const Logits& x, const std::vector<int32_t>& rows, c
         starts.push_back(starts.back() + count);
     }
     pool_.run(int(rows.size()), [&](int i, int) {
-        const float *row = x.row(rows[i]), factor = 1.0f / temperatures[i];
+        const Row row(x, rows[i]);
+        const float factor = 1.0f / temperatures[i];
         const int k = counts[i];
         float largest;
         double sum;
         int first;
-        kernels_->softmax_stats(row, x.vocab, factor, &largest, &first, &sum);
+        row.softmax_stats(*kernels_, factor, &largest, &first, &sum);
         log_sums[i] = double(largest) * factor + std::log(sum);
+        if (!k) return;
         int64_t* best = ids + starts[i];
-        if (k <= 1 || std::isnan(largest)) std::fill_n(best, k, first);
-        else if (k <= MOST_IN_HEAP) best_by_heap(row, x.vocab, k, best);
-        else best_by_sort(row, x.vocab, k, best);
-        for (int j = 0; j < k; j++) values[starts[i] + j] = row[best[j]];
+        const float* logits = row.whole();
+        if (k == 1 || std::isnan(largest)) std::fill_n(best, k, first);
+        else if (k <= MOST_IN_HEAP) best_by_heap(logits, x.vocab, k, best);
+        else best_by_sort(logits, x.vocab, k, best);
+        for (int j = 0; j < k; j++) values[starts[i] + j] = logits[best[j]];
     });
 }
 
@@ -261,19 +307,19 @@ std::vector<int64_t> Ops::draw(const Logits& x, const std::vector<int32_t>& rows
     x.check(rows, {temperatures.size(), uniforms.size()});
     std::vector<int64_t> ids(rows.size());
     pool_.run(int(rows.size()), [&](int item, int) {
-        const float *row = x.row(rows[item]), factor = 1.0f / temperatures[item];
-        float largest, weights[SUM_BLOCK];
+        const Row row(x, rows[item]);
+        const float factor = 1.0f / temperatures[item];
+        alignas(64) float room[SUM_BLOCK], weights[SUM_BLOCK];
+        float largest;
         double total, before = 0;
         int at;
-        kernels_->softmax_stats(row, x.vocab, factor, &largest, &at, &total);
-        if (std::isnan(largest)) {
-            ids[item] = -1;
-            return;
-        }
+        row.softmax_stats(*kernels_, factor, &largest, &at, &total);
+        ids[item] = drawn(largest, at);
+        if (ids[item] < 0) return;
         const double wanted = uniforms[item] * total;
         for (int i = 0; i < x.vocab; i += SUM_BLOCK) {
             const int n = std::min(SUM_BLOCK, x.vocab - i);
-            const double here = kernels_->exp_row(row + i, n, largest, factor, weights);
+            const double here = kernels_->exp_row(row.block(i, n, room), n, largest, factor, weights);
             if (before + here <= wanted && i + n < x.vocab) {
                 before += here;
                 continue;
@@ -293,7 +339,7 @@ std::vector<int64_t> Ops::ranks(const Logits& x, const std::vector<int32_t>& row
     check_ids(token_ids, x.vocab, "token id ");
     std::vector<int64_t> ranks(rows.size());
     pool_.run(int(rows.size()), [&](int i, int) {
-        const float *row = x.row(rows[i]), own = row[token_ids[i]];
+        const float *row = Row(x, rows[i]).whole(), own = row[token_ids[i]];
         int before = 0;
         for (int j = 0; j < token_ids[i]; j++) before += row[j] >= own;
         for (int j = token_ids[i]; j < x.vocab; j++) before += row[j] > own;

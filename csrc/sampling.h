@@ -13,23 +13,20 @@ struct Shaping {
     std::vector<int32_t> seen, drawn;  // ids of prompt and output, as often as they occur
     double repetition, presence, frequency;
     std::vector<int32_t> banned;  // ids
-    // Where it is not null: id i may be drawn if bit i % 32 of word i / 32 is set.
-    const uint32_t* allowed = nullptr;
-    size_t words = 0;
 
     size_t num_ids() const { return biased.size() + seen.size() + drawn.size() + banned.size(); }
 };
 
-// The logits that shapings changed, as they were before; whole rows lie in memory that the caller keeps until then.
+// What stands for an id where none is drawn; ops/sampling.py has the words.
+constexpr int64_t NOT_FINITE = -1, ALL_BANNED = -2;
+
+// The logits that shapings changed, as they were before.
 class Shaped {
 public:
     struct Row {
         float* logits;
         std::vector<int32_t> ids;
         std::vector<float> values;
-        // All of the row, or null, between the changes of `ids` and those of what is not allowed.
-        const float* whole;
-        size_t size;
     };
     explicit Shaped(size_t rows) : rows(rows) {}
     // Puts them back; a second call does nothing.

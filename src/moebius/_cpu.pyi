@@ -408,6 +408,7 @@ class Program:
 
 class Logits:
     def __init__(self, values: int, count: int, vocab: int) -> None: ...
+    def allow(self, row: int, ids: int, words: int) -> None: ...
 
 class Shaping:
     def __init__(
@@ -420,8 +421,6 @@ class Shaping:
         presence: float,
         frequency: float,
         banned: Sequence[int],
-        allowed: int = 0,
-        words: int = 0,
     ) -> None: ...
 
 class Shaped:
@@ -457,9 +456,7 @@ class Ops:
         uniforms: Sequence[float],
     ) -> list[int]: ...
     def ranks(self, logits: Logits, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]: ...
-    def shape(
-        self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping], kept: int
-    ) -> Shaped: ...
+    def shape(self, logits: Logits, rows: Sequence[int], shapings: Sequence[Shaping]) -> Shaped: ...
 
 class PeersLost(Exception):
     """Its arguments: the ranks, and `late`, `gone` (given up), `left` or `out of step`."""

@@ -31,6 +31,7 @@ from moebius.models.store.load import load_decoder
 from moebius.ops import LOWEST, Shaping
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.sampling import ALL_BANNED, NOT_FINITE
 from moebius.request.constraint import Constraint, Grammar, ReasoningBudget
 from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
@@ -38,6 +39,7 @@ from moebius.request.params import SamplingParams, ServingLimits
 from moebius.schedule.request import Request
 from moebius.text import Tokenizer, load_tokenizer
 from moebius.text.masks import Vocabulary
+from ops.levels import logits_seen
 from random_schedules import Schedule, parts
 
 BUNDLED = Path(moebius.__file__).parent / "bundled"
@@ -387,13 +389,26 @@ def test_others_than_the_allowed_ids_are_lowest_and_come_back(ops: Any, vocab: i
     for token in bits.nonzero().flatten().tolist():
         words[token // 32] |= np.uint32(1) << np.uint32(token % 32)
     plain = Shaping({0: 2.0}, (), (), 1.0, 0.0, 0.0, (), words)
+    naive = before.clone()
+    naive[1, 0] += 2.0
+    naive[1, ~bits] = LOWEST
     with ops.shaped(logits, [1], [plain]):
-        assert torch.equal(logits[[0, 2]], before[[0, 2]])
-        naive = before[1].clone()
-        naive[0] += 2.0
-        naive[~bits] = LOWEST
-        assert torch.equal(logits[1], naive)
+        assert torch.equal(logits_seen(ops, logits), naive)
     assert torch.equal(logits, before)
+    assert torch.equal(logits_seen(ops, logits), before)
+
+
+@pytest.mark.parametrize("ops", [OPS, ReferenceOps()], ids=["kernels", "reference"])
+def test_a_row_of_which_nothing_is_left(ops: Any) -> None:
+    """Neither the most likely id nor a drawn one; with a NaN in it, it is broken and not banned."""
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
+    logits[2, 1500] = torch.nan
+    nothing = Shaping({}, (), (), 1.0, 0.0, 0.0, (), np.zeros(63, dtype=np.uint32))
+    with ops.shaped(logits, [1, 2], [nothing, nothing]):
+        assert ops.argmax(logits) == [int(logits[0].argmax()), ALL_BANNED, NOT_FINITE]
+        drawn = ops.draw(logits, [0, 1, 2], [1.0] * 3, [0.5] * 3)
+        assert drawn[0] >= 0 and drawn[1:] == [ALL_BANNED, NOT_FINITE]
+        assert ops.log_softmax_top_k(logits, [1], [3]).values.tolist() == [LOWEST] * 3
 
 
 def test_log_probabilities_stay_the_models_own() -> None:

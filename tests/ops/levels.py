@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.cpu import CpuOps
+from moebius.ops.sampling import SamplerOps
 
 LEVELS: list[str] = _cpu.available()
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -32,3 +33,12 @@ def assert_within(out: Tensor, exact: Tensor, bound: Tensor | float) -> None:
 def bits(x: Tensor) -> Tensor:
     """A tensor's bits as integers: minus zero is not zero, and a NaN equals itself."""
     return x.contiguous().view(_BITS[x.element_size()])
+
+
+def logits_seen(ops: SamplerOps, logits_LV: Tensor) -> Tensor:
+    """The logits that the operations draw from, which need not lie in the tensor: within `shaped`
+    they may be bounded as they are read."""
+    rows, vocab = logits_LV.shape
+    best = ops.log_softmax_top_k(logits_LV, range(rows), [vocab] * rows)
+    seen = torch.empty_like(logits_LV)
+    return seen.scatter_(1, best.ids.view(rows, vocab), best.values.view(rows, vocab))

@@ -24,7 +24,7 @@ from moebius.ops.config import RouterConfig
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps, activate
 from moebius.ops.sampling import Shaping
-from ops.levels import ROUNDOFF, assert_within, bits
+from ops.levels import ROUNDOFF, assert_within, bits, logits_seen
 
 REF = ReferenceOps()
 SIZES = (1, 2, 15, 16, 17, 31, 33, 64, 100, 257, 1000)
@@ -467,7 +467,7 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None
             expected[row] = naive_shaping(logits[row], shaping)
         for each in (ops, REF):
             with each.shaped(logits, rows, shapings):
-                assert torch.equal(bits(logits), bits(expected))
+                assert torch.equal(bits(logits_seen(each, logits)), bits(expected))
             assert torch.equal(bits(logits), before)
             with (
                 pytest.raises(RuntimeError, match="drawing failed"),
@@ -475,6 +475,35 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None
             ):
                 raise RuntimeError("drawing failed")
             assert torch.equal(bits(logits), before)
+
+
+def test_a_bounded_row_gives_what_its_copy_would(ops: CpuOps) -> None:
+    """Whether logits lie there bounded or are bounded as they are read, all bits are the same."""
+    rng = random.Random(0)
+    for vocab in (1, 33, 1024, 5000):
+        logits = 4 * torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab))
+        words = random_words(rng, vocab)
+        words[0] |= 1
+        shaping = Shaping({0: 1.0}, (), (), 1.0, 0.0, 0.0, (), words)
+        bounded = logits.clone()
+        for row in (0, 2):
+            bounded[row] = naive_shaping(logits[row], shaping)
+        with ops.shaped(logits, [0, 2], [shaping, shaping]):
+            under_masks = drawn_in_all_ways(ops, logits)
+        assert under_masks == drawn_in_all_ways(ops, bounded)
+
+
+def drawn_in_all_ways(ops: CpuOps, logits: Tensor) -> list[object]:
+    rows, vocab = logits.shape
+    heats = [0.5, 1.0, 1.5, 2.0]
+    best = ops.log_softmax_top_k(logits, range(rows), [0, 1, 7, vocab], heats)
+    uniforms = [0.0, 0.3, 0.7, 0.99]
+    return [
+        ops.argmax(logits),
+        [ops.draw(logits, range(rows), heats, [uniform] * rows) for uniform in uniforms],
+        *(each.tolist() for each in best),
+        ops.ranks(logits, range(rows), [0, vocab - 1, vocab // 2, 0]),
+    ]
 
 
 @pytest.mark.parametrize("routed", [True, False])

@@ -33,7 +33,7 @@ from moebius.engine.memory import SAMPLED_IDS
 from moebius.engine.restriction import Restriction
 from moebius.errors import ConstraintError, MoebiusError, NumericalError, frames
 from moebius.ops import LOWEST, Shaping
-from moebius.ops.sampling import SamplerOps
+from moebius.ops.sampling import ALL_BANNED, SamplerOps
 from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 
@@ -125,7 +125,6 @@ def _sample(
         shaped = [row for row in part if row.shaping]
         with ops.shaped(logits_LV, _indices(shaped), _shapings(shaped)):
             _draw_each_kind(logits_LV, part, ops)
-            _refuse_banned(logits_LV, shaped)
     _add_logprobs(logits_LV, rows, ops)
     return [row.outcome for row in rows]
 
@@ -137,8 +136,8 @@ class _Row:
     index     its place in logits_LV
     shaping   what its request asks for before temperature, if anything
     width     how many of the most likely ids it draws from, where it is not all of them
-    token_id  what it drew; None where its logits are not finite
-    banned    what it drew is banned: all is
+    token_id  what it drew; None where there is nothing: its logits are not finite, or
+    banned    all of them are
     """
 
     index: int
@@ -169,12 +168,17 @@ class _Row:
         nucleus = self.params.top_p < 1.0 or self.params.min_p > 0.0
         return _NUCLEUS_CANDIDATES if nucleus else 0
 
+    def take(self, token_id: int) -> None:
+        """What the backend drew: an id, or what stands for none."""
+        self.banned = token_id == ALL_BANNED
+        self.token_id = token_id if token_id >= 0 else None
+
     @property
     def outcome(self) -> Sampled | MoebiusError:
-        if self.token_id is None:
-            return not_finite()
         if self.banned:
             return self._all_banned()
+        if self.token_id is None:
+            return not_finite()
         return Sampled(self.token_id, self.logprob)
 
     def _all_banned(self) -> MoebiusError:
@@ -241,7 +245,7 @@ def _shapings(rows: Iterable[_Row]) -> list[Shaping]:
 
 def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
     for row, token in zip(rows, ops.argmax(logits_LV, _indices(rows)), strict=True):
-        row.token_id = token if token >= 0 else None
+        row.take(token)
 
 
 def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
@@ -249,7 +253,7 @@ def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> 
     uniforms = [row.uniform for row in rows]
     tokens = ops.draw(logits_LV, _indices(rows), temperatures, uniforms)
     for row, token in zip(rows, tokens, strict=True):
-        row.token_id = token if token >= 0 else None
+        row.take(token)
 
 
 def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
@@ -279,6 +283,9 @@ def _draw_part(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> list
         start = stop
         stop += row.width
         if math.isnan(log_sum):
+            continue
+        if values[start] == LOWEST:
+            row.take(ALL_BANNED)
             continue
         row.token_id = _draw(row, values[start:stop], ids[start:stop], log_sum, logits_LV.shape[-1])
         if row.token_id is None:
@@ -310,21 +317,13 @@ def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) 
     return int(ids_K[min(index, len(cumulative) - 1)])
 
 
-def _refuse_banned(logits_LV: Tensor, rows: Iterable[_Row]) -> None:
-    drawn = [(row, row.token_id) for row in rows if row.token_id is not None]
-    if drawn:
-        values_R = logits_LV[_indices(row for row, _ in drawn), [token for _, token in drawn]]
-        for (row, _), value in zip(drawn, values_R.tolist(), strict=True):
-            row.banned = value == LOWEST
-
-
 def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: SamplerOps) -> None:
     asked: list[_Row] = []
     token_ids: list[int] = []
     tops: list[int] = []
     for row in rows:
         top = row.params.logprobs
-        if top is not None and row.token_id is not None and not row.banned:
+        if top is not None and row.token_id is not None:
             asked.append(row)
             token_ids.append(row.token_id)
             tops.append(top)

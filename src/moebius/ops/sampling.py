@@ -16,7 +16,10 @@ from torch import Tensor
 
 # In place of minus infinity, which means a broken model.
 LOWEST = torch.finfo(torch.float32).min
-# An id that is looked up takes up to 64 bytes, one of a row that is kept 4: a word of 32 ids.
+# In place of an id, where none is drawn: a logit is NaN or infinite, or all are LOWEST.
+NOT_FINITE = -1
+ALL_BANNED = -2
+# An id that is looked up takes up to 64 bytes, one of a row that is copied 4: a word of 32 ids.
 _WORD_IDS = 2
 # Rows whose vocabulary is widened to float64 at a time.
 ROWS_AT_ONCE = 8
@@ -57,9 +60,13 @@ class Shaping(NamedTuple):
 
     @property
     def num_ids(self) -> int:
-        """At least as many as ids are looked up; a row that is kept whole counts by its bytes."""
-        named = len(self.bias) + len(self.seen) + len(self.drawn) + len(self.banned)
-        return named if self.allowed is None else named + _WORD_IDS * len(self.allowed)
+        """At least as many as ids are looked up; a row that may be copied counts by its bytes."""
+        return self.named if self.allowed is None else self.named + _WORD_IDS * len(self.allowed)
+
+    @property
+    def named(self) -> int:
+        """At least as many as ids are named one by one."""
+        return len(self.bias) + len(self.seen) + len(self.drawn) + len(self.banned)
 
 
 class SamplerOps(ABC):
@@ -70,7 +77,7 @@ class SamplerOps(ABC):
 
     @abstractmethod
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
-        """The most likely id of each of `rows` (None: all); -1 where a logit is not finite."""
+        """The most likely id of each of `rows` (None: all), NOT_FINITE or ALL_BANNED."""
 
     @abstractmethod
     def draw(
@@ -83,7 +90,7 @@ class SamplerOps(ABC):
         """Of each of `rows` an id drawn from softmax(logits / temperature).
 
         It is the first whose exp(logit / temperature), summed with those of all ids before it,
-        exceeds uniform (between 0 and 1) times the whole sum; -1 where a logit is not finite.
+        exceeds uniform (between 0 and 1) times the whole sum; or NOT_FINITE, or ALL_BANNED.
         Temperatures are rounded to float32; sums are float64.
         """
 
@@ -110,9 +117,10 @@ class SamplerOps(ABC):
     def shaped(
         self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
     ) -> AbstractContextManager[None]:
-        """Within the context rows[i] of logits_LV is as shapings[i] says; each row once.
+        """Within the context rows[i] of logits_LV is as shapings[i] says, for the operations above;
+        each row once.
 
-        After it all is as it was, bit for bit. Only the logits of ids that a shaping names are
-        read, kept and written, and all of a row in which some alone are allowed. Raises IndexError
+        After it all is as it was, bit for bit. What a shaping names is written in place; whether
+        what is not allowed is, too, is the backend's own. One context at a time. Raises IndexError
         for an id that is not in the vocabulary.
         """

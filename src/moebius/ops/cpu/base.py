@@ -229,8 +229,8 @@ class CpuBase(Ops):
         if activations == "float":
             self.name += "-float"
         self._recorder: Recorder | None = None
-        # Rows of logits while others stand in their place (ops/cpu/sampling.py).
-        self._kept = torch.empty(0)
+        # Logits of which some ids alone are allowed (ops/cpu/sampling.py).
+        self._shaped: tuple[Tensor, _cpu.Logits] | None = None
         # What the kernels lack, plain PyTorch computes: `capability` says where.
         self._fallback = ReferenceOps()
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius import _cpu
@@ -15,7 +16,7 @@ from moebius.ops.sampling import Shaping, TopK
 class SamplingOps(CpuBase):
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
         return self._native.argmax(
-            _logits(logits_LV), range(len(logits_LV)) if rows is None else rows
+            self._logits(logits_LV), range(len(logits_LV)) if rows is None else rows
         )
 
     def draw(
@@ -25,7 +26,7 @@ class SamplingOps(CpuBase):
         temperatures: Sequence[float],
         uniforms: Sequence[float],
     ) -> list[int]:
-        return self._native.draw(_logits(logits_LV), rows, temperatures, uniforms)
+        return self._native.draw(self._logits(logits_LV), rows, temperatures, uniforms)
 
     def log_softmax_top_k(
         self,
@@ -40,46 +41,55 @@ class SamplingOps(CpuBase):
         values = torch.empty(sum(counts))
         ids = torch.empty(sum(counts), dtype=torch.int64)
         into = (log_sums_R.data_ptr(), values.data_ptr(), ids.data_ptr())
-        self._native.log_softmax_top_k(_logits(logits_LV), rows, counts, heats, *into)
+        self._native.log_softmax_top_k(self._logits(logits_LV), rows, counts, heats, *into)
         return TopK(log_sums_R, values, ids)
 
     def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        return self._native.ranks(_logits(logits_LV), rows, token_ids)
+        return self._native.ranks(self._logits(logits_LV), rows, token_ids)
 
     @contextmanager
     def shaped(
         self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
     ) -> Iterator[None]:
-        kept = self._room_for(logits_LV.shape[1] * sum(s.allowed is not None for s in shapings))
-        before = self._native.shape(
-            _logits(logits_LV), rows, [_shaping(shaping) for shaping in shapings], address(kept)
-        )
+        logits = _logits(logits_LV)
+        named: list[int] = []
+        changes: list[_cpu.Shaping] = []
+        for row, shaping in zip(rows, shapings, strict=True):
+            if shaping.allowed is not None:
+                logits.allow(row, *_words(shaping.allowed))
+            if shaping.named:
+                named.append(row)
+                changes.append(_changes(shaping))
+        before = self._native.shape(logits, named, changes)
+        self._shaped = (logits_LV, logits)
         try:
             yield
         finally:
+            self._shaped = None
             before.restore()
-            self._kept = kept
 
-    def _room_for(self, floats: int) -> Tensor:
-        """Memory that was there before, if it can be: new pages cost more than what is written to
-        them here."""
-        kept = self._kept
-        self._kept = torch.empty(0)
-        return kept if len(kept) >= floats else torch.empty(floats)
+    def _logits(self, logits_LV: Tensor) -> _cpu.Logits:
+        """Within `shaped`, with what is allowed in them: rows are bounded as they are read."""
+        if self._shaped is not None and self._shaped[0] is logits_LV:
+            return self._shaped[1]
+        return _logits(logits_LV)
 
 
 def _logits(logits_LV: Tensor) -> _cpu.Logits:
     return _cpu.Logits(address(logits_LV, torch.float32), *logits_LV.shape)
 
 
-def _shaping(s: Shaping) -> _cpu.Shaping:
-    """What is allowed is read when rows are shaped, and not afterwards."""
-    ids = s.allowed
-    if ids is not None and not (ids.dtype == np.uint32 and ids.flags.c_contiguous):
+def _words(ids: NDArray[np.uint32]) -> tuple[int, int]:
+    """Where a set of ids lies, and how many words it has."""
+    if not (ids.dtype == np.uint32 and ids.flags.c_contiguous):
         raise ValueError(
             f"a set of ids is contiguous words of uint32, not {ids.dtype} with strides "
             f"{ids.strides}"
         )
+    return ids.__array_interface__["data"][0], ids.size  # ids.ctypes takes five times as long
+
+
+def _changes(s: Shaping) -> _cpu.Shaping:
     return _cpu.Shaping(
         biased=list(s.bias),
         bias=list(s.bias.values()),
@@ -89,6 +99,4 @@ def _shaping(s: Shaping) -> _cpu.Shaping:
         presence=s.presence,
         frequency=s.frequency,
         banned=s.banned,
-        allowed=0 if ids is None else ids.ctypes.data,
-        words=0 if ids is None else ids.size,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moebius.ops.interface import Ops
 from moebius.ops.reference.routing import top_k
-from moebius.ops.sampling import LOWEST, ROWS_AT_ONCE, Shaping, TopK
+from moebius.ops.sampling import ALL_BANNED, LOWEST, NOT_FINITE, ROWS_AT_ONCE, Shaping, TopK
 
 # For each byte of a set of ids, what eight logits are bounded by.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
@@ -26,8 +26,7 @@ class SamplingOps(Ops):
         found: list[int] = []
         for part in _parts(range(len(logits_LV)) if rows is None else rows):
             logits_RV = logits_LV[_index(part, logits_LV)]
-            finite_R = logits_RV.isfinite().all(-1)
-            found += top_k(logits_RV, 1)[:, 0].masked_fill(~finite_R, -1).tolist()
+            found += _drawn(logits_RV, top_k(logits_RV, 1)[:, 0])
         return found
 
     def draw(
@@ -41,7 +40,6 @@ class SamplingOps(Ops):
         for part in _parts(range(len(rows))):
             at = slice(part[0], part[-1] + 1)
             logits_RV = logits_LV[_index(rows[at], logits_LV)]
-            finite_R = logits_RV.isfinite().all(-1)
             heat_R1 = torch.tensor(
                 temperatures[at], dtype=torch.float32, device=logits_LV.device
             ).unsqueeze(1)
@@ -53,7 +51,7 @@ class SamplingOps(Ops):
                 cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True
             )
             ids_R = ids_R1.squeeze(1).clamp(max=logits_LV.shape[-1] - 1)
-            found += ids_R.masked_fill(~finite_R, -1).tolist()
+            found += _drawn(logits_RV, ids_R)
         return found
 
     def log_softmax_top_k(
@@ -116,6 +114,13 @@ class SamplingOps(Ops):
 def _parts(rows: Sequence[int]) -> Iterator[Sequence[int]]:
     for first in range(0, len(rows), ROWS_AT_ONCE):
         yield rows[first : first + ROWS_AT_ONCE]
+
+
+def _drawn(logits_RV: Tensor, ids_R: Tensor) -> list[int]:
+    """The ids, or why there are none."""
+    banned_R = (logits_RV == LOWEST).all(-1)
+    finite_R = logits_RV.isfinite().all(-1)
+    return ids_R.masked_fill(banned_R, ALL_BANNED).masked_fill(~finite_R, NOT_FINITE).tolist()
 
 
 def _index(places: Sequence[int], like: Tensor) -> Tensor:

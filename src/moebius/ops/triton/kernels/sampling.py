@@ -8,13 +8,15 @@ is not finite is NaN from there on.
 import triton
 import triton.language as tl
 
-from moebius.ops.sampling import LOWEST
+from moebius.ops.sampling import ALL_BANNED, LOWEST, NOT_FINITE
 from moebius.ops.triton.language import span
 
 _INFINITY = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
 _NO_KEY = tl.constexpr(-(2**63))
 _LOWEST = tl.constexpr(LOWEST)
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
+_ALL_BANNED = tl.constexpr(ALL_BANNED)
 
 
 @triton.jit
@@ -39,13 +41,14 @@ def softmax_parts(
 
 @triton.jit
 def best(largest, ids, out, parts, PARTS: tl.constexpr):
-    """The id of the largest logit, the lowest of several; -1 where one is not finite."""
+    """The id of the largest logit, the lowest of several; or why there is none."""
     place = tl.program_id(0).to(tl.int64)
     _, top, broken = _tops(largest, place, parts, PARTS)
     part = tl.arange(0, PARTS)
     tops = tl.load(largest + place * parts + part, mask=part < parts, other=-_INFINITY)
     first = tl.load(ids + place * parts + part, mask=part < parts, other=0)
-    tl.store(out + place, tl.where(broken, -1, tl.min(tl.where(tops == top, first, 2**31 - 1), 0)))
+    id = tl.min(tl.where(tops == top, first, 2**31 - 1), 0)
+    tl.store(out + place, _drawn(id, top, broken))
 
 
 @triton.jit
@@ -79,7 +82,14 @@ def draw(
     weights = tl.exp((x - own_top) / heat).to(tl.float64)
     weights *= tl.exp(((own_top - top) / heat).to(tl.float64))
     inside = _first_above(before + tl.cumsum(weights, 0), weights, wanted, PART)
-    tl.store(out + place, tl.where(broken, -1, part * PART + inside))
+    tl.store(out + place, _drawn(part * PART + inside, top, broken))
+
+
+@triton.jit
+def _drawn(id, top, broken):
+    """The id, or what stands for it where none is drawn."""
+    id = tl.where(top == _LOWEST, _ALL_BANNED, id)
+    return tl.where(broken, _NOT_FINITE, id)
 
 
 @triton.jit
