@@ -1,6 +1,5 @@
 """moebius serve MODEL: the OpenAI-compatible server; moebius plan MODEL: what a model takes."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -16,6 +15,7 @@ from moebius.cli.config_file import bounds, set_defaults
 from moebius.cli.hosts import Assembly, HostOptions, serve_ranks
 from moebius.cli.ranks import listening
 from moebius.engine.config import EngineConfig
+from moebius.engine.garbage import settle
 from moebius.errors import ConfigError
 from moebius.files import json_text
 from moebius.gguf import SplitName
@@ -198,8 +198,7 @@ def _serve_on(
         certificate = options.certificate()
         scheme = "http" if certificate is None else "https"
         line = f"serving on {scheme}://{address}/v1 as {settings.served_model_names[0]}"
-        # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
-        gc.freeze()
+        settle()
         run_server(app, sockets, lambda: typer.echo(line, err=True), certificate)
         processes.check()
 

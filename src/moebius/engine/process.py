@@ -31,6 +31,7 @@ from moebius.engine.client import StepOutput
 from moebius.engine.clocks import move_request
 from moebius.engine.cluster import RankHello, encode_hello
 from moebius.engine.faults import failed, say
+from moebius.engine.garbage import settle
 from moebius.errors import (
     ChannelError,
     DeadlineError,
@@ -238,8 +239,7 @@ def _run(channel: Channel, pulse: Pulse, far: bool) -> int:
         raise
     except Exception as error:
         return _fail(channel, error)
-    # Else a collection, while requests wait, walks all that was loaded: a tenth of a second.
-    gc.freeze()
+    settle()
     service.run(pulse)
     return 0
 
