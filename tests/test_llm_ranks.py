@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moebius import LLM, SamplingParams
+from moebius.cluster.hosts import DevicePlace, OneHost
 from moebius.engine.client import StepOutput
 from moebius.errors import ConfigError, EngineError
 from moebius.front.sessions import Session
+from moebius.parallel.exchange import Epoch
 from moebius.request.engine_request import EngineRequest
 from tiny import write_tokenizer
 
@@ -58,6 +61,28 @@ def test_two_ranks_answer_as_one_process(two: LLM, tiny_model: Path) -> None:
         expected = one.generate(prompts(12), params)
     found = two.generate(prompts(12), params)
     assert [each.outputs for each in found] == [each.outputs for each in expected]
+
+
+def test_ranks_that_meet_in_a_process_group_answer_alike(
+    two: LLM, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those with a GPU each do, over gloo in the place of NCCL; and again once one is lost."""
+
+    def place(host: OneHost, spec: object, epoch: Epoch, remotes: Any, device: str) -> DevicePlace:
+        return DevicePlace(epoch, list(remotes.values()))
+
+    params = [
+        SamplingParams(temperature=i % 2, max_tokens=9, seed=i, logprobs=2, ignore_eos=True)
+        for i in range(6)
+    ]
+    expected = two.generate(prompts(6), params)
+    monkeypatch.setattr(OneHost, "place", place)
+    with LLM(str(tiny_model), ranks=2, **SIZES) as grouped:
+        found = grouped.generate(prompts(6), params)
+        os.kill(grouped.processes[1].pid, signal.SIGKILL)
+        after = grouped.generate(prompts(6), params)
+    for answers in (found, after):
+        assert [each.outputs for each in answers] == [each.outputs for each in expected]
 
 
 def test_all_ranks_are_given_as_much_as_they_can_run(
@@ -122,6 +147,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 _SCRIPT = """
 import sys, threading, time
 from moebius import LLM, SamplingParams
+from moebius.cluster.hosts import DevicePlace, OneHost
 llm = LLM(sys.argv[1], ranks=2, kv_cache_memory_bytes=2**21, max_model_len=512, max_num_seqs=8)
 def tell():
     while not llm.client.stats().running:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,7 +132,7 @@ def test_an_epochs_members_meet_at_their_hosts_addresses() -> None:
     hosts, _ = of_many()
     remotes: Any = {rank: Remote() for rank in (0, 2, 3, 4)}
     spec = ExchangeSpec(size=4, tokens=8, hidden=16, top_k=2, dtype=torch.float32)
-    place = hosts.place(spec, Epoch("group", 9), remotes)
+    place = hosts.place(spec, Epoch("group", 9), remotes, "cpu")
     assert isinstance(place, ConnectedPlace)
     at = [place.of(number).removeprefix("tcp://") for number in range(4)]
     assert at == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
@@ -140,3 +142,15 @@ def test_an_epochs_members_meet_at_their_hosts_addresses() -> None:
     assert [each.told for each in remotes.values()] == [[told], [told], [], [told]]
     place.give_up([1])
     assert all(each.told[-1] == wire.GiveUp(9, (1,)) for each in remotes.values())
+
+
+def test_ranks_with_a_device_each_meet_at_a_file_that_nobody_else_reads() -> None:
+    remotes: Any = {rank: Remote() for rank in (0, 2)}
+    spec = ExchangeSpec(size=2, tokens=8, hidden=16, top_k=2, dtype=torch.float32)
+    place = OneHost(3, None).place(spec, Epoch("group", 9), remotes, "cuda")
+    file = Path(place.of(0).removeprefix("file://"))
+    assert place.of(1) == place.of(0) and place.near(0) == ()
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700 and not file.exists()
+    place.give_up([1])
+    assert all(each.told == [wire.GiveUp(9, (1,))] for each in remotes.values())
+    assert not file.parent.exists()

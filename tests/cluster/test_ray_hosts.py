@@ -113,20 +113,20 @@ def test_the_fronts_kernels_do_not_count() -> None:
 def test_ranks_meet_in_memory_where_all_are_on_the_fronts_machine() -> None:
     alone, _ = placed(actor(0), actor(1), actor(2))
     remotes: Any = {0: None, 1: None, 2: None}
-    place = alone.place(SPEC, Epoch("group", 1), remotes)
+    place = alone.place(SPEC, Epoch("group", 1), remotes, "cpu")
     assert isinstance(place, SharedPlace)
     place.give_up([0])
     apart, _ = placed(*TWO_MACHINES)
-    assert isinstance(apart.place(SPEC, Epoch("group", 1), remotes), ConnectedPlace)
+    assert isinstance(apart.place(SPEC, Epoch("group", 1), remotes, "cpu"), ConnectedPlace)
     beside, _ = placed(*(actor(rank, machine="B") for rank in range(3)))
-    assert isinstance(beside.place(SPEC, Epoch("group", 1), remotes), ConnectedPlace), (
+    assert isinstance(beside.place(SPEC, Epoch("group", 1), remotes, "cpu"), ConnectedPlace), (
         "the front's memory is not theirs"
     )
     unknown = structs.replace(FRONT, machine="")
     quiet: Any = Known()
     quiet.hellos = {node: structs.replace(unknown, node=node) for node in range(4)}
     hosts = ActorHosts(quiet, list(quiet.hellos.values()), exact_isa=False)
-    assert isinstance(hosts.place(SPEC, Epoch("group", 1), remotes), ConnectedPlace)
+    assert isinstance(hosts.place(SPEC, Epoch("group", 1), remotes, "cpu"), ConnectedPlace)
 
 
 def test_this_machine_is_the_same_for_all_of_its_processes() -> None:

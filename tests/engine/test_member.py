@@ -6,15 +6,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from moebius.engine import wire
-from moebius.engine.member import TCP, Member
+from moebius.engine.member import FILE, TCP, Member
 from moebius.errors import ChannelError, ConfigError, PeerError
 from moebius.moe.placement import Placement
+from moebius.parallel.collective import CollectiveExchange
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
 from moebius.parallel.key import ClusterKey
 from moebius.parallel.shared_memory import Segment
@@ -219,6 +222,46 @@ def test_ranks_of_several_hosts_meet_and_one_that_is_given_up_is_named(two: list
     assert str(error).endswith(f"{NAMES[1]} is lost")
     for exchange in (first, second):
         exchange.close()
+
+
+def with_devices(two: list[One], folder: Path, epoch: int = 1) -> list[Exchange]:
+    """Ranks with a device each: here both have the host's memory for one, and gloo for NCCL."""
+    for rank, one in enumerate(two):
+        one.told(join(f"{FILE}{folder / f'epoch {epoch}'}", epoch, rank))
+    assert [one.hear() for one in two] == [wire.Joined(epoch)] * 2
+    return [one.engine.joined.get()[0] for one in two]
+
+
+def test_ranks_with_a_device_each_meet_at_a_file(two: list[One], tmp_path: Path) -> None:
+    first, second = with_devices(two, tmp_path)
+    assert isinstance(first, CollectiveExchange) and first.epoch.names == NAMES
+    raised = agree_in_a_thread(first)
+    two[0].member.give_up(wire.GiveUp(2, (1,)))  # of an epoch that is not this one
+    two[0].member.give_up(wire.GiveUp(1, (1,)))
+    error = raised()
+    assert isinstance(error, PeerError) and error.ranks == (1,)
+    # The next epoch ends what still waits in this one: here for what the first never sent.
+    assert second.agree((2,)) == [(1,), (2,)]
+    later = agree_in_a_thread(second)
+    again = with_devices(two, tmp_path, epoch=2)
+    assert isinstance(later(), PeerError)
+    answers = [agree_in_a_thread(again[0]), again[1].agree((2,))]
+    assert answers[1] == [(1,), (2,)]
+    for exchange in (first, second, *again):
+        exchange.close()
+
+
+def test_a_rank_that_nobody_meets_says_so(tmp_path: Path) -> None:
+    one = One()
+    one.told(structs.replace(join(f"{FILE}{tmp_path / 'none'}"), timeout=0.5))
+    said = one.hear()
+    assert isinstance(said.error, PeerError) and said.error.ranks == (1,)
+    assert "did not meet" in str(said.error)
+
+
+def test_the_front_hears_what_its_rows_lie_on() -> None:
+    on_card = Member(One().engine, SPEC, print, device=torch.device("cuda", 1))  # type: ignore[arg-type]
+    assert on_card.rows.device == "cuda" and One().member.rows.device == "cpu"
 
 
 def test_the_next_epoch_ends_what_still_waits_in_the_last_one(two: list[One]) -> None:

@@ -116,11 +116,12 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
         prepare(tmp_path, SMALL, ExpertShare(0, 2, placement))
 
 
-def test_ranks_on_a_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they share is memory of the host: a GPU's address means nothing there."""
+def test_ranks_want_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes no two ranks on one."""
     save_tiny(tmp_path, "mixtral")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match="ranks share experts on CPUs only; use --device cpu"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="a GPU of its own, and this host has 1; use --ranks 1"):
         prepare(tmp_path, replace(SMALL, ranks=2), ExpertShare(0, 2))
 
 

@@ -8,7 +8,6 @@ import signal
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moebius.parallel import sockets
-from moebius.parallel.collective import CollectiveExchange
 from moebius.parallel.exchange import Epoch, Exchange, ExchangeSpec
 from moebius.parallel.key import ClusterKey
+from moebius.parallel.process_group import join_process_group
 from moebius.parallel.shared_memory import Segment, SharedMemoryExchange
 
 Held = dict[str, Any]
@@ -59,25 +58,18 @@ def join(held: Held, meeting: Meeting, rank: int | None = None) -> None:
             timeout=meeting.timeout,
         )
         return
-    store = dist.FileStore(meeting.place, spec.size)
     if meeting.kind == "sockets":
-        held["exchange"] = connected(store, meeting, rank)
+        held["exchange"] = connected(dist.FileStore(meeting.place, spec.size), meeting, rank)
         return
-    if meeting.kind == "gloo":
-        timeout = timedelta(seconds=meeting.timeout)
-        group = dist.ProcessGroupGloo(store, rank, spec.size, timeout)
-        held["exchange"] = CollectiveExchange(
-            group, spec, rank, meeting.epoch, timeout=meeting.timeout
-        )
-        return
-    torch.set_default_device("cuda")
-    held["exchange"] = CollectiveExchange(
-        dist.ProcessGroupNCCL(store, rank, spec.size),
+    device = "cpu" if meeting.kind == "gloo" else "cuda"
+    torch.set_default_device(device)
+    held["exchange"] = join_process_group(
+        Path(meeting.place),
         spec,
         rank,
         meeting.epoch,
         timeout=meeting.timeout,
-        device="cuda",
+        device=torch.device(device),
     )
 
 

@@ -324,7 +324,9 @@ class RankGroup:
         self._epoch += 1
         epoch = Epoch(self._name, self._epoch, tuple(map(self._hosts.name, members)))
         remotes = {client.rank: client.remote for client in clients}
-        place = self._hosts.place(_spec(clients[0].rows, len(members)), epoch, remotes)
+        rows = clients[0].rows
+        assert rows is not None, "a rank says what it exchanges"
+        place = self._hosts.place(_spec(rows, len(members)), epoch, remotes, rows.device)
         self._place = place
         self._members = members
         self._stepped = False
@@ -393,8 +395,7 @@ class RankClient(LaunchedEngine):
         super()._died(process)
 
 
-def _spec(rows: wire.Rows | None, size: int) -> ExchangeSpec:
-    assert rows is not None, "a rank says what it exchanges"
+def _spec(rows: wire.Rows, size: int) -> ExchangeSpec:
     for dtype in DTYPES:
         if str(dtype) == f"torch.{rows.dtype}":
             return ExchangeSpec(

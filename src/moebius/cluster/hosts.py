@@ -1,10 +1,13 @@
 """Where the ranks of a group are, and where an epoch's ranks exchange their rows."""
 
 import importlib.util
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 import msgspec
 
@@ -12,7 +15,7 @@ from moebius.cluster.alike import common_isa
 from moebius.cluster.cluster import Cluster, local_ranks
 from moebius.engine import wire
 from moebius.engine.cluster import HostHello
-from moebius.engine.member import TCP
+from moebius.engine.member import FILE, TCP
 from moebius.engine.place import place
 from moebius.engine.remote import RemoteClient
 from moebius.engine.supervisor import EngineProcess, WatchedProcess
@@ -58,6 +61,26 @@ class SharedPlace(EpochPlace):
     def give_up(self, ranks: Sequence[int]) -> None:
         self._segment.give_up(list(ranks))
         self._segment.close()
+
+
+class DevicePlace(EpochPlace):
+    """A file of one host, at which processes with a device each meet."""
+
+    def __init__(self, epoch: Epoch, remotes: Sequence[RemoteClient]) -> None:
+        self._epoch = epoch
+        self._remotes = remotes
+        self._directory = Path(tempfile.mkdtemp(prefix="moebius-"))  # of mode 0700
+
+    def of(self, rank: int) -> str:
+        return f"{FILE}{self._directory / 'ranks'}"
+
+    def carry(self, told: wire.Listening, rank: int) -> None:
+        """Nothing: the file tells them."""
+
+    def give_up(self, ranks: Sequence[int]) -> None:
+        for remote in self._remotes:
+            remote.tell(wire.GiveUp(self._epoch.number, tuple(ranks)))
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class ConnectedPlace(EpochPlace):
@@ -120,9 +143,10 @@ class Hosts(ABC):
 
     @abstractmethod
     def place(
-        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient], device: str
     ) -> EpochPlace:
-        """Where ranks meet in an epoch; `remotes` has its members by their rank, in order."""
+        """Where ranks meet in an epoch; `remotes` has its members by their rank, in order, whose
+        rows lie on a device of this kind."""
 
 
 class OneHost(Hosts):
@@ -163,8 +187,10 @@ class OneHost(Hosts):
         )
 
     def place(
-        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient], device: str
     ) -> EpochPlace:
+        if device != "cpu":
+            return DevicePlace(epoch, list(remotes.values()))
         return SharedPlace(spec, epoch, self._at_once)
 
 
@@ -233,8 +259,9 @@ class ManyHosts(Hosts):
         )
 
     def place(
-        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient], device: str
     ) -> EpochPlace:
+        assert device == "cpu", "a rank with a device of its own refuses to be one of several hosts"
         addresses = [self._host(rank).address for rank in remotes]
         nodes = [self._node_of[rank] for rank in remotes]
         return ConnectedPlace(epoch, nodes, addresses, list(remotes.values()))

@@ -68,13 +68,13 @@ class ActorHosts(ManyHosts):
         return f"{names}; kernels of all: {self.isa}"
 
     def place(
-        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient]
+        self, spec: ExchangeSpec, epoch: Epoch, remotes: Mapping[int, RemoteClient], device: str
     ) -> EpochPlace:
         """In memory where all are on the front's machine, which holds that memory."""
         here = self._front.machine
         if here and all(self._host(rank).machine == here for rank in remotes):
             return SharedPlace(spec, epoch, self._at_once(len(remotes)))
-        return super().place(spec, epoch, remotes)
+        return super().place(spec, epoch, remotes, device)
 
     def _at_once(self, ranks: int) -> int:
         return place(0, ranks, self._front.config.threads).at_once

@@ -39,6 +39,7 @@ from moebius.engine.place import NodeMemory, places
 from moebius.engine.placing import start_placement
 from moebius.engine.plan_words import human_bytes, node_names
 from moebius.engine.rank import RankEngine
+from moebius.engine.rank_device import require_devices
 from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
 from moebius.engine.trace import TraceWriter
@@ -284,7 +285,7 @@ def _room(
 ) -> tuple[int, str]:
     """Bytes that an engine with these weights may take, and of what."""
     available, of = _available(device)
-    if share is None:
+    if share is None or device.type != "cpu":
         return available, of
     return _share_of(available, of, share, common_bytes(sources, weights))
 
@@ -463,7 +464,7 @@ def _device(wish: str, share: ExpertShare | None) -> torch.device:
         )
     device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
     if share is not None and device.type != "cpu":
-        raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
+        require_devices(share.ranks)
     return device
 
 

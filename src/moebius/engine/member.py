@@ -4,7 +4,10 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from moebius.engine import wire
 from moebius.engine.rank import RankEngine
@@ -20,6 +23,8 @@ Say = Callable[[wire.FromEngine], None]
 
 TCP = "tcp://"
 """What a place begins with where ranks share no memory; this host's address follows."""
+FILE = "file://"
+"""What it begins with where each has a device of its own; a file's path follows."""
 _PATIENCE_SECONDS = 20.0
 
 
@@ -29,6 +34,7 @@ class Member:
 
     key       the cluster's, which ranks on several hosts prove to each other
     crowded   the ranks of this host share processors
+    device    that this rank's rows lie on
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class Member:
         *,
         key: ClusterKey | None = None,
         crowded: bool = False,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - it cannot be changed
     ) -> None:
         assert engine.moves is not None, "the front tells a rank which experts it holds"
         self._engine = engine
@@ -47,6 +54,7 @@ class Member:
         self._say = say
         self._key = key
         self._crowded = crowded
+        self._device = device
         self._epoch = 0
         self._lock = threading.Lock()
         self._meeting: Meeting | None = None
@@ -60,13 +68,14 @@ class Member:
         """What the group exchanges, which its front makes room for."""
         spec = self._spec
         dtype = str(spec.dtype).removeprefix("torch.")
-        return wire.Rows(
-            spec.size, spec.tokens, spec.hidden, spec.top_k, dtype, spec.gathered, spec.width
-        )
+        sizes = (spec.size, spec.tokens, spec.hidden, spec.top_k)
+        return wire.Rows(*sizes, dtype, spec.gathered, spec.width, self._device.type)
 
     def expect(self, asked: wire.Join) -> None:
         """This epoch will be joined once the engine comes to it: whatever that still waits for in
         an earlier one, it waits no longer."""
+        if asked.place.startswith(FILE) and self._exchange is not None:
+            self._end(self._exchange.epoch.number, range(self._spec.size))
         if not asked.place.startswith(TCP):
             return
         from moebius.parallel.sockets import Meeting  # which needs the compiled kernels
@@ -78,7 +87,8 @@ class Member:
                 lambda address: self._tell(wire.Listening(asked.epoch, asked.rank, address)),
             )
         if earlier is not None:
-            self._end(earlier, range(self._spec.size))
+            earlier.give_up(range(self._spec.size))
+            self._end(earlier.epoch.number, range(self._spec.size))
 
     def hear_address(self, told: wire.Listening) -> None:
         meeting = self._meeting
@@ -89,7 +99,8 @@ class Member:
         """The epoch is over: what the engine waits for in it will not come."""
         meeting = self._meeting
         if meeting is not None and meeting.epoch.number == told.epoch:
-            self._end(meeting, told.ranks)
+            meeting.give_up(told.ranks)
+        self._end(told.epoch, told.ranks)
 
     def take(self, message: wire.Hear | wire.Join | wire.Move) -> None:
         match message:
@@ -116,6 +127,8 @@ class Member:
 
     def _exchange_of(self, asked: wire.Join, spec: ExchangeSpec) -> Exchange:
         epoch = _epoch_of(asked)
+        if asked.place.startswith(FILE):
+            return self._with_devices(asked, spec)
         if not asked.place.startswith(TCP):
             from moebius.parallel.shared_memory import SharedMemoryExchange  # needs the kernels
 
@@ -149,11 +162,25 @@ class Member:
             near=asked.near,
         )
 
-    def _end(self, meeting: "Meeting", ranks: Sequence[int]) -> None:
-        meeting.give_up(ranks)
+    def _with_devices(self, asked: wire.Join, spec: ExchangeSpec) -> Exchange:
+        from moebius.parallel.process_group import join_process_group
+
+        exchange = join_process_group(
+            Path(asked.place.removeprefix(FILE)),
+            spec,
+            asked.rank,
+            _epoch_of(asked),
+            timeout=asked.timeout,
+            device=self._device,
+        )
+        with self._lock:
+            self._exchange = exchange
+        return exchange
+
+    def _end(self, epoch: int, ranks: Sequence[int]) -> None:
         with self._lock:
             exchange = self._exchange
-        if exchange is not None and exchange.epoch == meeting.epoch:
+        if exchange is not None and exchange.epoch.number == epoch:
             # An epoch may have had fewer ranks than the group has.
             exchange.give_up([rank for rank in ranks if rank < exchange.size])
 

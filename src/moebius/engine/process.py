@@ -250,6 +250,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     from moebius.engine.member import Member
     from moebius.engine.place import place
     from moebius.engine.rank import RankEngine
+    from moebius.engine.rank_device import take_device
     from moebius.moe.placement import Placement
 
     if launch.isa:
@@ -264,6 +265,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
     if ranks > 1:
         placement = None if launch.held is None else Placement.of(launch.held)
         share = ExpertShare(launch.rank, ranks, placement, launch.neighbours, here.memory)
+        take_device(launch)
     prepared = prepare(directory, config, share, ahead=True)
     planned = wire.Planned(prepared.rows(), prepared.batch_invariant, prepared.ops.name)
     _send(channel, planned)
@@ -284,6 +286,7 @@ def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
             partial(_send, channel),
             key=ClusterKey.from_environment(),
             crowded=here.at_once < launch.local_ranks,
+            device=prepared.device,
         )
     client = InProcessClient(engine, step_deadline=config.step_deadline)
     return Service(channel, client, launch.prefix_key, member, far)

@@ -96,7 +96,7 @@ class Join(_Record, frozen=True, tag="join"):
     held      for each layer with a router, the experts that each of them holds, and the number of
               this placement: it is what is computed by when the epoch begins
     place     where the group's shared memory is; or tcp://ADDRESS, this rank's own, where some
-              ranks are on other hosts
+              ranks are on other hosts; or file://PATH, at which ranks with a device each meet
     timeout   seconds that any wait for the others may take
     heard     how many requests the group has had
     names     of all ranks in this epoch, for a person
@@ -175,7 +175,8 @@ class Planned(_Record, frozen=True, tag="planned"):
 
 
 class Rows(_Record, frozen=True):
-    """What the ranks of a group exchange: ExchangeSpec, as a frame can hold it."""
+    """What the ranks of a group exchange: ExchangeSpec, as a frame can hold it; and the kind of
+    device that it lies on."""
 
     size: int
     tokens: int
@@ -184,6 +185,7 @@ class Rows(_Record, frozen=True):
     dtype: str
     gathered: int = 0
     width: int = 0
+    device: str = "cpu"
 
 
 class Loaded(_Record, frozen=True, tag="loaded"):

@@ -32,7 +32,7 @@ class Alone(Exchange):
     ) -> int:
         self._check_dispatch(x_TD, ids_TK, owners_CE, rows_RD, ids_RK)
         turns_T = torch.arange(len(x_TD), device=x_TD.device) % len(owners_CE)
-        self._mine_TK = owners_CE[turns_T].gather(1, ids_TK) == self.rank
+        self._mine_TK = owners_CE.to(x_TD.device)[turns_T].gather(1, ids_TK) == self.rank
         kept_T = self._mine_TK.any(1)
         received = int(kept_T.sum())
         rows_RD[:received] = x_TD[kept_T]

@@ -169,7 +169,7 @@ class CollectiveExchange(CheckedExchange):
     def _owners(self, ids_TK: Tensor, owners_CE: Tensor) -> Tensor:
         """The rank of each pair; ids out of range are looked up as if they were within it."""
         split_T = torch.arange(len(ids_TK), device=self._device) % len(owners_CE)
-        return owners_CE[split_T[:, None], ids_TK.clamp(0, owners_CE.shape[1] - 1)]
+        return owners_CE.to(self._device)[split_T[:, None], ids_TK.clamp(0, owners_CE.shape[1] - 1)]
 
     def _counts(
         self, ids_TK: Tensor, owners_TK: Tensor, needed_PT: Tensor, experts: int
