@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,11 +252,9 @@ STAGES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stage", choices=STAGES)
+def prepared(parser: argparse.ArgumentParser, stages: Iterable[str]) -> Stage:
+    """What the command line asks for; exit status 2 where this machine cannot do it."""
+    parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true")
@@ -270,12 +268,26 @@ def main() -> None:
         print(NO_CUDA, file=sys.stderr)
         sys.exit(2)
     given.out.mkdir(parents=True, exist_ok=True)
-    stage = Stage(given.stage, given.out, given.device, given.small)
-    stage.keep(stage=given.stage, device=given.device, small=given.small, finished=False)
+    return Stage(given.stage, given.out, given.device, given.small)
+
+
+def run(stage: Stage, work: Callable[[], None]) -> None:
+    """With a record that says how far it came, whatever ends it."""
+    import torch
+
+    stage.keep(stage=stage.name, device=stage.device, small=stage.small, finished=False)
     start = time.perf_counter()
-    STAGES[given.stage](stage)
-    peak = torch.cuda.max_memory_allocated() if given.device == "cuda" else None
+    work()
+    peak = torch.cuda.max_memory_allocated() if stage.device == "cuda" else None
     stage.keep(finished=True, stage_s=time.perf_counter() - start, peak_device_bytes=peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stage = prepared(parser, STAGES)
+    run(stage, lambda: STAGES[stage.name](stage))
 
 
 if __name__ == "__main__":

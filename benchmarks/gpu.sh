@@ -31,7 +31,11 @@ failed=0
 for stage in $STAGES; do
   name=${stage%:*}
   echo "--- $name (at most ${stage#*:} s)"
-  timeout --kill-after=10 "${stage#*:}" "$PYTHON" benchmarks/gpu.py "$name" --out "$OUT" "$@"
+  case $name in
+    figures-* | peers-*) program=gpu_figures.py ;;
+    *) program=gpu.py ;;
+  esac
+  timeout --kill-after=10 "${stage#*:}" "$PYTHON" "benchmarks/$program" "$name" --out "$OUT" "$@"
   code=$?
   if [ "$code" -eq 0 ]; then
     cat "$OUT/$name.json"

@@ -63,8 +63,8 @@ def floor(
     result = Floor()
     stored = stored or Stored.plain(sizes)
     for step in _steps(work, work.shared_prefix if prefix_cache else 0):
-        moved = _bytes(sizes, stored, step) / 1e9
-        computed = _operations(sizes, step) / 1e9
+        moved = step_bytes(sizes, stored, step) / 1e9
+        computed = step_operations(sizes, step) / 1e9
         seconds = max(moved / bandwidth, computed / matrix)
         result.first_seconds = result.first_seconds or seconds
         result.seconds += seconds
@@ -96,7 +96,7 @@ def _steps(work: Workload, cached: int) -> Iterator[list[Chunk]]:
         yield step
 
 
-def _bytes(sizes: Sizes | Published, stored: Stored, step: list[Chunk]) -> float:
+def step_bytes(sizes: Sizes | Published, stored: Stored, step: list[Chunk]) -> float:
     tokens = sum(chunk.new for chunk in step)
     hit = sizes.experts * (1 - (1 - sizes.top_k / sizes.experts) ** tokens)
     layer = stored.attention + stored.router + hit * stored.expert
@@ -105,7 +105,7 @@ def _bytes(sizes: Sizes | Published, stored: Stored, step: list[Chunk]) -> float
     return sizes.layers * layer + stored.head + read + 2 * len(step) * sizes.state
 
 
-def _operations(sizes: Sizes | Published, step: list[Chunk]) -> float:
+def step_operations(sizes: Sizes | Published, step: list[Chunk]) -> float:
     tokens = sum(chunk.new for chunk in step)
     layer = sizes.attention + sizes.router + sizes.top_k * sizes.expert
     # A token attends to those before it: a chunk's tokens to context - new / 2 on average; scores
