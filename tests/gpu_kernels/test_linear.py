@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 OPS = TritonOps()
 REF = ReferenceOps()
 DTYPES = [torch.bfloat16, torch.float32]
+ALL_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FP8 = [
     "fp8[128x128,bfloat16]",
     "fp8[1x0,float32]",
@@ -189,12 +190,18 @@ def test_formats_are_those_that_are_read_in_place() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
-def test_they_compile() -> None:
-    x = torch.zeros(64, 2048, dtype=torch.bfloat16)
-    bias = torch.zeros(64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_all_formats_compile(dtype: torch.dtype) -> None:
+    x = torch.zeros(64, 2048, dtype=dtype)
+    bias = torch.zeros(64, dtype=dtype)
+    plain = [each for each in ALL_DTYPES if torch.promote_types(each, dtype) == dtype]
     with launches() as seen:
-        weight = random_weight("q6_k", 64, 2048)
-        OPS.linear(x, OPS.prepare_linear((weight, None), dtype=x.dtype))
-        OPS.linear(x, OPS.prepare_linear((x, bias)))
-        OPS.embed(torch.zeros(3, dtype=torch.int64), random_weight("q8_0", 4, 2048), 2.0, x.dtype)
+        for weight in (
+            *(random_weight(name, 64, 2048) for name in CODES),
+            *(torch.zeros(64, 2048, dtype=each) for each in plain),
+        ):
+            OPS.linear(x, OPS.prepare_linear((weight, bias), dtype=dtype))
+        OPS.linear(x, OPS.prepare_linear((x[:5, :], None), dtype=dtype))
+        OPS.logits(x, OPS.prepare_linear((x, None), dtype=dtype))
+        OPS.embed(torch.zeros(3, dtype=torch.int64), random_weight("q8_0", 4, 2048), 2.0, dtype)
     assert_compile(seen, kernels)

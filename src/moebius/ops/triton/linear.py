@@ -38,7 +38,11 @@ DEPTH = 64
 # Tiles of columns that take turns, so that rows are read while they are in the cache.
 SWIZZLE = 8
 EMBED_COLUMNS = 1024
-DTYPE_OF = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPE_OF = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
 
 Layer = tuple[Weight, Tensor | None]
 
@@ -79,7 +83,7 @@ class TritonLinear(PreparedLinear):
 
 
 class LinearOps(ReferenceOps):
-    """Products of rows in bfloat16 and float32 with the formats of weights.READ; weights in others,
+    """Products of rows in weights.DTYPES with the formats of weights.READ; weights in others,
     and those that are trained, plain PyTorch widens for each product."""
 
     def formats(self, dtype: torch.dtype) -> frozenset[str]:

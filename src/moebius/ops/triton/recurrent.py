@@ -14,6 +14,7 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.recurrent import ReferenceStatePlan, require_state
 from moebius.ops.steps import Step
 from moebius.ops.triton.kernels import recurrent as kernels
+from moebius.ops.triton.weights import DTYPES
 
 OPERATIONS = frozenset({Operation.CAUSAL_CONV, Operation.GATED_DELTA, Operation.GATED_NORM})
 # Columns of one program: of a convolution, and of a state, which has to fit in registers.
@@ -70,6 +71,8 @@ class RecurrentOps(ReferenceOps):
         *,
         silu: bool = True,
     ) -> Tensor:
+        if x_TI.dtype not in DTYPES:
+            return super().causal_conv(x_TI, start, weight_CJ, state, plan, bias_C, silu=silu)
         planned = own(plan, TritonStatePlan)
         columns, taps = weight_CJ.shape
         kept = planned.kept(state, (taps - 1, columns), x_TI.dtype)
@@ -124,6 +127,10 @@ class RecurrentOps(ReferenceOps):
         plan: StatePlan,
         sizes: DeltaSizes,
     ) -> Tensor:
+        if not {qkv_TC.dtype, gates_TI.dtype} <= {*DTYPES}:
+            return super().gated_delta(
+                qkv_TC, gates_TI, start, decay_H, dt_bias_H, state, plan, sizes
+            )
         planned = own(plan, TritonStatePlan)
         heads = sizes.value_heads
         row = (heads, sizes.key_dim, sizes.value_dim)
@@ -167,6 +174,8 @@ class RecurrentOps(ReferenceOps):
         eps: float,
         gate: GateFunction = "silu",
     ) -> Tensor:
+        if not {x_TI.dtype, gate_TI.dtype} <= {*DTYPES}:
+            return super().gated_norm(x_TI, gate_TI, start, weight_N, eps, gate)
         rows, width = x_TI.shape
         size = len(weight_N)
         heads, rest = divmod(width, size)

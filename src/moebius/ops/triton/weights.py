@@ -10,8 +10,9 @@ from torch import Tensor
 from moebius.ops.formats import Dense, Fp8, dtype_name
 from moebius.ops.weights import Matrix, Weight
 
-# What products are computed in.
-DTYPES = (torch.bfloat16, torch.float32)
+# What our kernels compute in, whichever operation they are of: rows of other dtypes are plain
+# PyTorch's in all of them.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What numbers that are not codes may be stored in.
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _BYTES = ("q8_0", "q4_k", "q6_k", "mxfp4")
