@@ -204,6 +204,13 @@ def _split(
 ):  # fmt: skip
     """Over the keys from `begin` to before `end`: the sum of values by weights 2^(score - best),
     the best score, and the sum of the weights. Nothing else of the cache is read."""
+    # Weights times scales of codes may be too small for a float16.
+    WEIGHTS: tl.constexpr = (
+        tl.bfloat16 if v_scale is not None and main.dtype == tl.float16 else main.dtype
+    )
+    # Keys that all rows see, of those that see any.
+    all_from = tl.max(low_M, 0)
+    all_to = tl.min(tl.where(high_M > low_M, high_M, 0x7FFFFFFF), 0)
     acc = tl.zeros((M, VALUE_TILE), tl.float32)
     best_M = tl.full((M,), float("-inf"), tl.float32)
     total_M = tl.zeros((M,), tl.float32)
@@ -211,6 +218,8 @@ def _split(
         at_S = first + tl.arange(0, KEYS)
         held_S = (at_S >= begin) & (at_S < end)
         block_S = tl.load(blocks + at_S // BLOCK_SIZE, mask=held_S, other=0).to(tl.int64)
+        # What is nowhere is not read, whoever asks for it.
+        held_S = held_S & (block_S >= 0)
         inner_S = at_S % BLOCK_SIZE * key_heads + group
         k_S = k + block_S * k_block + inner_S * KEY_SIZE
         key_main = _keys(k_S, held_S, 0, KEY_SIZE, KEY_MAIN, main.dtype)
@@ -227,6 +236,7 @@ def _split(
             # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
             scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
         sees = (at_S[None, :] >= low_M[:, None]) & (at_S[None, :] < high_M[:, None])
+        sees = sees & held_S[None, :]
         if bias is not None:
             far = tl.minimum(tl.maximum(at_S[None, :] - position_M[:, None], -reach), reach)
             its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
@@ -246,12 +256,33 @@ def _split(
             at = tl.arange(0, VALUE_TILE)
             mask = held_S[:, None] & (at < VALUE_SIZE)[None, :]
             value = tl.load(v_S[:, None] + at[None, :], mask=mask, other=0.0)
-            value = _as(value, main.dtype)
+            value = _as(value, WEIGHTS)
         if v_scale is not None:
             its = tl.load(v_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
             weights = tl.where(sees, weights * its[None, :], 0.0)
-        acc = dot(narrow(weights, main.dtype), value, acc * kept_M[:, None])
+        weights = narrow(weights, WEIGHTS)
+        before = acc * kept_M[:, None]
+        acc = dot(weights, value, before)
+        if v_scale is None:
+            partly = tl.maximum(first, begin) < all_from
+            partly = partly | (tl.minimum(first + KEYS, end) > all_to)
+            acc = _without_unseen(acc, before, weights, value, sees, partly)
     return acc, best_M, total_M
+
+
+@triton.jit
+def _without_unseen(acc, before, weights, value, sees, partly):
+    """acc = before + weights value, in which a weight of 0 times what is not finite is no number.
+    Where rows see but `partly` the same keys: without what each of them does not see."""
+    if partly:
+        wide = value.to(tl.float32)
+        broken = ~(tl.abs(wide) < float("inf"))
+        if tl.max(tl.max(broken.to(tl.int32), 1), 0) > 0:
+            clean = narrow(tl.where(broken, 0.0, wide), weights.dtype)
+            clean = dot(weights, clean, before)
+            seen = dot(sees.to(tl.float16), broken.to(tl.float16), tl.zeros_like(acc))
+            acc = tl.where(seen > 0, acc, clean)
+    return acc
 
 
 @triton.jit
@@ -293,7 +324,8 @@ def _finish(
     acc, best_M, total_M, sinks, row_M, head_M, inside_M, out, heads,
     VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Divides by the sum of the weights, to which a sink adds, and stores."""
+    """Divides by the sum of the weights, to which a sink adds, and stores: zeros for a row that
+    sees nothing."""
     if sinks is not None:
         sink_M = tl.load(sinks + head_M, mask=inside_M, other=0.0) * _LOG2_E
         better_M = tl.maximum(best_M, sink_M)
@@ -301,8 +333,9 @@ def _finish(
         total_M = tl.fma(total_M, kept_M, tl.exp2(sink_M - better_M))
         acc = acc * kept_M[:, None]
     at = tl.arange(0, VALUE_TILE)
+    acc = tl.where((total_M == 0)[:, None], 0.0, acc / total_M[:, None])
     tl.store(
         out + (row_M * heads + head_M)[:, None] * VALUE_SIZE + at[None, :],
-        narrow(acc / total_M[:, None], out.dtype.element_ty),
+        narrow(acc, out.dtype.element_ty),
         mask=inside_M[:, None] & (at < VALUE_SIZE)[None, :],
     )
