@@ -12,7 +12,7 @@ from torch import Tensor
 from gpu_kernels.conftest import DEVICE
 from moebius.ops import ExpertWeights
 from moebius.ops.cache_spec import CacheSpec, key_value_spec, latent_spec
-from moebius.ops.config import DeltaSizes, RouterConfig
+from moebius.ops.config import ChannelDecay, DeltaSizes, RouterConfig, ScanSizes
 from moebius.ops.steps import Rotation, StateInputs, StepInputs
 from moebius.ops.triton import TritonOps, experts, linear
 
@@ -124,10 +124,15 @@ def test_states_of_nobody_are_neither_read_nor_written(taps: int) -> None:
         states = StateInputs(slots, (), (), ())
         step = StepInputs.build([[0]] * rows, [5] * rows, None, 1, DEVICE, states=states)
         plan = OPS.plan_states(step)
-        kept = conv.clone(), delta.clone()
+        kept = [conv.clone(), delta.clone(), delta.clone(), delta.clone()]
         out = OPS.causal_conv(given[0], 0, weight, kept[0], plan)
         read = OPS.gated_delta(given[0], given[1], 0, decay, bias, kept[1], plan, SIZES)
-        return [out[:REAL], read[:REAL], *kept]
+        of_channels = (given[0], 0, decay, bias.repeat(4, 1).T)
+        kimi = (*of_channels, kept[2], plan, SIZES, ChannelDecay())
+        kimi_read = OPS.kimi_delta(given[0], given[1], 0, *kimi)
+        scan = (decay, bias, bias, kept[3], plan, ScanSizes(2, 3, 4))
+        scanned = OPS.selective_scan(given[0][:, :14], given[1], 0, *scan)
+        return [each[:REAL] for each in (out, read, kimi_read, scanned)] + kept
 
     expected = run(REAL, [2, 0, 1], x, gates)
     found = run(REAL + PADDED, [2, 0, 1, -1, -1], with_padding(x), with_padding(gates))

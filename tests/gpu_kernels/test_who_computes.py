@@ -17,7 +17,7 @@ from moebius.ops.capability import Feature
 from moebius.ops.config import ChannelDecay, DeltaSizes, HeadGates, RouterConfig, ScanSizes
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import Rotation, StateInputs, StepInputs
-from moebius.ops.triton import TritonOps
+from moebius.ops.triton import OF_FLOAT32, TritonOps
 from moebius.ops.triton.kernels import pointwise
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -281,3 +281,13 @@ def test_who_is_named_attends_to_codes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     # Weights of values in codes are bfloat16 in float16 too, as they may be small.
     near(found, attention_to_codes(REF, dtype), max(dtype, torch.bfloat16, key=EPS.get))
+
+
+def test_models_of_narrow_numbers_are_ours() -> None:
+    for operation in set(Operation) - OF_FLOAT32:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            told = OPS.capability(Use(operation, dtype))
+            assert told is not None and told.by == "triton", operation
+    for operation in OF_FLOAT32:
+        told = OPS.capability(Use(operation, torch.float32))
+        assert told is not None and told.by == "triton", operation
