@@ -263,6 +263,18 @@ def test_latents_that_a_row_does_not_see_are_nothing_to_it(bad: float) -> None:
     assert torch.equal(found[:5], clean[:5]) and not found[5:].isfinite().flatten(1).all(1).any()
 
 
+@pytest.mark.usefixtures("sums_in_order")
+def test_few_parts_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are, those of one tile, and none."""
+    drawn = Drawn.of([(150, 1), (70, 3), (200, 2)], (2, 1, 16, 16), torch.float32)
+    found = []
+    tile = 3 * 2 * 4 * (16 + 2) * 4
+    for most in (2**27, tile, tile - 1):
+        monkeypatch.setattr(attention, "PARTS_BYTES", most)
+        found.append(drawn.attend(OPS, 0.25))
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
 def test_tiles_of_a_step() -> None:
     """By hand, in splits of 64: two rows a tile. The second sequence ends in the first split, the
     last one brings too many rows for parts."""

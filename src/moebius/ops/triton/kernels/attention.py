@@ -125,14 +125,14 @@ def join_splits(
 @triton.jit
 def _tile(tiles):
     """Of this program's tile of rows: its sequence, first row, how many, the keys that they see,
-    and the first of its rows among those with parts."""
+    and the first of its rows among those with parts of this launch."""
     tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_COLUMNS
     sequence = tl.load(tile).to(tl.int64)
     first_row = tl.load(tile + 1).to(tl.int64)
     rows = tl.load(tile + 2)
     low = tl.load(tile + 3)
     high = tl.load(tile + 4)
-    part_row = tl.load(tile + 5).to(tl.int64)
+    part_row = (tl.load(tile + 5) - tl.load(tiles + 5)).to(tl.int64)
     return sequence, first_row, rows, low, high, part_row
 
 
@@ -231,32 +231,18 @@ def _split(
             scale_S = block_S * scale_block + inner_S
             its = tl.load(k_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
             scores = scores * its[None, :]
-        scores = (scores + shift_M[:, None]) * scale
-        if softcap is not None:
-            # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
-            scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
         sees = (at_S[None, :] >= low_M[:, None]) & (at_S[None, :] < high_M[:, None])
         sees = sees & held_S[None, :]
-        if bias is not None:
-            far = tl.minimum(tl.maximum(at_S[None, :] - position_M[:, None], -reach), reach)
-            its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
-            scores += tl.load(its_bias, mask=sees, other=0.0) * _LOG2_E
-        scores = tl.where(sees, scores, float("-inf"))
+        far = at_S[None, :] - position_M[:, None]
+        scores = (scores + shift_M[:, None]) * scale
+        scores = _scored(scores, sees, far, head_M, bias, softcap, reach)
 
-        better_M = tl.maximum(best_M, tl.max(scores, 1))
-        finite_M = tl.where(better_M == float("-inf"), 0.0, better_M)
-        weights = tl.exp2(scores - finite_M[:, None])
-        kept_M = tl.exp2(best_M - finite_M)
-        total_M = tl.fma(total_M, kept_M, tl.sum(weights, 1))
-        best_M = better_M
+        weights, best_M, total_M, kept_M = _weighed(scores, best_M, total_M)
         if SHARED:
             value = tl.trans(key_main)
         else:
             v_S = v + block_S * v_block + inner_S * VALUE_STEP
-            at = tl.arange(0, VALUE_TILE)
-            mask = held_S[:, None] & (at < VALUE_SIZE)[None, :]
-            value = tl.load(v_S[:, None] + at[None, :], mask=mask, other=0.0)
-            value = _as(value, WEIGHTS)
+            value = _values(v_S, held_S, VALUE_SIZE, VALUE_TILE, WEIGHTS)
         if v_scale is not None:
             its = tl.load(v_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
             weights = tl.where(sees, weights * its[None, :], 0.0)
@@ -268,6 +254,31 @@ def _split(
             partly = partly | (tl.minimum(first + KEYS, end) > all_to)
             acc = _without_unseen(acc, before, weights, value, sees, partly)
     return acc, best_M, total_M
+
+
+@triton.jit
+def _scored(scores, sees, far, head_M, bias, softcap, reach):
+    """Scores, capped, and with what is added for each distance; minus infinity where a row does not
+    see."""
+    if softcap is not None:
+        # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
+        scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
+    if bias is not None:
+        far = tl.minimum(tl.maximum(far, -reach), reach)
+        its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
+        scores += tl.load(its_bias, mask=sees, other=0.0) * _LOG2_E
+    return tl.where(sees, scores, float("-inf"))
+
+
+@triton.jit
+def _weighed(scores, best_M, total_M):
+    """Weights 2^(score - best); the best score so far and the sum of weights, these included; and
+    what those before are worth now."""
+    better_M = tl.maximum(best_M, tl.max(scores, 1))
+    finite_M = tl.where(better_M == float("-inf"), 0.0, better_M)
+    weights = tl.exp2(scores - finite_M[:, None])
+    kept_M = tl.exp2(best_M - finite_M)
+    return weights, better_M, tl.fma(total_M, kept_M, tl.sum(weights, 1)), kept_M
 
 
 @triton.jit
@@ -293,6 +304,14 @@ def _keys(
     at = FIRST + tl.arange(0, TILE)
     mask = held_S[None, :] & (at < SIZE)[:, None]
     return _as(tl.load(k_S[None, :] + at[:, None], mask=mask, other=0.0), dtype)
+
+
+@triton.jit
+def _values(v_S, held_S, SIZE: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+    """(S, TILE)."""
+    at = tl.arange(0, TILE)
+    mask = held_S[:, None] & (at < SIZE)[None, :]
+    return _as(tl.load(v_S[:, None] + at[None, :], mask=mask, other=0.0), dtype)
 
 
 @triton.jit
