@@ -21,7 +21,7 @@ from moebius.nn.rope import RopeConfig
 from moebius.ops import ExpertWeights
 from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.config import RouterConfig
-from moebius.ops.triton import TritonOps, attention
+from moebius.ops.triton import TritonOps, attention, linear
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
@@ -71,8 +71,8 @@ def test_parts_of_splits_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     out = 3 * heads * value_size * 2
     sizes, names = attends(drawn)
     assert sum(sizes) == parts + out and "attend_split" in names
-    assert parts <= OPS.scratch_bytes(4096, spec, 16, 1100) == attention.PARTS_BYTES
-    assert OPS.scratch_bytes(4096, spec, 16, attention.SPLIT) == 0
+    assert parts <= OPS.scratch_bytes(64, spec, 16, 1100) == attention.PARTS_BYTES
+    assert OPS.scratch_bytes(64, spec, 16, attention.SPLIT) == 0
     # No more than may be at a time: one tile of up to two rows after the other.
     bound = 2 * heads * 3 * (value_size + 2) * 4
     monkeypatch.setattr(attention, "PARTS_BYTES", bound)
@@ -81,6 +81,17 @@ def test_parts_of_splits_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "PARTS_BYTES", bound - 1)
     sizes, names = attends(drawn)
     assert sum(sizes) == out and set(names) == {"attend_in_order"}
+
+
+def test_parts_of_sums_are_planned() -> None:
+    spec = key_value_spec(8, 128, torch.bfloat16)
+    planned = OPS.scratch_bytes(4096, spec, 16, 1)
+    for rows, columns in ((1, 4096), (16, 2048), (16, 32_768)):
+        layers = OPS.prepare_linear((torch.zeros(4096, columns, dtype=torch.bfloat16), None))
+        with launches(), Allocations() as counted:
+            OPS.linear(torch.zeros(rows, columns, dtype=torch.bfloat16), layers)
+        parts = sum(counted.sizes) - rows * 4096 * 2
+        assert 0 < parts <= planned == linear.PARTS_BYTES
 
 
 def test_sorted_rows_are_within_the_estimate() -> None:

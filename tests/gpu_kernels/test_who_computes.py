@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gpu_kernels.conftest import DEVICE
+from gpu_kernels.conftest import DEVICE, counted
 from moebius.ops import ExpertWeights, Operation, Ops, Use
 from moebius.ops.cache_spec import key_value_spec, latent_spec
 from moebius.ops.capability import Feature
@@ -18,7 +17,6 @@ from moebius.ops.config import ChannelDecay, DeltaSizes, HeadGates, RouterConfig
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import Rotation, StateInputs, StepInputs
 from moebius.ops.triton import OF_FLOAT32, TritonOps
-from moebius.ops.triton.kernels import pointwise
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -230,22 +228,6 @@ USES = [
     for dtype in EPS
     if dtype == torch.float32 or operation != Operation.SAMPLING
 ]
-
-
-@contextmanager
-def counted() -> Iterator[list[str]]:
-    """The kernels that are launched within the context, by name."""
-    seen: list[str] = []
-    kind = type(pointwise.clip)
-    run = kind.run
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(self.fn.__name__)
-        return run(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "run", noted)
-        yield seen
 
 
 def near(found: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.steps import Rotation, Step, StepInputs
+from moebius.ops.triton import linear
 from moebius.ops.triton.kernels import attention as kernels
 from moebius.ops.triton.kernels import store
 from moebius.ops.triton.weights import DTYPES
@@ -202,7 +203,8 @@ class AttentionOps(ReferenceOps):
 
     def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
         """The parts of splits; what else is allocated lives as long as a step's activations."""
-        return PARTS_BYTES if context > SPLIT else 0
+        parts = PARTS_BYTES if context > SPLIT else 0
+        return parts + (linear.PARTS_BYTES if widest >= linear.LONG else 0)
 
     def plan_attention(
         self, step: Step, block_size: int, window: int | None = None
