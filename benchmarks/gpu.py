@@ -7,6 +7,8 @@ valid at any moment.
     tests         tests/test_device.py on the device
     kernels       tests/gpu_kernels on it, each kernel beside plain PyTorch; without a GPU in
                   Triton's interpreter
+    tiles         a linear layer with each of some sizes of tiles, for the table in
+                  moebius.ops.triton.tiles; only where STAGES names it
     checkpoint    the model's random weights, written to the folder of temporary files
     prefill       a prompt of 2,048 tokens
     decode        tokens after a prompt of 128, for one request and for 32 at once
@@ -30,6 +32,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,39 @@ def tests(stage: Stage) -> None:
 def kernels(stage: Stage) -> None:
     # In the interpreter all of them take minutes.
     run_tests(stage, "tests/gpu_kernels" + ("/test_pointwise.py" if stage.small else ""))
+
+
+def tiles(stage: Stage) -> None:
+    """Seconds of a layer of one row, of a batch's and of a prompt's, by tile."""
+    if stage.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from moebius.ops.triton import TritonOps, linear
+    from moebius.ops.triton.tiles import Tile, tile_for
+
+    size = 64 if stage.small else 4096
+    rows = (1, 3) if stage.small else (1, 16, 512, 4096)
+    ops = TritonOps()
+    weight = torch.randn(size, size, device=stage.device).bfloat16()
+    ours = tile_for(weight.device)
+    wanted = [ours, *(Tile(64, 128, 64, warps, stages) for warps in (4, 8) for stages in (3, 4))]
+    wanted += [Tile(128, 128, 32, 8, 4), Tile(64, 64, 128, 4, 3), Tile(64, 64, 32, 4, 4)]
+    found: list[dict[str, Any]] = []
+    for tile in wanted[:2] if stage.small else wanted:
+        linear.tile_for = lambda _, tile=tile: tile
+        of_tile: dict[str, Any] = {"tile": tile._asdict(), "in_use": tile == ours}
+        found.append(of_tile)
+        layers = ops.prepare_linear((weight, None))
+        for count in rows:
+            x_TI = torch.randn(count, size, device=stage.device).bfloat16()
+            try:
+                walls = [seconds(partial(ops.linear, x_TI, layers), stage.device) for _ in range(6)]
+            except Exception as error:  # more than this card has
+                of_tile[f"rows_{count}"] = type(error).__name__
+                continue
+            of_tile[f"rows_{count}"] = statistics.median(walls[1:])
+        stage.keep(size=size, tiles=found)
 
 
 def run_tests(stage: Stage, where: str) -> None:
@@ -248,7 +284,8 @@ def decode(stage: Stage) -> None:
 
 
 STAGES = {
-    stage.__name__: stage for stage in (environment, tests, kernels, checkpoint, prefill, decode)
+    stage.__name__: stage
+    for stage in (environment, tests, kernels, tiles, checkpoint, prefill, decode)
 }
 
 

@@ -24,6 +24,7 @@ from moebius.engine.dtypes import choose_dtype
 from moebius.engine.load import load_engine, prepare
 from moebius.engine.memory import (
     MemoryPlan,
+    StepMemory,
     exchange_bytes,
     plan_memory,
     sampling_bytes,
@@ -116,6 +117,17 @@ def test_a_model_without_feed_forward_parts_has_a_workspace_too() -> None:
     ]
     attends = 2 * (64 + 32 + 32 + 64)
     assert sizes[1] - sizes[0] == 100 * 4 * (4 * 64 + attends)
+
+
+def test_what_operations_keep_is_planned_beside_an_estimate() -> None:
+    def workspace(step: StepMemory) -> int:
+        weights = WeightBytes(1000, 0, 500)
+        where = {"dtype": "bfloat16", "device": "cuda", "cache": CACHE, "available": GIB}
+        return plan_memory(MODEL, EngineConfig(), weights, step=step, **where).workspace  # type: ignore[arg-type]
+
+    for recorded in (None, 2**20):
+        without = workspace(StepMemory(recorded))
+        assert workspace(StepMemory(recorded, 2**27)) - without == 2**27
 
 
 def test_too_little_memory_and_too_long_a_context() -> None:

@@ -138,7 +138,7 @@ def assert_compile(seen: Sequence[Launch], *modules: ModuleType) -> None:
             env=_environment() | {"TRITON_CACHE_DIR": cache},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=580,
         )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -4,6 +4,7 @@ tests/conftest.py asks for before anything imports triton."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,3 +64,21 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The kernels that are launched within the context, by name."""
+    seen: list[str] = []
+    from moebius.ops.triton.kernels import pointwise
+
+    kind = type(pointwise.clip)
+    run = kind.run
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "run", noted)
+        yield seen

@@ -226,6 +226,55 @@ def test_a_row_has_the_same_bits_alone(dtype: torch.dtype, window: int | None) -
     assert torch.equal(few, together[8:12])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.int8)],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_a_row_does_not_see_is_nothing_to_it(
+    bad: float, dtype: torch.dtype, kept: torch.dtype | None
+) -> None:
+    """A later token of its own chunk, in its tile of keys, whose key or value is broken; and one
+    that its window has passed, but not that of the row before."""
+    drawn = Drawn.of([(70, 20)], (2, 1, 16, 24), dtype)
+    spec = None if kept is None else key_value_spec(1, 16, kept, 24)
+    clean = drawn.attend(OPS, 0.25, spec=spec, window=30)
+    for plane, key in product(("k", "v"), (55, 25)):
+        broken = getattr(drawn, plane)[0].clone()
+        broken[key, 0, 3] = bad
+        found = replace(drawn, **{plane: [broken]}).attend(OPS, 0.25, spec=spec, window=30)
+        # Rows are the positions 50 to 69.
+        sees = torch.tensor([key <= at < key + 30 for at in range(50, 70)])
+        assert torch.equal(found[~sees], clean[~sees])
+        # A key of infinity may make a score of minus infinity, which is none.
+        if plane == "v" or bad != bad:
+            assert not found[sees].isfinite().flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_latents_that_a_row_does_not_see_are_nothing_to_it(bad: float) -> None:
+    drawn = Drawn.of([(70, 20)], (6, 1, 24, 16), torch.float32)
+    spec = latent_spec(16, 8, torch.float32)
+    keys = drawn.k[0]
+    clean = replace(drawn, v=[keys[..., :16]]).attend(OPS, 0.2, spec=spec)
+    keys[55, 0, 3] = bad
+    found = replace(drawn, v=[keys[..., :16]]).attend(OPS, 0.2, spec=spec)
+    assert torch.equal(found[:5], clean[:5]) and not found[5:].isfinite().flatten(1).all(1).any()
+
+
+@pytest.mark.usefixtures("sums_in_order")
+def test_few_parts_at_a_time_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are, those of one tile, and none."""
+    drawn = Drawn.of([(150, 1), (70, 3), (200, 2)], (2, 1, 16, 16), torch.float32)
+    found = []
+    tile = 3 * 2 * 4 * (16 + 2) * 4
+    for most in (2**27, tile, tile - 1):
+        monkeypatch.setattr(attention, "PARTS_BYTES", most)
+        found.append(drawn.attend(OPS, 0.25))
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
 def test_tiles_of_a_step() -> None:
     """By hand, in splits of 64: two rows a tile. The second sequence ends in the first split, the
     last one brings too many rows for parts."""

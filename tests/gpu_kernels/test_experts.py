@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_kernels.compiling import assert_compile, launches
 from gpu_kernels.conftest import DEVICE
-from gpu_kernels.test_linear import random_weight
+from gpu_kernels.test_linear import CODES, random_weight
 from moebius.ops import ExpertWeights, Operation, Use, Weight
 from moebius.ops.capability import Feature
 from moebius.ops.config import Activation, ClampedSwiGLU
@@ -204,23 +204,40 @@ def test_what_is_ours_is_said() -> None:
         Use(Operation.EXPERT_ROWS, torch.bfloat16),
         Use(Operation.COMBINE, torch.bfloat16),
     )
-    for use in (*ours, Use(Operation.LINEAR, torch.float16)):
+    for use in (*ours, Use(Operation.LINEAR, torch.float64)):
         found = OPS.capability(use)
         assert found is not None and not found.batch_invariant
         assert found.by == ("triton" if use in ours else "reference")
 
 
+def plain_or_codes(name: str, dtype: torch.dtype, rows: int, columns: int) -> list[Weight]:
+    """The same for each expert."""
+    if name == "plain":
+        return [torch.zeros(rows, columns, dtype=dtype)] * E
+    return [random_weight(name, rows, columns)] * E
+
+
 @pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
-def test_they_compile() -> None:
-    def each(rows: int, columns: int) -> list[Weight]:
-        return [random_weight("mxfp4_planes", rows, columns)] * E
-
-    biases = [[torch.zeros(size, dtype=torch.bfloat16)] * E for size in (512, 512, 1024)]
-    weights = ExpertWeights(each(512, 1024), each(512, 1024), each(1024, 512), *biases)
-    ours = prepared(weights, ClampedSwiGLU(), torch.bfloat16)
-    x, share, ids = random_rows(64, torch.bfloat16, 1024)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ("plain", *CODES)),
+        *((name, torch.bfloat16) for name in ("plain", "mxfp4_planes", "q6_k")),
+        *((name, torch.float16) for name in ("plain", "q8_0")),
+    ],
+    ids=str,
+)
+def test_all_formats_compile(name: str, dtype: torch.dtype) -> None:
+    biases = [[torch.zeros(size, dtype=dtype)] * E for size in (512, 512, 1024)]
+    inner = plain_or_codes(name, dtype, 512, 1024)
+    weights = ExpertWeights(inner, inner, plain_or_codes(name, dtype, 1024, 512), *biases)
+    x, share, ids = random_rows(64, dtype, 1024)
     with launches() as seen, pytest.MonkeyPatch.context() as patch:
         patch.setattr("moebius.ops.triton.experts._require_held", lambda *_, **__: None)
-        OPS.experts(x, share, ids, ours)
+        OPS.experts(x, share, ids, prepared(weights, ClampedSwiGLU(), dtype))
+        if name == "plain" and dtype != torch.float32:
+            for activation in ("gelu", "gelu_tanh", "relu_squared", "silu"):
+                OPS.experts(x, share, ids, prepared(weights, activation, dtype))
+            OPS.experts(x, None, None, prepared(weights, "silu", dtype))
     assert_compile(seen, kernels)

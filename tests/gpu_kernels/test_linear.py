@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from gpu_kernels.compiling import assert_compile, launches
-from gpu_kernels.conftest import DEVICE
+from gpu_kernels.conftest import DEVICE, counted
 from moebius.ops import Matrix, Weight
 from moebius.ops.formats import format_named
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.linear import ReferenceLinear
-from moebius.ops.triton import TritonOps
+from moebius.ops.triton import TritonOps, linear
 from moebius.ops.triton.kernels import linear as kernels
 from moebius.ops.triton.linear import TritonLinear
 from moebius.ops.triton.weights import READ
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 OPS = TritonOps()
 REF = ReferenceOps()
 DTYPES = [torch.bfloat16, torch.float32]
+ALL_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FP8 = [
     "fp8[128x128,bfloat16]",
     "fp8[1x0,float32]",
@@ -142,6 +143,54 @@ def test_a_row_alone_has_the_bits_that_it_has_among_others(dtype: torch.dtype) -
         assert torch.equal(OPS.linear(x[row : row + 1], prepared)[0], whole[row])
 
 
+@pytest.mark.usefixtures("sums_in_order")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("plain", torch.bfloat16), ("plain", torch.float32), ("q8_0", torch.float32)],
+)
+def test_split_sums_are_the_same_in_parts_and_in_order(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few rows, whose splits a program each takes, and of more; of columns that are no multiple
+    of a split; with a bias and without."""
+    monkeypatch.setattr(linear, "SPLIT", 128)
+    monkeypatch.setattr(linear, "LONG", 300)
+    columns = 320 if name == "q8_0" else 333
+    x = torch.randn(18, columns, device=DEVICE).to(dtype)
+    weights: list[Weight] = [
+        torch.randn(size, columns, device=DEVICE).to(dtype)
+        if name == "plain"
+        else random_weight(name, size, columns)
+        for size in (70, 3)
+    ]
+    layers = ((weights[0], torch.randn(70, device=DEVICE).to(dtype)), (weights[1], None))
+    prepared = OPS.prepare_linear(*layers, dtype=dtype)
+    assert isinstance(prepared, TritonLinear)
+    assert [launch.split for launch in prepared.launches] == [128, 128]
+    whole = OPS.linear(x, prepared)
+    near(whole, REF.linear(x, ReferenceLinear(layers)), x, *map(wide, weights))
+    for rows in (1, 16):
+        with counted() as launched:
+            found = OPS.linear(x[:rows], prepared)
+        assert torch.equal(found, whole[:rows])
+        assert {*launched} == {"linear_split", "join_splits"}
+    monkeypatch.setattr(linear, "PARTS_BYTES", 3 * 16 * 73 * 4 - 1)
+    with counted() as launched:
+        assert torch.equal(OPS.linear(x[:16], prepared), whole[:16])
+    assert {*launched} == {"linear"}
+
+
+def test_sums_are_split_by_the_layer_alone() -> None:
+    def split(rows: int, columns: int) -> int:
+        weight = torch.zeros(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+        prepared = OPS.prepare_linear((weight, None))
+        assert isinstance(prepared, TritonLinear)
+        return prepared.launches[0].split
+
+    assert split(64, 2048) == split(8192, 2048) == 1024
+    assert split(64, 2047) == split(8193, 2048) == 0
+
+
 def test_other_weights_are_plain_pytorchs() -> None:
     """Beside those that the kernels read, each in its columns."""
     x = torch.randn(2, 256, device=DEVICE)
@@ -189,12 +238,19 @@ def test_formats_are_those_that_are_read_in_place() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
-def test_they_compile() -> None:
-    x = torch.zeros(64, 2048, dtype=torch.bfloat16)
-    bias = torch.zeros(64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_all_formats_compile(dtype: torch.dtype) -> None:
+    x = torch.zeros(64, 2048, dtype=dtype)
+    bias = torch.zeros(64, dtype=dtype)
+    plain = [each for each in ALL_DTYPES if torch.promote_types(each, dtype) == dtype]
     with launches() as seen:
-        weight = random_weight("q6_k", 64, 2048)
-        OPS.linear(x, OPS.prepare_linear((weight, None), dtype=x.dtype))
-        OPS.linear(x, OPS.prepare_linear((x, bias)))
-        OPS.embed(torch.zeros(3, dtype=torch.int64), random_weight("q8_0", 4, 2048), 2.0, x.dtype)
+        for weight in (
+            *(random_weight(name, 64, 2048) for name in CODES),
+            *(torch.zeros(64, 2048, dtype=each) for each in plain),
+        ):
+            OPS.linear(x, OPS.prepare_linear((weight, bias), dtype=dtype))
+            OPS.linear(x[:1], OPS.prepare_linear((weight, bias), dtype=dtype))
+        OPS.linear(x[:, :1024], OPS.prepare_linear((x[:5, :1024], None), dtype=dtype))
+        OPS.logits(x, OPS.prepare_linear((x, None), dtype=dtype))
+        OPS.embed(torch.zeros(3, dtype=torch.int64), random_weight("q8_0", 4, 2048), 2.0, dtype)
     assert_compile(seen, kernels)

@@ -9,17 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import each_value
 from gpu_kernels.compiling import assert_compile, launches
 from gpu_kernels.conftest import DEVICE
-from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction
+from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction, HeadGates, ScanSizes
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import TritonOps
 from moebius.ops.triton.kernels import recurrent as kernels
-from ops.recurrent_layers import KimiLayer, Layer, alone, naive_conv, naive_delta, served, step_of
+from ops.recurrent_layers import (
+    AnyLayer,
+    KimiLayer,
+    Layer,
+    MambaLayer,
+    alone,
+    naive_conv,
+    naive_delta,
+    naive_kimi,
+    naive_scan,
+    served,
+    step_of,
+)
 
 OPS = TritonOps()
 REF = ReferenceOps()
 DTYPES = [torch.bfloat16, torch.float32]
+ALL_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Fewer rows than there are taps, and more.
 ROWS = [5, 1, 0, 2]
 SLOTS = [4, 0, 3, 2]
@@ -33,7 +47,7 @@ pytestmark = [
 
 def near(found: Tensor, wanted: Tensor) -> None:
     assert found.shape == wanted.shape
-    tolerance = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-18}[found.dtype]
+    tolerance = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(found.dtype, 2.0**-18)
     torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance)
 
 
@@ -104,6 +118,103 @@ def test_gated_delta(sizes: DeltaSizes, kept: bool, dtype: torch.dtype) -> None:
     assert found.shape == (0, sizes.out_size)
 
 
+DECAYS = [
+    ChannelDecay(),
+    ChannelDecay(rounded=True),
+    ChannelDecay(lower=-5.0),
+    ChannelDecay(lower=-0.5, rounded=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("decay", "sizes", "dtype"),
+    each_value(DECAYS, [DeltaSizes(1, 2, 5, 33), DeltaSizes(2, 4, 16, 3, tiled=True)], ALL_DTYPES),
+    ids=str,
+)
+@pytest.mark.parametrize("kept", [True, False])
+def test_kimi_delta(decay: ChannelDecay, sizes: DeltaSizes, dtype: torch.dtype, kept: bool) -> None:
+    heads = sizes.value_heads
+    qkv = torch.randn(sum(ROWS), sizes.qkv_size).to(dtype)
+    b = torch.randn(sum(ROWS), heads + 2).to(dtype)
+    f = (3 * torch.randn(sum(ROWS), heads * sizes.key_dim + 1)).to(dtype)
+    rates, bias = -torch.randn(heads).exp(), torch.randn(heads, sizes.key_dim)
+    before = torch.randn(6, heads, sizes.key_dim, sizes.value_dim)
+    state = before.clone()
+    plan = OPS.plan_states(step_of(ROWS, [0] * 4, SLOTS if kept else None))
+    out = OPS.kimi_delta(qkv, b, 2, f, 1, rates, bias, state, plan, sizes, decay)
+    for slot, part in zip(SLOTS, parts(ROWS), strict=True):
+        if not len(qkv[part]):
+            continue
+        at_first = before[slot] if kept else torch.zeros_like(before[slot])
+        f_LHK = f[part, 1:].unflatten(1, (heads, sizes.key_dim))
+        exact, after = naive_kimi(
+            qkv[part], b[part, 2:], f_LHK, rates, bias, at_first.double(), sizes, decay
+        )
+        near(out[part], exact)
+        near(state[slot], after if kept else before[slot])
+    assert torch.equal(state[5], before[5])
+
+
+SCANS = [ScanSizes(1, 1, 1), ScanSizes(4, 33, 7, groups=2), ScanSizes(2, 16, 16)]
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), each_value(SCANS, ALL_DTYPES), ids=str)
+@pytest.mark.parametrize("kept", [True, False])
+def test_selective_scan(sizes: ScanSizes, dtype: torch.dtype, kept: bool) -> None:
+    heads = sizes.heads
+    xbc = torch.randn(sum(ROWS), sizes.xbc_size).to(dtype)
+    steps = (3 * torch.randn(sum(ROWS), heads + 2)).to(dtype)
+    rates, bias, skip = -torch.randn(heads).exp(), torch.randn(heads), torch.randn(heads)
+    before = torch.randn(6, heads, sizes.state_dim, sizes.head_dim)
+    state = before.clone()
+    plan = OPS.plan_states(step_of(ROWS, [0] * 4, SLOTS if kept else None))
+    out = OPS.selective_scan(xbc, steps, 2, rates, bias, skip, state, plan, sizes)
+    for slot, part in zip(SLOTS, parts(ROWS), strict=True):
+        if not len(xbc[part]):
+            continue
+        at_first = before[slot] if kept else torch.zeros_like(before[slot])
+        exact, after = naive_scan(
+            xbc[part], steps[part, 2:], rates, bias, skip, at_first.double(), sizes
+        )
+        near(out[part], exact)
+        near(state[slot], after if kept else before[slot])
+    assert torch.equal(state[5], before[5])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_grouped_norm(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 66).to(dtype)
+    gates = (10 * torch.randn(3, 70)).to(dtype)
+    for weight in (torch.randn(66), torch.randn(66).to(dtype)):
+        for groups in (1, 6):
+            wanted = REF.grouped_norm(x, gates, 4, weight, 1e-6, groups)
+            near(OPS.grouped_norm(x, gates, 4, weight, 1e-6, groups), wanted)
+    assert OPS.grouped_norm(x[:0], gates[:0], 4, weight, 1e-6, 2).shape == (0, 66)
+    with pytest.raises(ValueError, match="66 columns are no 4 groups"):
+        OPS.grouped_norm(x, gates, 4, weight, 1e-6, 4)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("function", GATES)
+@pytest.mark.parametrize("single", [True, False])
+def test_gate_heads(single: bool, function: GateFunction, dtype: torch.dtype) -> None:
+    """Of heads that lie apart, as gates do."""
+    x = torch.randn(3, 5, 9).to(dtype)[..., 2:]
+    gates = (3 * torch.randn(3, 50)).to(dtype)
+    at = HeadGates(3, 9, single, function)
+    wanted = REF.gate_heads(x, gates, at)
+    found = OPS.gate_heads(x, gates, at)
+    if dtype == torch.float32:
+        near(found, wanted)
+    else:
+        # A gate may be its neighbour where its rounding was a close thing.
+        assert (found != wanted).float().mean() < 0.02
+        torch.testing.assert_close(found, wanted, rtol=2.0**-7, atol=2.0**-10)
+    assert OPS.gate_heads(x[:0], gates[:0], at).shape == (0, 5, 7)
+    with pytest.raises(ValueError, match="are not all of 50"):
+        OPS.gate_heads(x, gates, HeadGates(20, 9, single, function))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", GATES)
 def test_gated_norm(gate: GateFunction, dtype: torch.dtype) -> None:
@@ -124,10 +235,18 @@ def test_softplus_of_any_number() -> None:
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sequence_is_itself_however_it_is_cut(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(DeltaSizes(1, 2, 5, 34), taps=4, dtype=torch.bfloat16),
+        Layer(DeltaSizes(1, 2, 5, 34), taps=4, dtype=torch.float32),
+        KimiLayer(DeltaSizes(2, 2, 4, 8), ChannelDecay(), taps=3, dtype=torch.float16),
+        MambaLayer(ScanSizes(2, 5, 4, 2), taps=3, dtype=torch.float32),
+    ],
+    ids=lambda layer: f"{type(layer).__name__}-{layer.dtype}",
+)
+def test_a_sequence_is_itself_however_it_is_cut(layer: AnyLayer) -> None:
     """In steps of any size, in any slot and company: promise P1, by value."""
-    layer = Layer(DeltaSizes(1, 2, 5, 34), taps=4, dtype=dtype)
     inputs = [layer.rows(count) for count in (6, 1, 3)]
     outs, states = served(layer, inputs, 1, lambda _: OPS)
     for x, out, kept in zip(inputs, outs, states, strict=True):
@@ -137,9 +256,8 @@ def test_a_sequence_is_itself_however_it_is_cut(dtype: torch.dtype) -> None:
 
 
 def test_what_falls_back_takes_our_plans() -> None:
-    """Of documents, whose states are nowhere kept: a delta rule that has no kernel, between a
-    convolution and a norm that have."""
-    layer = KimiLayer(DeltaSizes(2, 2, 4, 8), ChannelDecay(), taps=3, dtype=torch.float32)
+    """Of documents, whose states are nowhere kept, in a dtype that has no kernels."""
+    layer = KimiLayer(DeltaSizes(2, 2, 4, 8), ChannelDecay(), taps=3, dtype=torch.float64)
     x = layer.rows(7)
     found = layer(OPS, x, None, OPS.plan_documents([0, 3, 3, 7]))
     near(found, layer(REF, x, None, REF.plan_documents([0, 3, 3, 7])))
@@ -180,6 +298,26 @@ def test_kernels_compile() -> None:
             out = OPS.gated_delta(qkv, x, at, layer.decay, layer.dt_bias, delta, plan, sizes)
         OPS.gated_norm(out, x, 0, layer.norm, 1e-6)
         OPS.gated_norm(out, x, 0, layer.norm.float(), 1e-6, "softplus")
+        OPS.grouped_norm(out, x, 0, out[0], 1e-6, 8)
+        OPS.grouped_norm(out, x, 0, out[0].float(), 1e-6, 1)
+        heads = out.view(4, 32, 128)
+        for function, single in (("sigmoid", False), ("silu", True)):
+            OPS.gate_heads(heads, x, HeadGates(0, 128, single, function))
+        channels = torch.zeros(4, 32 * 128, dtype=dtype)
+        own = DeltaSizes(32, 32, 128, 128)
+        qkv = torch.zeros(4, own.qkv_size, dtype=dtype)
+        for decay in DECAYS[1:3]:
+            bias = torch.zeros(32, 128)
+            kept = (delta, plan, own, decay)
+            OPS.kimi_delta(qkv, x, 0, channels, 0, layer.decay, bias, *kept)
+        mamba = ScanSizes(8, 64, 128, 2)
+        for scan_dtype in (dtype, torch.float32):
+            xbc = torch.zeros(4, mamba.xbc_size, dtype=scan_dtype)
+            rates = [torch.zeros(8)] * 3
+            for slots in ([0, 1], None):
+                plan = OPS.plan_states(step_of([3, 1], [0, 0], slots))
+                kept_scan = torch.zeros(2, 8, 128, 64)
+                OPS.selective_scan(xbc, xbc, 0, *rates, kept_scan, plan, mamba)
         tiled = DeltaSizes(1, 2, 64, 40, tiled=True)
         small = torch.zeros(4, tiled.qkv_size)
         OPS.gated_delta(small, small, 0, layer.decay, layer.decay, None, plan, tiled)

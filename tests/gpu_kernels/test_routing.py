@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from gpu_kernels.conftest import DEVICE
 from moebius.ops import RouterTally
 from moebius.ops.config import RouterConfig
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.triton import TritonOps
+from moebius.ops.triton import TritonOps, routing
 from moebius.ops.triton.kernels import routing as kernels
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -92,6 +94,64 @@ def test_no_tokens_and_a_tally() -> None:
     torch.testing.assert_close(tally.sums.cpu(), torch.tensor([nats, 3.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        RouterConfig(5, 3, logit_softcap=2.0),
+        RouterConfig(6, 1, score="sigmoid", weight="renorm"),
+        RouterConfig(4, 2, score="logits", weight="softmax"),
+    ],
+    ids=str,
+)
+def test_a_tally_is_what_counting_one_by_one_finds(config: RouterConfig) -> None:
+    """On top of what it held; a token whose numbers went wrong has choices, but no entropy."""
+    logits = 3 * torch.randn(7, config.num_experts, device=DEVICE)
+    logits[2] = 1e4
+    logits[3, :-1] = -1e4
+    logits[5, 1] = torch.nan
+    tally = RouterTally(
+        torch.arange(config.num_experts, device=DEVICE),
+        torch.tensor([0.5, 2.0], dtype=torch.float64, device=DEVICE),
+    )
+    _, ids = OPS.route(logits, config, tally=tally)
+    expected = list(range(config.num_experts))
+    for id in ids.flatten().tolist():
+        expected[id] += 1
+    assert tally.pairs_E.tolist() == expected
+    nats = 0.0
+    for token in [0, 1, 2, 3, 4, 6]:
+        x = logits[token].double()
+        if config.logit_softcap is not None:
+            x = config.logit_softcap * torch.tanh(x / config.logit_softcap)
+        p = x.softmax(0) if config.score != "sigmoid" else x.sigmoid() / x.sigmoid().sum()
+        nats -= sum(each * math.log(each) for each in p.tolist() if each > 1e-300)
+    torch.testing.assert_close(
+        tally.sums.cpu(), torch.tensor([0.5 + nats, 8.0], dtype=torch.float64), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 100])
+def test_each_sequence_has_its_own_room(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a loop over choices; more of a sequence than are looked at in one step."""
+    monkeypatch.setattr(routing, "_LOOKED_AT", 16)
+    starts = [0, 3, 3, 20]
+    weights = torch.rand(20, 2, device=DEVICE) + 0.1
+    ids = torch.randint(0, 3, (20, 2), device=DEVICE)
+    plan = OPS.plan_documents(starts, DEVICE)
+    found = OPS.within_capacity(weights, ids, 3, capacity, plan).tolist()
+    for start, stop in pairwise(starts):
+        taken = [0, 0, 0]
+        for token in range(start, stop):
+            for k, id in enumerate(ids[token].tolist()):
+                taken[id] += 1
+                wanted = weights[token, k].item() if taken[id] <= capacity else 0.0
+                assert found[token][k] == wanted
+    none = OPS.plan_documents([0], DEVICE)
+    assert OPS.within_capacity(weights[:0], ids[:0], 3, 1, none).shape == (0, 2)
+    with pytest.raises(ValueError, match="and their experts"):
+        OPS.within_capacity(weights, ids[:, :1], 3, 1, plan)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="a router of 4 experts has 5 logits"):
         OPS.route(torch.zeros(1, 5, device=DEVICE), RouterConfig(4, 2))
@@ -112,4 +172,11 @@ def test_it_compiles() -> None:
         config = replace(ROUTERS["groups by two"], logit_softcap=3.0)
         of_experts = torch.zeros(config.num_experts)
         OPS.route(torch.zeros(5, config.num_experts), config, of_experts, None, of_experts)
+        sums = torch.zeros(2, dtype=torch.float64)
+        tally = RouterTally(torch.zeros(128, dtype=torch.int64), sums)
+        for score in ("softmax", "sigmoid"):
+            config = RouterConfig(128, 8, score=score)
+            OPS.route(torch.zeros(5, 128), config, None, tally)
+        ids = torch.zeros(5, 8, dtype=torch.int64)
+        OPS.within_capacity(torch.zeros(5, 8), ids, 128, 3, OPS.plan_documents([0, 5]))
     assert_compile(seen, kernels)

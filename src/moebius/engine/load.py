@@ -232,7 +232,7 @@ def prepare(
         cache=_cache_sizes(checkpoint.config.caches(dtype, kv_dtype), ops, config.block_size),
         available=available,
         available_of=available_of,
-        recorded=workspace.nbytes if workspace.recorded else None,
+        step=workspace.memory,
         ranks=1 if share is None else share.ranks,
     )
     return Prepared(

@@ -5,6 +5,7 @@ without loading the model); the engine reserves what it says at start and nothin
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
@@ -29,6 +30,20 @@ _GRAMMAR_BYTES = 2_000
 _LARGE_VOCABULARY = 2**15
 _FLOAT32 = 4
 _INT64 = 8
+
+
+class StepMemory(NamedTuple):
+    """What is known of a step before it is planned, in bytes.
+
+    recorded   what its programs take, where they are recorded; None: that is to be estimated
+    scratch    what operations keep beside that
+    """
+
+    recorded: int | None = None
+    scratch: int = 0
+
+
+_UNKNOWN = StepMemory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +321,7 @@ def plan_memory(
     kv_dtype: str | None = None,
     available: int,
     available_of: str = "",
-    recorded: int | None = None,
+    step: StepMemory = _UNKNOWN,
     ranks: int = 1,
 ) -> MemoryPlan:
     """Divide `available` bytes.
@@ -317,7 +332,6 @@ def plan_memory(
     up for the cache's would come from the disk again and again. Of experts that may stay on disk
     one layer's count, and what is left keeps as many of the others as it can.
 
-    recorded: what the programs of a step take, where they are recorded; else it is estimated.
     ranks: how many share the experts; weights and all else are those of one of them.
     kv_dtype: what keys and values are held in; None: as they are computed.
 
@@ -326,11 +340,12 @@ def plan_memory(
     """
     wanted = engine.max_model_len
     length = _length(model, wanted)
-    if recorded is None:
+    if step.recorded is None:
         itemsize = _FLOAT32 if dtype == "float32" else 2
         workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize, ranks)
     else:
-        workspace = recorded + sampling_bytes(model.vocab_size, length)
+        workspace = step.recorded + sampling_bytes(model.vocab_size, length)
+    workspace += step.scratch
     plan = MemoryPlan(
         weights=weights,
         block_size=engine.block_size,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moebius.engine.kv_cache import KVCache
+from moebius.engine.memory import StepMemory
 from moebius.engine.shared_head import SharedHead
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
@@ -71,6 +72,11 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         return sum(program.nbytes for program in self.programs) + self.scratch
+
+    @property
+    def memory(self) -> StepMemory:
+        recorded = self.nbytes - self.scratch if self.recorded else None
+        return StepMemory(recorded, self.scratch)
 
     def batch_invariant(self, ops: Ops) -> bool:
         """Whether every operation is, and there are no others: what torch computes between them

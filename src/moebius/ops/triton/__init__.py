@@ -3,6 +3,8 @@
 No card has proven them yet: until one has, `select_ops` takes plain PyTorch on CUDA devices.
 """
 
+import torch
+
 from moebius.ops.capability import Capability, Operation, Use
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import (
@@ -38,6 +40,23 @@ OWN = frozenset[Operation]().union(
     routing.OPERATIONS,
     sampling.OPERATIONS,
 )
+# What is float32 in any model, and has kernels for that alone.
+OF_FLOAT32 = frozenset(
+    {
+        Operation.DIVIDE,
+        Operation.ROTATION,
+        Operation.ROUTE,
+        Operation.SAMPLING,
+        Operation.SOFTCAP,
+        Operation.WITHIN_CAPACITY,
+    }
+)
+
+
+def has_kernels(operation: Operation, dtype: torch.dtype) -> bool:
+    """Whether rows of `dtype` are ours to compute; in all else plain PyTorch takes our place."""
+    dtypes = (torch.float32,) if operation in OF_FLOAT32 else DTYPES
+    return operation in OWN and dtype in dtypes
 
 
 class TritonOps(
@@ -63,6 +82,5 @@ class TritonOps(
         known = super().capability(use)
         if known is None:
             return None
-        ours = use.operation in OWN and use.dtype in DTYPES
-        by = self.name if ours else ReferenceOps.name
+        by = self.name if has_kernels(use.operation, use.dtype) else ReferenceOps.name
         return Capability(by, batch_invariant=False, recorded=False)

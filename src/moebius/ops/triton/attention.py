@@ -12,12 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Operation
 from moebius.ops.config import PLAIN_HEADS, HeadRows
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.steps import Rotation, Step, StepInputs
+from moebius.ops.triton import linear
 from moebius.ops.triton.kernels import attention as kernels
 from moebius.ops.triton.kernels import store
 from moebius.ops.triton.weights import DTYPES
@@ -29,6 +31,9 @@ SPLIT = 512
 # A sequence that brings up to as many rows has a program for each of its splits, as its tiles alone
 # are too few for a card; a longer chunk has many tiles, each of which goes through all splits.
 ROWS_IN_PARTS = 16
+# What the parts of splits may take at a time. More of them are made, and joined, one launch after
+# the other; a tile whose parts alone take more has one program, which gives the same bits.
+PARTS_BYTES = 2**27
 # Heads' values that one program stores at once.
 _VALUES_AT_ONCE = 1024
 _LOG2_E = math.log2(math.e)
@@ -195,6 +200,11 @@ class AttentionOps(ReferenceOps):
             )
         norms = (q_norm_N, k_norm_N, eps)
         return _store(qkv_TI, rotation, held, slot_mapping_T, norms, heads)
+
+    def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
+        """The parts of splits; what else is allocated lives as long as a step's activations."""
+        parts = PARTS_BYTES if context > SPLIT else 0
+        return parts + (linear.PARTS_BYTES if widest >= linear.LONG else 0)
 
     def plan_attention(
         self, step: Step, block_size: int, window: int | None = None
@@ -383,30 +393,60 @@ def _attend(q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scor
         **_compiled_in(held, sizes),
     }
     out = q_THN.new_empty((*q_THN.shape[:2], held.v.shape[3]))
-    if len(tiles.in_order):
-        kernels.attend_in_order[(len(tiles.in_order), groups)](
-            **reads, tiles=tiles.in_order, sinks=scores.sinks_H, out=out
-        )
-    if len(tiles.in_parts):
-        shape = (tiles.rows_in_parts, heads, tiles.splits)
-        part_acc = out.new_empty((*shape, out.shape[2]), dtype=torch.float32)
-        part_sums = out.new_empty((*shape, 2), dtype=torch.float32)
-        kernels.attend_split[(len(tiles.in_parts), groups, tiles.splits)](
-            **reads, tiles=tiles.in_parts, part_acc=part_acc, part_sums=part_sums
-        )
-        _join(part_acc, part_sums, tiles, scores.sinks_H, out)
+    whole = [tiles.in_order]
+    at_once = _tiles_at_once(tiles, out)
+    if at_once:
+        _attend_in_parts(reads, tiles, groups, scores.sinks_H, out, at_once)
+    else:
+        whole.append(tiles.in_parts)
+    for each in whole:
+        if len(each):
+            kernels.attend_in_order[(len(each), groups)](
+                **reads, tiles=each, sinks=scores.sinks_H, out=out
+            )
     return out
 
 
+def _tiles_at_once(tiles: Tiles, out: Tensor) -> int:
+    """How many tiles' parts are there at a time: none where those of one are too many."""
+    heads, value_size = out.shape[1:]
+    floats = tiles.most_rows * heads * tiles.splits * (value_size + 2)
+    return min(len(tiles.in_parts), PARTS_BYTES // (4 * floats)) if floats else 0
+
+
+def _attend_in_parts(
+    reads: dict[str, object],
+    tiles: Tiles,
+    groups: int,
+    sinks_H: Tensor | None,
+    out: Tensor,
+    at_once: int,
+) -> None:
+    rows = min(tiles.rows_in_parts, at_once * tiles.most_rows)
+    shape = (rows, out.shape[1], tiles.splits)
+    part_acc = out.new_empty((*shape, out.shape[2]), dtype=torch.float32)
+    part_sums = out.new_empty((*shape, 2), dtype=torch.float32)
+    for some in torch.split(tiles.in_parts, at_once):
+        kernels.attend_split[(len(some), groups, tiles.splits)](
+            **reads, tiles=some, part_acc=part_acc, part_sums=part_sums
+        )
+        _join(part_acc, part_sums, some, tiles, sinks_H, out)
+
+
 def _join(
-    part_acc: Tensor, part_sums: Tensor, tiles: Tiles, sinks_H: Tensor | None, out: Tensor
+    part_acc: Tensor,
+    part_sums: Tensor,
+    some: Tensor,
+    tiles: Tiles,
+    sinks_H: Tensor | None,
+    out: Tensor,
 ) -> None:
     heads, value_size = out.shape[1:]
-    kernels.join_splits[(len(tiles.in_parts), heads, tiles.most_rows)](
+    kernels.join_splits[(len(some), heads, tiles.most_rows)](
         part_acc,
         part_sums,
         sinks_H,
-        tiles.in_parts,
+        some,
         out,
         heads,
         tiles.splits,

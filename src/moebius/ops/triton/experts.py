@@ -15,7 +15,8 @@ from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights
 from moebius.ops.triton.kernels import experts as kernels
-from moebius.ops.triton.linear import COLUMNS, DEPTH, DTYPE_OF, ROWS, capturing
+from moebius.ops.triton.linear import DTYPE_OF, capturing
+from moebius.ops.triton.tiles import Tile, tile_for
 from moebius.ops.triton.weights import (
     DTYPES,
     PLAIN,
@@ -165,6 +166,7 @@ class _Launch:
     """What both products of a feed-forward are launched with.
 
     tiles            of rows, the most that there may be
+    tile             what they are computed with
     starts, places   as in _Sorted; what is not read where there is nothing to sort
     """
 
@@ -172,27 +174,30 @@ class _Launch:
     tiles: int
     starts: Tensor
     places: Tensor
+    tile: Tile
     constants: dict[str, object]
 
     @classmethod
     def of(cls, rows: int, prepared: TritonExperts, order: _Sorted | None) -> "_Launch":
         experts = len(prepared.table)
+        tile = tile_for(prepared.table.device)
         constants = {
             "BIAS": prepared.bias,
             "ROUTED": order is not None,
             "EXPERTS": triton.next_power_of_2(experts),
-            "M": ROWS,
-            "N": COLUMNS,
-            "K": DEPTH,
-            "num_warps": 4,
-            "num_stages": 3,
+            "M": tile.rows,
+            "N": tile.columns,
+            "K": tile.depth,
+            "num_warps": tile.warps,
+            # A step of theirs has two tiles of weights.
+            "num_stages": max(2, tile.stages - 1),
         }
         if order is None:
-            tiles = triton.cdiv(rows, ROWS)
-            return cls(rows, tiles, prepared.table, prepared.table, constants)
+            tiles = triton.cdiv(rows, tile.rows)
+            return cls(rows, tiles, prepared.table, prepared.table, tile, constants)
         # Each expert's last tile may hold but one row.
-        tiles = min(rows, rows // ROWS + experts)
-        return cls(rows, tiles, order.starts, order.order, constants)
+        tiles = min(rows, rows // tile.rows + experts)
+        return cls(rows, tiles, order.starts, order.order, tile, constants)
 
 
 def _gate_up(
@@ -201,7 +206,7 @@ def _gate_up(
     weights = prepared.plain.weights
     activation = prepared.plain.activation
     clamped = isinstance(activation, ClampedSwiGLU)
-    kernels.gate_up[(launch.tiles, triton.cdiv(prepared.width, COLUMNS))](
+    kernels.gate_up[(launch.tiles, triton.cdiv(prepared.width, launch.tile.columns))](
         x,
         prepared.table,
         launch.starts,
@@ -227,7 +232,7 @@ def _gate_up(
 
 def _down(inner: Tensor, out: Tensor, prepared: TritonExperts, launch: _Launch) -> None:
     weight = _held(prepared.plain.weights.down_DF)[0]
-    kernels.down[(launch.tiles, triton.cdiv(prepared.hidden, COLUMNS))](
+    kernels.down[(launch.tiles, triton.cdiv(prepared.hidden, launch.tile.columns))](
         inner,
         prepared.table,
         launch.starts,

@@ -13,6 +13,7 @@ from moebius.ops.reference.latent import ReferenceHeads
 from moebius.ops.reference.linear import widened_for
 from moebius.ops.steps import Rotation
 from moebius.ops.triton.kernels import latent as kernels
+from moebius.ops.triton.weights import DTYPES
 
 OPERATIONS = frozenset({Operation.HEAD_PRODUCTS, Operation.ROTATE_AND_STORE_LATENT})
 # The tile of one program's products, and columns that it sums at a time: part of every sum's
@@ -29,7 +30,7 @@ class LatentOps(ReferenceOps):
         """Weights of other formats than x's dtype are widened for each product."""
         prepared = own(heads, ReferenceHeads)
         weight = widened_for(x_THN, prepared.weight)
-        if weight.dtype != x_THN.dtype:
+        if weight.dtype != x_THN.dtype or x_THN.dtype not in DTYPES:
             return super().head_products(x_THN, heads)
         rows, count, size = x_THN.shape
         outs = weight.shape[0] // prepared.heads
@@ -72,7 +73,8 @@ class LatentOps(ReferenceOps):
         """Plain PyTorch has the word where not all that is behind a latent turns."""
         held = own(cache, ReferenceCache)
         turning = 2 * rotation.cos_TR.shape[1]
-        if latent_TI.shape[1] != len(norm_C) + turning or held.k.dtype != latent_TI.dtype:
+        kept = held.k.dtype == latent_TI.dtype and latent_TI.dtype in DTYPES
+        if latent_TI.shape[1] != len(norm_C) + turning or not kept:
             return super().rotate_and_store_latent(
                 q_THN,
                 latent_TI,

@@ -15,6 +15,7 @@ from moebius.ops.prepared import PreparedLinear, own
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.linear import ReferenceLinear, plain_dtype
 from moebius.ops.triton.kernels import linear as kernels
+from moebius.ops.triton.tiles import Tile, tile_for
 from moebius.ops.triton.weights import (
     DTYPES,
     PLAIN,
@@ -30,15 +31,23 @@ from moebius.ops.weights import Matrix, Weight, planes_of
 
 OPERATIONS = frozenset({Operation.EMBED, Operation.LINEAR, Operation.LOGITS})
 
-# A tile of a product: rows and columns of the result, and how much of the sum goes into a step.
-# Whatever the number of rows, as the order of a sum may depend on it.
-ROWS = 64
-COLUMNS = 64
-DEPTH = 64
+# Layers of up to so many tiles of columns, too few for a card, that sum over so many numbers at
+# least have their sums split at multiples of SPLIT: a matter of the layer, however many rows come.
+FEW_TILES = 128
+LONG = 2048
+SPLIT = 1024
+# Up to so many rows, which are one tile, have a program for each split, where these take no more
+# memory than that: their tiles alone would leave most of a card idle. The bits are the same.
+FEW_ROWS = 16
+PARTS_BYTES = 2**25
 # Tiles of columns that take turns, so that rows are read while they are in the cache.
 SWIZZLE = 8
 EMBED_COLUMNS = 1024
-DTYPE_OF = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPE_OF = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
 
 Layer = tuple[Weight, Tensor | None]
 
@@ -50,12 +59,29 @@ class _Launch:
     tiles    what the kernel reads of each tile of columns (tiles, 6), int64
     weight   the first of their weights
     bias     the dtype of their biases, empty for none
+    split    how many numbers are summed by themselves; 0: all
+    tile     what it is computed with
     """
 
     stored: Stored
     tiles: Tensor
     weight: Weight
     bias: str
+    split: int
+    tile: Tile
+
+    def constants(self, dtype: torch.dtype) -> dict[str, object]:
+        """What the kernels of products are compiled for."""
+        tile = self.tile
+        sizes = {"M": tile.rows, "N": tile.columns, "K": tile.depth}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        numbers = {"DTYPE": DTYPE_OF[dtype], "SPLIT": self.split}
+        return {**self.stored.constants(), **numbers, **sizes, **options}
+
+    def in_parts(self, rows: int, columns: int, width: int) -> bool:
+        """Whether each split has a program of its own."""
+        nbytes = 4 * rows * width * triton.cdiv(columns, self.split or columns)
+        return self.split > 0 and rows <= FEW_ROWS and nbytes <= PARTS_BYTES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +105,7 @@ class TritonLinear(PreparedLinear):
 
 
 class LinearOps(ReferenceOps):
-    """Products of rows in bfloat16 and float32 with the formats of weights.READ; weights in others,
+    """Products of rows in weights.DTYPES with the formats of weights.READ; weights in others,
     and those that are trained, plain PyTorch widens for each product."""
 
     def formats(self, dtype: torch.dtype) -> frozenset[str]:
@@ -158,31 +184,64 @@ class LinearOps(ReferenceOps):
             return out
         x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
         for launch in layers.launches:
-            kind = launch.stored
-            kernels.linear[(triton.cdiv(rows, ROWS), len(launch.tiles))](
-                x,
-                launch.tiles,
-                out,
-                rows,
-                columns,
-                x.stride(0),
-                out.stride(0),
-                kind.stride,
-                kind.scale_stride,
-                **kind.constants(),
-                BIAS=launch.bias,
-                DTYPE=DTYPE_OF[computed_in(x.dtype, launch.weight, wide=wide)],
-                M=ROWS,
-                N=COLUMNS,
-                K=DEPTH,
-                GROUP=SWIZZLE,
-                num_warps=4,
-                num_stages=4,
-            )
+            dtype = computed_in(x.dtype, launch.weight, wide=wide)
+            if launch.in_parts(rows, columns, out.shape[1]):
+                _in_parts(x, launch, out, dtype)
+            else:
+                _in_order(x, launch, out, dtype)
         for at, layer in layers.others:
             found = super().logits(x, layer) if wide else super().linear(x, layer)
             out[:, at : at + found.shape[1]] = found
         return out
+
+
+def _in_order(x: Tensor, launch: _Launch, out: Tensor, dtype: torch.dtype) -> None:
+    rows, columns = x.shape
+    kernels.linear[(triton.cdiv(rows, launch.tile.rows), len(launch.tiles))](
+        x,
+        launch.tiles,
+        out,
+        rows,
+        columns,
+        x.stride(0),
+        out.stride(0),
+        launch.stored.stride,
+        launch.stored.scale_stride,
+        BIAS=launch.bias,
+        GROUP=SWIZZLE,
+        **launch.constants(dtype),
+    )
+
+
+def _in_parts(x: Tensor, launch: _Launch, out: Tensor, dtype: torch.dtype) -> None:
+    rows, columns = x.shape
+    width = out.shape[1]
+    splits = triton.cdiv(columns, launch.split)
+    parts = torch.empty((splits, rows, width), dtype=torch.float32, device=x.device)
+    kernels.linear_split[(len(launch.tiles), splits)](
+        x,
+        launch.tiles,
+        parts,
+        rows,
+        columns,
+        x.stride(0),
+        width,
+        launch.stored.stride,
+        launch.stored.scale_stride,
+        **launch.constants(dtype),
+    )
+    kernels.join_splits[(rows, len(launch.tiles))](
+        parts,
+        launch.tiles,
+        out,
+        rows,
+        splits,
+        width,
+        out.stride(0),
+        BIAS=launch.bias,
+        N=launch.tile.columns,
+        num_warps=1,
+    )
 
 
 def require_ids(ids: Tensor, count: int) -> None:
@@ -233,14 +292,17 @@ def _kind(weight: Weight, bias: Tensor | None) -> tuple[Stored | None, str]:
 def _launch(
     kind: Stored, bias: str, layers: Sequence[tuple[int, Layer]], device: torch.device
 ) -> _Launch:
+    tile = tile_for(device)
     tiles = []
     for column, (weight, bias_O) in layers:
         planes = addresses(weight)
         biases = 0 if bias_O is None else bias_O.data_ptr()
         size = weight.shape[0]
         tiles += [
-            (*planes, row, min(size - row, COLUMNS), biases, column + row)
-            for row in range(0, size, COLUMNS)
+            (*planes, row, min(size - row, tile.columns), biases, column + row)
+            for row in range(0, size, tile.columns)
         ]
     table = torch.tensor(tiles, dtype=torch.int64).view(-1, 6).to(device)
-    return _Launch(kind, table, layers[0][1][0], bias)
+    weight = layers[0][1][0]
+    split = SPLIT if len(tiles) <= FEW_TILES and weight.shape[1] >= LONG else 0
+    return _Launch(kind, table, weight, bias, split, tile)

@@ -8,6 +8,7 @@ from moebius.ops.capability import Operation
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import Pair, Rotation
 from moebius.ops.triton.kernels import pointwise as kernels
+from moebius.ops.triton.weights import DTYPES
 
 OPERATIONS = frozenset(
     {
@@ -31,6 +32,8 @@ class PointwiseOps(ReferenceOps):
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, *, less_mean: bool = False
     ) -> Tensor:
+        if x_TD.dtype not in DTYPES:
+            return super().rms_norm(x_TD, weight_D, eps, less_mean=less_mean)
         x = x_TD.reshape(-1, x_TD.shape[-1])
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _norm(x, weight_D, out, eps, less_mean=less_mean)
@@ -47,6 +50,10 @@ class PointwiseOps(ReferenceOps):
         less_mean: bool = False,
         scale_1: Tensor | None = None,
     ) -> Pair:
+        if x_TD.dtype not in DTYPES:
+            return super().add_rms_norm(
+                x_TD, update_TD, multiplier, weight_D, eps, less_mean=less_mean, scale_1=scale_1
+            )
         size = x_TD.shape[-1]
         stream = torch.empty_like(x_TD)
         out = torch.empty_like(x_TD)
@@ -69,6 +76,8 @@ class PointwiseOps(ReferenceOps):
         return stream, out
 
     def rms_norm_part(self, x_TI: Tensor, start: int, weight_D: Tensor, eps: float) -> Tensor:
+        if x_TI.dtype not in DTYPES:
+            return super().rms_norm_part(x_TI, start, weight_D, eps)
         stop = start + len(weight_D)
         if not 0 <= start <= stop <= x_TI.shape[1]:
             raise ValueError(f"{stop - start} columns from {start} are not all of {x_TI.shape[1]}")
@@ -77,15 +86,23 @@ class PointwiseOps(ReferenceOps):
         return x_TI
 
     def clip(self, x_TD: Tensor, limit: float) -> Tensor:
+        if x_TD.dtype not in DTYPES:
+            return super().clip(x_TD, limit)
         return _each(kernels.clip, x_TD, limit)
 
     def softcap(self, x_LV: Tensor, cap: float) -> Tensor:
+        if x_LV.dtype != torch.float32:
+            return super().softcap(x_LV, cap)
         return _each(kernels.softcap, x_LV, cap)
 
     def divide(self, x_LV: Tensor, divisor: float) -> Tensor:
+        if x_LV.dtype != torch.float32:
+            return super().divide(x_LV, divisor)
         return _each(kernels.divide, x_LV, divisor)
 
     def rotation(self, positions_T: Tensor, inverse_R: Tensor, factor: float) -> Pair:
+        if inverse_R.dtype != torch.float32:
+            return super().rotation(positions_T, inverse_R, factor)
         rows = len(positions_T)
         half = len(inverse_R)
         cos = inverse_R.new_empty((rows, half))
@@ -103,6 +120,8 @@ class PointwiseOps(ReferenceOps):
         return cos, sin
 
     def rotary(self, x_THN: Tensor, rotation: Rotation) -> Tensor:
+        if x_THN.dtype not in DTYPES:
+            return super().rotary(x_THN, rotation)
         rows, heads, size = x_THN.shape
         half = rotation.cos_TR.shape[-1]
         if x_THN.stride(2) != 1:
@@ -127,6 +146,8 @@ class PointwiseOps(ReferenceOps):
         return out
 
     def add_gated(self, a_TD: Tensor, b_TD: Tensor, gate_T1: Tensor | None = None) -> Tensor:
+        if a_TD.dtype not in DTYPES:
+            return super().add_gated(a_TD, b_TD, gate_T1)
         rows, size = a_TD.shape
         out = torch.empty_like(a_TD)
         if out.numel():

@@ -1,4 +1,5 @@
-"""Recurrent layers by Triton kernels: the gated delta rule, and what stands around it."""
+"""Recurrent layers by Triton kernels: delta rules, selective state spaces, and what stands around
+them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +9,30 @@ import triton
 from torch import Tensor
 
 from moebius.ops.capability import Operation
-from moebius.ops.config import DeltaSizes, GateFunction
+from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction, HeadGates, ScanSizes
 from moebius.ops.prepared import StatePlan, own
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.recurrent import ReferenceStatePlan, require_state
 from moebius.ops.steps import Step
 from moebius.ops.triton.kernels import recurrent as kernels
+from moebius.ops.triton.weights import DTYPES
 
-OPERATIONS = frozenset({Operation.CAUSAL_CONV, Operation.GATED_DELTA, Operation.GATED_NORM})
+OPERATIONS = frozenset(
+    {
+        Operation.CAUSAL_CONV,
+        Operation.GATED_DELTA,
+        Operation.KIMI_DELTA,
+        Operation.SELECTIVE_SCAN,
+        Operation.GATED_NORM,
+        Operation.GROUPED_NORM,
+        Operation.GATE_HEADS,
+    }
+)
 # Columns of one program: of a convolution, and of a state, which has to fit in registers.
 _COLUMNS = 256
 _STATE_COLUMNS = 32
+# Heads of one program where gates meet them.
+_HEADS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +53,11 @@ class TritonStatePlan(ReferenceStatePlan):
             known.sequence,
             known.starts + rows_B,
         )
+
+    @property
+    def places(self) -> Tensor:
+        """Of states; where none is kept, what no kernel reads."""
+        return self.starts if self.slots is None else self.slots
 
     def kept(self, state: Tensor | None, row: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """What kernels read and write in place; None where nothing is kept."""
@@ -70,6 +89,8 @@ class RecurrentOps(ReferenceOps):
         *,
         silu: bool = True,
     ) -> Tensor:
+        if x_TI.dtype not in DTYPES:
+            return super().causal_conv(x_TI, start, weight_CJ, state, plan, bias_C, silu=silu)
         planned = own(plan, TritonStatePlan)
         columns, taps = weight_CJ.shape
         kept = planned.kept(state, (taps - 1, columns), x_TI.dtype)
@@ -79,7 +100,6 @@ class RecurrentOps(ReferenceOps):
             return out
         parts = triton.cdiv(columns, _COLUMNS)
         given = x_TC if kept is None else kept
-        slots = planned.starts if planned.slots is None else planned.slots
         kernels.causal_conv[(len(out), parts)](
             x_TC,
             x_TC.stride(0),
@@ -89,7 +109,7 @@ class RecurrentOps(ReferenceOps):
             given.stride(0),
             planned.sequence,
             planned.starts,
-            slots,
+            planned.places,
             out,
             columns,
             KEPT=kept is not None,
@@ -106,7 +126,7 @@ class RecurrentOps(ReferenceOps):
                 kept.stride(0),
                 planned.starts,
                 planned.stops,
-                slots,
+                planned.places,
                 columns,
                 TAPS=taps,
                 BLOCK=_COLUMNS,
@@ -124,6 +144,10 @@ class RecurrentOps(ReferenceOps):
         plan: StatePlan,
         sizes: DeltaSizes,
     ) -> Tensor:
+        if not {qkv_TC.dtype, gates_TI.dtype} <= {*DTYPES}:
+            return super().gated_delta(
+                qkv_TC, gates_TI, start, decay_H, dt_bias_H, state, plan, sizes
+            )
         planned = own(plan, TritonStatePlan)
         heads = sizes.value_heads
         row = (heads, sizes.key_dim, sizes.value_dim)
@@ -144,7 +168,7 @@ class RecurrentOps(ReferenceOps):
                 given.stride(0),
                 planned.starts,
                 planned.stops,
-                planned.starts if planned.slots is None else planned.slots,
+                planned.places,
                 out,
                 sizes.key_heads,
                 heads,
@@ -158,6 +182,113 @@ class RecurrentOps(ReferenceOps):
             )
         return out
 
+    def kimi_delta(
+        self,
+        qkv_TC: Tensor,
+        beta_TI: Tensor,
+        beta_start: int,
+        channels_TI: Tensor,
+        channels_start: int,
+        decay_H: Tensor,
+        dt_bias_HK: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: DeltaSizes,
+        decay: ChannelDecay,
+    ) -> Tensor:
+        if not {qkv_TC.dtype, beta_TI.dtype, channels_TI.dtype} <= {*DTYPES}:
+            of_channels = (channels_TI, channels_start, decay_H, dt_bias_HK)
+            return super().kimi_delta(
+                qkv_TC, beta_TI, beta_start, *of_channels, state, plan, sizes, decay
+            )
+        planned = own(plan, TritonStatePlan)
+        heads = sizes.value_heads
+        row = (heads, sizes.key_dim, sizes.value_dim)
+        kept = planned.kept(state, row, torch.float32)
+        beta_TH = _columns(beta_TI, beta_start, heads)
+        channels = _columns(channels_TI, channels_start, heads * sizes.key_dim)
+        out = qkv_TC.new_empty((len(qkv_TC), sizes.out_size))
+        given = decay_H if kept is None else kept
+        if len(out):
+            parts = triton.cdiv(sizes.value_dim, _STATE_COLUMNS)
+            kernels.kimi_delta[(len(planned.starts), heads, parts)](
+                qkv_TC,
+                qkv_TC.stride(0),
+                beta_TH,
+                beta_TH.stride(0),
+                channels,
+                channels.stride(0),
+                decay_H,
+                dt_bias_HK.contiguous(),
+                given,
+                given.stride(0),
+                planned.starts,
+                planned.stops,
+                planned.places,
+                out,
+                sizes.key_heads,
+                heads,
+                sizes.key_dim,
+                sizes.value_dim,
+                sizes.key_dim**-0.5,
+                decay.lower or 0.0,
+                BOUNDED=decay.lower is not None,
+                ROUNDED=decay.rounded,
+                KEPT=kept is not None,
+                TILED=sizes.tiled,
+                K=triton.next_power_of_2(sizes.key_dim),
+                V=_STATE_COLUMNS,
+            )
+        return out
+
+    def selective_scan(
+        self,
+        xbc_TC: Tensor,
+        dt_TI: Tensor,
+        start: int,
+        decay_H: Tensor,
+        dt_bias_H: Tensor,
+        skip_H: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: ScanSizes,
+    ) -> Tensor:
+        if xbc_TC.dtype not in DTYPES or dt_TI.dtype != xbc_TC.dtype:
+            return super().selective_scan(
+                xbc_TC, dt_TI, start, decay_H, dt_bias_H, skip_H, state, plan, sizes
+            )
+        planned = own(plan, TritonStatePlan)
+        row = (sizes.heads, sizes.state_dim, sizes.head_dim)
+        kept = planned.kept(state, row, torch.float32)
+        steps_TH = _columns(dt_TI, start, sizes.heads)
+        out = xbc_TC.new_empty((len(xbc_TC), sizes.out_size))
+        given = decay_H if kept is None else kept
+        if len(out):
+            parts = triton.cdiv(sizes.head_dim, _STATE_COLUMNS)
+            kernels.selective_scan[(len(planned.starts), sizes.heads, parts)](
+                xbc_TC,
+                xbc_TC.stride(0),
+                steps_TH,
+                steps_TH.stride(0),
+                decay_H,
+                dt_bias_H,
+                skip_H,
+                given,
+                given.stride(0),
+                planned.starts,
+                planned.stops,
+                planned.places,
+                out,
+                sizes.heads,
+                sizes.groups,
+                sizes.head_dim,
+                sizes.state_dim,
+                KEPT=kept is not None,
+                M=triton.next_power_of_2(sizes.state_dim),
+                P=_STATE_COLUMNS,
+            )
+        return out
+
     def gated_norm(
         self,
         x_TI: Tensor,
@@ -167,6 +298,8 @@ class RecurrentOps(ReferenceOps):
         eps: float,
         gate: GateFunction = "silu",
     ) -> Tensor:
+        if not {x_TI.dtype, gate_TI.dtype} <= {*DTYPES}:
+            return super().gated_norm(x_TI, gate_TI, start, weight_N, eps, gate)
         rows, width = x_TI.shape
         size = len(weight_N)
         heads, rest = divmod(width, size)
@@ -186,6 +319,69 @@ class RecurrentOps(ReferenceOps):
                 eps,
                 WEIGHT_WIDE=weight_N.dtype == torch.float32,
                 GATE=gate,
+                BLOCK=triton.next_power_of_2(size),
+            )
+        return out
+
+    def grouped_norm(
+        self,
+        x_TI: Tensor,
+        gate_TI: Tensor,
+        start: int,
+        weight_I: Tensor,
+        eps: float,
+        groups: int,
+    ) -> Tensor:
+        if not {x_TI.dtype, gate_TI.dtype} <= {*DTYPES}:
+            return super().grouped_norm(x_TI, gate_TI, start, weight_I, eps, groups)
+        rows, width = x_TI.shape
+        size, rest = divmod(width, groups)
+        if rest or len(weight_I) != width:
+            raise ValueError(
+                f"{width} columns are no {groups} groups, or have no weight of {len(weight_I)}"
+            )
+        gates = _columns(gate_TI, start, width)
+        out = torch.empty_like(x_TI)
+        block = triton.next_power_of_2(size)
+        if rows:
+            kernels.grouped_norm[(rows, groups)](
+                x_TI,
+                gates,
+                gates.stride(0),
+                weight_I,
+                out,
+                groups,
+                size,
+                eps,
+                WEIGHT_WIDE=weight_I.dtype == torch.float32,
+                BLOCK=block,
+                num_warps=8 if block > 2048 else 4,
+            )
+        return out
+
+    def gate_heads(self, x_THN: Tensor, gates_TI: Tensor, at: HeadGates) -> Tensor:
+        if not {x_THN.dtype, gates_TI.dtype} <= {*DTYPES}:
+            return super().gate_heads(x_THN, gates_TI, at)
+        rows, heads, size = x_THN.shape
+        last = at.start + at.stride * (heads - 1)
+        gates = _columns(gates_TI, at.start, last + (1 if at.single else size) - at.start)
+        if x_THN.stride(2) != 1:
+            x_THN = x_THN.contiguous()
+        out = x_THN.new_empty(x_THN.shape)
+        if out.numel():
+            kernels.gate_heads[(rows, triton.cdiv(heads, _HEADS))](
+                x_THN,
+                x_THN.stride(0),
+                x_THN.stride(1),
+                gates,
+                gates.stride(0),
+                out,
+                heads,
+                size,
+                at.stride,
+                SINGLE=at.single,
+                GATE=at.function,
+                HEADS=_HEADS,
                 BLOCK=triton.next_power_of_2(size),
             )
         return out

@@ -6,17 +6,20 @@ from torch import Tensor
 
 from moebius.ops.capability import Operation
 from moebius.ops.config import RouterConfig
+from moebius.ops.prepared import StatePlan, own
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.reference.routing import count
 from moebius.ops.steps import Pair, RouterTally
 from moebius.ops.triton.kernels import routing as kernels
+from moebius.ops.triton.recurrent import TritonStatePlan
 from moebius.ops.triton.weights import trained
 
-OPERATIONS = frozenset({Operation.ROUTE})
+OPERATIONS = frozenset({Operation.ROUTE, Operation.WITHIN_CAPACITY})
+# Choices, or tokens, that are looked at in one step.
+_LOOKED_AT = 1024
 
 
 class RoutingOps(ReferenceOps):
-    """Choices of all kinds of RouterConfig. Tallies, which decide nothing, plain PyTorch counts."""
+    """Choices of all kinds of RouterConfig."""
 
     def route(
         self,
@@ -42,8 +45,62 @@ class RoutingOps(ReferenceOps):
             logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
             _launch(logits, config, bias, scale, weights_TK, ids_TK)
         if tally is not None:
-            count(tally, logits_TE, ids_TK, config)
+            _count(tally, logits_TE, ids_TK, config)
         return weights_TK, ids_TK
+
+    def within_capacity(
+        self,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        num_experts: int,
+        capacity: int,
+        plan: StatePlan,
+    ) -> Tensor:
+        if weights_TK.dtype != torch.float32 or trained([weights_TK]):
+            return super().within_capacity(weights_TK, expert_ids_TK, num_experts, capacity, plan)
+        planned = own(plan, TritonStatePlan)
+        if weights_TK.shape != expert_ids_TK.shape:
+            raise ValueError(
+                f"weights of choices are {tuple(weights_TK.shape)}, and their experts "
+                f"{tuple(expert_ids_TK.shape)}"
+            )
+        out = torch.zeros(weights_TK.shape, dtype=torch.float32, device=weights_TK.device)
+        if out.numel():
+            kernels.within_capacity[(len(planned.starts), num_experts)](
+                weights_TK.contiguous(),
+                expert_ids_TK.contiguous(),
+                planned.starts,
+                planned.stops,
+                out,
+                weights_TK.shape[1],
+                capacity,
+                BLOCK=_LOOKED_AT,
+            )
+        return out
+
+
+def _count(tally: RouterTally, logits_TE: Tensor, ids_TK: Tensor, config: RouterConfig) -> None:
+    """Add a step's choices to a layer's tally."""
+    tokens, experts = logits_TE.shape
+    if not tokens:
+        return
+    logits = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+    nats_T = torch.empty(tokens, dtype=torch.float64, device=logits.device)
+    kernels.tally[(tokens,)](
+        logits,
+        logits.stride(0),
+        ids_TK,
+        tally.pairs_E,
+        nats_T,
+        experts,
+        config.logit_softcap or 0.0,
+        SIGMOID=config.score == "sigmoid",
+        CAPPED=config.logit_softcap is not None,
+        TOP=config.top_k,
+        TOP_PADDED=triton.next_power_of_2(config.top_k),
+        EXPERTS=triton.next_power_of_2(experts),
+    )
+    kernels.tally_sums[(1,)](nats_T, tally.sums, tokens, BLOCK=_LOOKED_AT)
 
 
 def _of_experts(what: str, x: Tensor | None, config: RouterConfig) -> Tensor | None:

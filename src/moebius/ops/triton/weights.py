@@ -10,13 +10,16 @@ from torch import Tensor
 from moebius.ops.formats import Dense, Fp8, dtype_name
 from moebius.ops.weights import Matrix, Weight
 
-# What products are computed in.
-DTYPES = (torch.bfloat16, torch.float32)
+# What our kernels compute in, whichever operation they are of: rows of other dtypes are plain
+# PyTorch's in all of them.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What numbers that are not codes may be stored in.
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _BYTES = ("q8_0", "q4_k", "q6_k", "mxfp4")
 READ = frozenset({*map(dtype_name, PLAIN), *_BYTES, "mxfp4_planes", "fp8"})
 """Formats whose kernels are ours, by their names without parameters."""
+# What is loaded two bytes at a time.
+_IN_PAIRS = ("q8_0", "q6_k")
 _VECTOR = 16
 
 
@@ -57,7 +60,7 @@ def stored(weight: Weight) -> Stored | None:
     name = matrix.format.name.partition("[")[0]
     first = planes[0]
     readable = name in READ and all(plane.stride(-1) == 1 for plane in planes)
-    if not readable or (name == "q8_0" and first.data_ptr() % 2):
+    if not readable or (name in _IN_PAIRS and first.data_ptr() % 2):
         return None
     stride = first.stride(0)
     bytes_apart = stride * first.element_size()

@@ -125,14 +125,14 @@ def join_splits(
 @triton.jit
 def _tile(tiles):
     """Of this program's tile of rows: its sequence, first row, how many, the keys that they see,
-    and the first of its rows among those with parts."""
+    and the first of its rows among those with parts of this launch."""
     tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_COLUMNS
     sequence = tl.load(tile).to(tl.int64)
     first_row = tl.load(tile + 1).to(tl.int64)
     rows = tl.load(tile + 2)
     low = tl.load(tile + 3)
     high = tl.load(tile + 4)
-    part_row = tl.load(tile + 5).to(tl.int64)
+    part_row = (tl.load(tile + 5) - tl.load(tiles + 5)).to(tl.int64)
     return sequence, first_row, rows, low, high, part_row
 
 
@@ -204,6 +204,13 @@ def _split(
 ):  # fmt: skip
     """Over the keys from `begin` to before `end`: the sum of values by weights 2^(score - best),
     the best score, and the sum of the weights. Nothing else of the cache is read."""
+    # Weights times scales of codes may be too small for a float16.
+    WEIGHTS: tl.constexpr = (
+        tl.bfloat16 if v_scale is not None and main.dtype == tl.float16 else main.dtype
+    )
+    # Keys that all rows see, of those that see any.
+    all_from = tl.max(low_M, 0)
+    all_to = tl.min(tl.where(high_M > low_M, high_M, 0x7FFFFFFF), 0)
     acc = tl.zeros((M, VALUE_TILE), tl.float32)
     best_M = tl.full((M,), float("-inf"), tl.float32)
     total_M = tl.zeros((M,), tl.float32)
@@ -211,6 +218,8 @@ def _split(
         at_S = first + tl.arange(0, KEYS)
         held_S = (at_S >= begin) & (at_S < end)
         block_S = tl.load(blocks + at_S // BLOCK_SIZE, mask=held_S, other=0).to(tl.int64)
+        # What is nowhere is not read, whoever asks for it.
+        held_S = held_S & (block_S >= 0)
         inner_S = at_S % BLOCK_SIZE * key_heads + group
         k_S = k + block_S * k_block + inner_S * KEY_SIZE
         key_main = _keys(k_S, held_S, 0, KEY_SIZE, KEY_MAIN, main.dtype)
@@ -222,36 +231,69 @@ def _split(
             scale_S = block_S * scale_block + inner_S
             its = tl.load(k_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
             scores = scores * its[None, :]
-        scores = (scores + shift_M[:, None]) * scale
-        if softcap is not None:
-            # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
-            scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
         sees = (at_S[None, :] >= low_M[:, None]) & (at_S[None, :] < high_M[:, None])
-        if bias is not None:
-            far = tl.minimum(tl.maximum(at_S[None, :] - position_M[:, None], -reach), reach)
-            its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
-            scores += tl.load(its_bias, mask=sees, other=0.0) * _LOG2_E
-        scores = tl.where(sees, scores, float("-inf"))
+        sees = sees & held_S[None, :]
+        far = at_S[None, :] - position_M[:, None]
+        scores = (scores + shift_M[:, None]) * scale
+        scores = _scored(scores, sees, far, head_M, bias, softcap, reach)
 
-        better_M = tl.maximum(best_M, tl.max(scores, 1))
-        finite_M = tl.where(better_M == float("-inf"), 0.0, better_M)
-        weights = tl.exp2(scores - finite_M[:, None])
-        kept_M = tl.exp2(best_M - finite_M)
-        total_M = tl.fma(total_M, kept_M, tl.sum(weights, 1))
-        best_M = better_M
+        weights, best_M, total_M, kept_M = _weighed(scores, best_M, total_M)
         if SHARED:
             value = tl.trans(key_main)
         else:
             v_S = v + block_S * v_block + inner_S * VALUE_STEP
-            at = tl.arange(0, VALUE_TILE)
-            mask = held_S[:, None] & (at < VALUE_SIZE)[None, :]
-            value = tl.load(v_S[:, None] + at[None, :], mask=mask, other=0.0)
-            value = _as(value, main.dtype)
+            value = _values(v_S, held_S, VALUE_SIZE, VALUE_TILE, WEIGHTS)
         if v_scale is not None:
             its = tl.load(v_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
             weights = tl.where(sees, weights * its[None, :], 0.0)
-        acc = dot(narrow(weights, main.dtype), value, acc * kept_M[:, None])
+        weights = narrow(weights, WEIGHTS)
+        before = acc * kept_M[:, None]
+        acc = dot(weights, value, before)
+        if v_scale is None:
+            partly = tl.maximum(first, begin) < all_from
+            partly = partly | (tl.minimum(first + KEYS, end) > all_to)
+            acc = _without_unseen(acc, before, weights, value, sees, partly)
     return acc, best_M, total_M
+
+
+@triton.jit
+def _scored(scores, sees, far, head_M, bias, softcap, reach):
+    """Scores, capped, and with what is added for each distance; minus infinity where a row does not
+    see."""
+    if softcap is not None:
+        # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
+        scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
+    if bias is not None:
+        far = tl.minimum(tl.maximum(far, -reach), reach)
+        its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
+        scores += tl.load(its_bias, mask=sees, other=0.0) * _LOG2_E
+    return tl.where(sees, scores, float("-inf"))
+
+
+@triton.jit
+def _weighed(scores, best_M, total_M):
+    """Weights 2^(score - best); the best score so far and the sum of weights, these included; and
+    what those before are worth now."""
+    better_M = tl.maximum(best_M, tl.max(scores, 1))
+    finite_M = tl.where(better_M == float("-inf"), 0.0, better_M)
+    weights = tl.exp2(scores - finite_M[:, None])
+    kept_M = tl.exp2(best_M - finite_M)
+    return weights, better_M, tl.fma(total_M, kept_M, tl.sum(weights, 1)), kept_M
+
+
+@triton.jit
+def _without_unseen(acc, before, weights, value, sees, partly):
+    """acc = before + weights value, in which a weight of 0 times what is not finite is no number.
+    Where rows see but `partly` the same keys: without what each of them does not see."""
+    if partly:
+        wide = value.to(tl.float32)
+        broken = ~(tl.abs(wide) < float("inf"))
+        if tl.max(tl.max(broken.to(tl.int32), 1), 0) > 0:
+            clean = narrow(tl.where(broken, 0.0, wide), weights.dtype)
+            clean = dot(weights, clean, before)
+            seen = dot(sees.to(tl.float16), broken.to(tl.float16), tl.zeros_like(acc))
+            acc = tl.where(seen > 0, acc, clean)
+    return acc
 
 
 @triton.jit
@@ -262,6 +304,14 @@ def _keys(
     at = FIRST + tl.arange(0, TILE)
     mask = held_S[None, :] & (at < SIZE)[:, None]
     return _as(tl.load(k_S[None, :] + at[:, None], mask=mask, other=0.0), dtype)
+
+
+@triton.jit
+def _values(v_S, held_S, SIZE: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+    """(S, TILE)."""
+    at = tl.arange(0, TILE)
+    mask = held_S[:, None] & (at < SIZE)[None, :]
+    return _as(tl.load(v_S[:, None] + at[None, :], mask=mask, other=0.0), dtype)
 
 
 @triton.jit
@@ -293,7 +343,8 @@ def _finish(
     acc, best_M, total_M, sinks, row_M, head_M, inside_M, out, heads,
     VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Divides by the sum of the weights, to which a sink adds, and stores."""
+    """Divides by the sum of the weights, to which a sink adds, and stores: zeros for a row that
+    sees nothing."""
     if sinks is not None:
         sink_M = tl.load(sinks + head_M, mask=inside_M, other=0.0) * _LOG2_E
         better_M = tl.maximum(best_M, sink_M)
@@ -301,8 +352,9 @@ def _finish(
         total_M = tl.fma(total_M, kept_M, tl.exp2(sink_M - better_M))
         acc = acc * kept_M[:, None]
     at = tl.arange(0, VALUE_TILE)
+    acc = tl.where((total_M == 0)[:, None], 0.0, acc / total_M[:, None])
     tl.store(
         out + (row_M * heads + head_M)[:, None] * VALUE_SIZE + at[None, :],
-        narrow(acc / total_M[:, None], out.dtype.element_ty),
+        narrow(acc, out.dtype.element_ty),
         mask=inside_M[:, None] & (at < VALUE_SIZE)[None, :],
     )

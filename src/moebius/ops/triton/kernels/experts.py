@@ -171,7 +171,7 @@ def down(
         inside_n = lane < hidden
         acc = product(
             inner + place * width, inside_m, tl.load(entry + 4), tl.load(entry + 5), row_n,
-            inside_n, width, stride, scale_stride,
+            inside_n, 0, width, width, stride, scale_stride,
             FORMAT, SCALE, SCALE_ROWS, SCALE_COLUMNS, ALIGNED, DTYPE, M, N, K,
         )  # fmt: skip
         acc = _with_bias(acc, tl.load(entry + 8), row_n, inside_n, BIAS)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.language import sigmoid, tanh
+from moebius.ops.triton.language import sigmoid, span, tanh
 
 
 @triton.jit
@@ -114,3 +114,66 @@ def route(
         values = values * tl.load(expert_scale + chosen, mask=there, other=0.0)
     tl.store(weights + token * TOP + slot, values, mask=there)
     tl.store(ids + token * TOP + slot, chosen, mask=there)
+
+
+@triton.jit
+def tally(
+    logits, stride, ids, pairs, nats, experts, softcap,
+    SIGMOID: tl.constexpr, CAPPED: tl.constexpr, TOP: tl.constexpr, TOP_PADDED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Counts one token's choices, and the entropy of its probabilities, which sigmoids are over
+    their sum (DeepSeek-V3)."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    inside = expert < experts
+    x = tl.load(logits + token * stride + expert, mask=inside, other=0.0)
+    if CAPPED:
+        x = softcap * tanh(x / softcap)
+    if SIGMOID:
+        p = tl.where(inside, sigmoid(x), 0.0)
+        p = p / tl.sum(p, 0)
+    else:
+        p = _softmax(x, inside, 0)
+    p = p.to(tl.float64)
+    # 0 has none, and no number stays none.
+    entropy = tl.where(p > 0, -p * tl.log(tl.where(p > 0, p, 1.0)), p)
+    tl.store(nats + token, tl.sum(tl.where(inside, entropy, 0.0), 0))
+    slot = tl.arange(0, TOP_PADDED)
+    there = slot < TOP
+    chosen = tl.load(ids + token * TOP + slot, mask=there, other=0)
+    # Integers, whose sum has no order.
+    tl.atomic_add(pairs + chosen, there.to(tl.int64), mask=there)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def tally_sums(nats, sums, tokens, BLOCK: tl.constexpr):
+    """Adds the entropies of all tokens, in their order, and how many have one."""
+    total = tl.zeros((), tl.float64)
+    count = tl.zeros((), tl.int32)
+    for first in span(0, tokens, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        entropy = tl.load(nats + at, mask=at < tokens, other=float("nan"))
+        finite = tl.abs(entropy) < float("inf")
+        total += tl.sum(tl.where(finite, entropy, 0.0), 0)
+        count += tl.sum(finite.to(tl.int32), 0)
+    tl.store(sums, tl.load(sums) + total)
+    tl.store(sums + 1, tl.load(sums + 1) + count.to(tl.float64))
+
+
+@triton.jit
+def within_capacity(
+    weights, ids, starts, stops, out, top_k, capacity, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The weights of the first `capacity` choices of one expert in one sequence."""
+    sequence = tl.program_id(0)
+    expert = tl.program_id(1)
+    end = tl.load(stops + sequence) * top_k
+    taken = tl.zeros((), tl.int32)
+    for first in span(tl.load(starts + sequence) * top_k, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        mine = tl.load(ids + at, mask=at < end, other=-1) == expert
+        place = taken + tl.cumsum(mine.to(tl.int32), 0) - 1
+        fits = mine & (place < capacity)
+        tl.store(out + at, tl.load(weights + at, mask=fits, other=0.0), mask=fits)
+        taken += tl.sum(mine.to(tl.int32), 0)

@@ -1,5 +1,11 @@
 """Tiles of weights out of the planes that they are stored in, widened in registers, and products.
 
+How wide loads may be is for the blocks to say. Those of Q8_0 (34 bytes) and Q6_K (210) begin at any
+even address, so what lies there is loaded two bytes at a time: four, or sixteen, would be on
+addresses that no card loads from. Those of MXFP4 (17 bytes) begin anywhere: byte by byte. Those of
+Q4_K (144 bytes), and planes of codes alone, lie as their rows do: where these are ALIGNED, the
+compiler joins neighbours to sixteen bytes.
+
 A plane comes as an address, since the weights of a layer's experts, or of several linear layers,
 are tensors of their own: tables have their addresses. FORMAT names what lies there, as
 moebius.ops.formats does; moebius.ops.triton.weights says which are read.
@@ -67,14 +73,15 @@ def tile(
 
 @triton.jit
 def product(
-    x, inside_m, codes, scales, row_n, inside_n, columns, stride, scale_stride,
+    x, inside_m, codes, scales, row_n, inside_n, begin, end, columns, stride, scale_stride,
     FORMAT: tl.constexpr, SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Rows that begin at the pointers x (M,) times rows of weights (N,), in steps of K: (M, N)."""
+    """Rows that begin at the pointers x (M,) times rows of weights (N,), of `columns` numbers each:
+    (M, N), summed from `begin` to before `end` in steps of K, of which these are multiples."""
     acc = tl.zeros((M, N), tl.float32)
-    for k in span(0, columns, K):
+    for k in span(begin, end, K):
         at = k + tl.arange(0, K)
         here = inside_m[:, None] & (at < columns)[None, :]
         a = tl.load(x[:, None] + at[None, :], mask=here, other=0.0)
@@ -145,29 +152,33 @@ def _q4_k(
 
 @triton.jit
 def _q6_k(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
-    """Blocks of 210 bytes, two halves of four groups each: the low four bits of codes, 64 bytes a
-    half, of which one holds two groups' in turn; their high two, 32 bytes a half; a scale of eight
-    bits for each 16 codes; and the float16 unit of these."""
+    """Blocks of 210 bytes on even addresses, two halves of four groups each: the low four bits of
+    codes, 64 bytes a half, of which one holds two groups' in turn; their high two, 32 bytes a half;
+    a scale of eight bits for each 16 codes; and the float16 unit of these."""
     G: tl.constexpr = K // 32
     group = k // 32 + tl.arange(0, G)
     start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
-    block = start + (group // 8)[None, :] * 210
+    block = (start + (group // 8)[None, :] * 210).to(tl.pointer_type(tl.int16))
     half = (group % 8 // 4)[None, :]
     part = (group % 4)[None, :]
-    lane = tl.arange(0, 32)[None, None, :]
-    all_here = here[:, :, None]
-    low_at = (block + half * 64 + part % 2 * 32)[:, :, None] + lane
-    low = tl.load(low_at, mask=all_here, other=0).to(tl.int32) >> (part // 2 * 4)[:, :, None]
-    high_at = (block + 128 + half * 32)[:, :, None] + lane
-    high = tl.load(high_at, mask=all_here, other=0).to(tl.int32) >> (part * 2)[:, :, None]
+    low = _two_bytes(block + half * 32 + part % 2 * 16, here) >> (part // 2 * 4)[:, :, None]
+    high = _two_bytes(block + 64 + half * 16, here) >> (part * 2)[:, :, None]
     codes = ((low & 15) | ((high & 3) << 4)) - 32
-    scales_at = block + 192 + (group % 8)[None, :] * 2
-    unit = _half(block + 208, here)
-    first = unit * tl.load(scales_at, mask=here, other=0).to(tl.int8, bitcast=True).to(tl.float32)
-    second = tl.load(scales_at + 1, mask=here, other=0).to(tl.int8, bitcast=True).to(tl.float32)
-    second = unit * second
+    unit = tl.load(block + 104, mask=here, other=0).to(tl.float16, bitcast=True).to(tl.float32)
+    both = tl.load(block + 96 + (group % 8)[None, :], mask=here, other=0).to(tl.int32)
+    first = unit * ((both << 24) >> 24).to(tl.float32)
+    second = unit * (both >> 8).to(tl.float32)
+    lane = tl.arange(0, 32)[None, None, :]
     scale = tl.where(lane < 16, first[:, :, None], second[:, :, None])
     return tl.reshape(codes.to(tl.float32) * scale, (N, K))
+
+
+@triton.jit
+def _two_bytes(pointer, here):
+    """The 32 bytes behind each pointer (N, G) to two of them, as int32: (N, G, 32)."""
+    at = pointer[:, :, None] + tl.arange(0, 16)[None, None, :]
+    pairs = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
+    return tl.interleave(pairs & 0xFF, (pairs >> 8) & 0xFF)
 
 
 @triton.jit
