@@ -13,6 +13,8 @@ from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.constraints import constraints_of_model
+from moebius.engine.devices import available as available_on
+from moebius.engine.devices import choose_device
 from moebius.engine.disk_directory import launch_key
 from moebius.engine.disk_start import disk_tier, open_disk
 from moebius.engine.drafting import scheduler_for, why_not
@@ -135,11 +137,13 @@ class Prepared:
     quantized: Quantized | None = None
     """What `checkpoint` is made by, where it is to have fewer bits."""
     speculative: str = "none"
+    proven: bool = False
+    """One answer in any company was seen on the device itself."""
 
     @property
     def batch_invariant(self) -> bool:
-        """Promise P1: told by the operations that this model uses."""
-        return self.workspace.batch_invariant(self.ops)
+        """Promise P1: told by the operations that this model uses, or seen."""
+        return self.proven or self.workspace.batch_invariant(self.ops)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
@@ -195,14 +199,22 @@ def prepare(
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
     share: the rank to plan for; None: of config.ranks the one that has least memory, as if all were
-    on this host. ahead: an engine will be made of it; weights that there is room for may be read.
+    on this host. ahead: an engine will be made of it; weights that there is room for may be read,
+    and kernels of a device are proven there.
     """
+    prepared = _planned(directory, config, share, ahead=ahead)
+    return replace(prepared, proven=_proven(prepared, config)) if ahead else prepared
+
+
+def _planned(
+    directory: Path, config: EngineConfig, share: ExpertShare | None, *, ahead: bool
+) -> Prepared:
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
     checkpoint = _published(directory, config.max_model_len)
     quantized = Quantized.by_name(checkpoint, config.quantization)
     checkpoint = as_asked(checkpoint if quantized is None else quantized.checkpoint, config)
-    device = _device(config.device, share)
+    device = choose_device(config.device, ranked=share is not None)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     ops = _ops(checkpoint, config, device, dtype)
@@ -251,6 +263,21 @@ def prepare(
     )
 
 
+def _proven(prepared: Prepared, config: EngineConfig) -> bool:
+    """Whether kernels that promise nothing by themselves hold on their device; what fails there
+    falls back."""
+    if prepared.ops.name != "triton":
+        return False
+    from moebius.engine.proof import prove
+
+    if prepared.quantized is not None:
+        prepared.quantized.make(bytes_bar)
+    proof = prove(
+        prepared.decoder, prepared.loader, prepared.weights, config.block_size, prepared.kv_dtype
+    )
+    return proof.holds
+
+
 def _workspace(decoder: Decoder, config: EngineConfig, kv_dtype: torch.dtype) -> Workspace:
     context = config.max_model_len or decoder.config.context
     return plan_workspace(decoder, config.block_size, step_rows(config), context, kv_dtype)
@@ -283,7 +310,7 @@ def _room(
     weights: Sequence[PlannedWeight],
 ) -> tuple[int, str]:
     """Bytes that an engine with these weights may take, and of what."""
-    available, of = _available(device)
+    available, of = available_on(device)
     if share is None:
         return available, of
     return _share_of(available, of, share, common_bytes(sources, weights))
@@ -452,28 +479,6 @@ def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:
     if prepared.ops.own_threads:
         return 1
     return config.threads or default_threads()
-
-
-def _device(wish: str, share: ExpertShare | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if wish == "cuda" and not has_cuda:
-        raise ConfigError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
-            "of torch"
-        )
-    device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
-    if share is not None and device.type != "cpu":
-        raise ConfigError("ranks share experts on CPUs only; use --device cpu, or --ranks 1")
-    return device
-
-
-def _available(device: torch.device) -> tuple[int, str]:
-    """Bytes that are left where the engine will be, and of what."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        return free, f"the device's {human_bytes(total)}"
-    memory = machine.memory()
-    return memory.available, f"the {memory.owner}'s {human_bytes(memory.limit)}"
 
 
 def weights_name(directory: Path) -> str:

@@ -1,7 +1,7 @@
 """A checkpoint's tensors into a Decoder, where they lie in their files wherever that can be."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,15 @@ class Loader:
             if isinstance(module, Experts):
                 module.on_disk = self._cold
         self._put(decoder, self._values(decoder, sources, files, _COPYING))
+
+    def fill_some(self, decoder: Decoder, wanted: Callable[[str], bool]) -> None:
+        """Give values to the parameters of a decoder on meta whose names are `wanted`."""
+        sources = [
+            source
+            for source in self.checkpoint.sources_at(decoder.ranks)
+            if wanted(source.parameter)
+        ]
+        self._put(decoder, self._values(decoder, sources, MappedFiles(), _COPYING))
 
     def bring_experts(
         self, decoder: Decoder, placement: Placement, rank: int | None = None
