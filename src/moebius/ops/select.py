@@ -54,9 +54,9 @@ def _on_cuda(device: torch.device) -> Ops:
     if reason:
         log.warning("plain PyTorch serves, much slower and not batch invariant: %s", reason)
         return ReferenceOps()
-    from moebius.ops.triton.checked import CheckedOps
+    from moebius.ops.triton.captured import CapturedOps
 
-    return CheckedOps()
+    return CapturedOps()
 
 
 def kernel_levels() -> tuple[str, ...]:

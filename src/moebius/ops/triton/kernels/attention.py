@@ -293,7 +293,8 @@ def _finish(
     acc, best_M, total_M, sinks, row_M, head_M, inside_M, out, heads,
     VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Divides by the sum of the weights, to which a sink adds, and stores."""
+    """Divides by the sum of the weights, to which a sink adds, and stores: zeros for a row that
+    sees nothing."""
     if sinks is not None:
         sink_M = tl.load(sinks + head_M, mask=inside_M, other=0.0) * _LOG2_E
         better_M = tl.maximum(best_M, sink_M)
@@ -301,8 +302,9 @@ def _finish(
         total_M = tl.fma(total_M, kept_M, tl.exp2(sink_M - better_M))
         acc = acc * kept_M[:, None]
     at = tl.arange(0, VALUE_TILE)
+    acc = tl.where((total_M == 0)[:, None], 0.0, acc / total_M[:, None])
     tl.store(
         out + (row_M * heads + head_M)[:, None] * VALUE_SIZE + at[None, :],
-        narrow(acc / total_M[:, None], out.dtype.element_ty),
+        narrow(acc, out.dtype.element_ty),
         mask=inside_M[:, None] & (at < VALUE_SIZE)[None, :],
     )

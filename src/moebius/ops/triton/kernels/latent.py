@@ -58,13 +58,16 @@ def store_latents(
     size, half, eps,
     WEIGHT_WIDE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token's latent, normed, and its key, which turns, into its slot of the cache."""
+    """One token's latent, normed, and its key, which turns, into its slot of the cache; nowhere
+    where it has none (below 0)."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
-    into = cache + slot // block_size * block_stride + slot % block_size * token_stride
-    own = latent + row * row_stride
-    at = tl.arange(0, BLOCK)
-    value = tl.load(own + at, mask=at < size, other=0.0).to(tl.float32)
-    norm_and_store(value, weight, into, size, eps, WEIGHT_WIDE, False, BLOCK)
-    one = tl.zeros((1, 1), tl.int32)
-    turn(own + size + one, into + size + one, one == 0, cos, sin, row, half, INTERLEAVED, 1, HALF)
+    if slot >= 0:
+        into = cache + slot // block_size * block_stride + slot % block_size * token_stride
+        own = latent + row * row_stride
+        at = tl.arange(0, BLOCK)
+        value = tl.load(own + at, mask=at < size, other=0.0).to(tl.float32)
+        norm_and_store(value, weight, into, size, eps, WEIGHT_WIDE, False, BLOCK)
+        one = tl.zeros((1, 1), tl.int32)
+        x = own + size + one
+        turn(x, into + size + one, one == 0, cos, sin, row, half, INTERLEAVED, 1, HALF)

@@ -1,7 +1,7 @@
 """Recurrent layers: a sequence's tokens one after the other, whatever step they came in.
 
-`starts` and `stops` are a sequence's rows, `slots` where its state lies; without KEPT it is zeros
-at first, and forgotten.
+`starts` and `stops` are a sequence's rows, `slots` where its state lies; without KEPT, and for a
+sequence of no slot (below 0), it is zeros at first, and forgotten.
 """
 
 import triton
@@ -30,8 +30,9 @@ def causal_conv(
         value = tl.load(x + (row - back) * x_stride + at, mask=inside & (since >= back), other=0.0)
         if KEPT and back > 0:
             # The state's row `since + tap` is `back` rows before this one.
-            kept = state + tl.load(slots + sequence) * state_stride + (since + tap) * columns
-            value += tl.load(kept + at, mask=inside & (since < back), other=0.0)
+            slot = tl.load(slots + sequence)
+            kept = state + slot * state_stride + (since + tap) * columns
+            value += tl.load(kept + at, mask=inside & (since < back) & (slot >= 0), other=0.0)
         factor = tl.load(weight + at * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         total += factor * value.to(tl.float32)
     if SILU:
@@ -48,10 +49,11 @@ def keep_inputs(
     """The last TAPS - 1 inputs of a sequence, oldest first, of which the state may hold some."""
     sequence = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < columns
+    slot = tl.load(slots + sequence)
+    inside = (at < columns) & (slot >= 0)
     stop = tl.load(stops + sequence)
     count = stop - tl.load(starts + sequence)
-    kept = state + tl.load(slots + sequence) * state_stride + at
+    kept = state + slot * state_stride + at
     for place in tl.static_range(TAPS - 1):
         back = TAPS - 1 - place
         new = tl.load(x + (stop - back) * x_stride + at, mask=inside & (count >= back), other=0.0)
@@ -82,7 +84,9 @@ def gated_delta(
     held = of_k[:, None] & of_v[None, :]
     place = (head * key_dim + k_at[:, None]) * value_dim + v_at[None, :]
     if KEPT:
-        place += tl.load(slots + sequence) * state_stride
+        slot = tl.load(slots + sequence)
+        place += slot * state_stride
+        held = held & (slot >= 0)
         S = tl.load(state + place, mask=held, other=0.0)
     else:
         S = tl.zeros((K, V), tl.float32)

@@ -21,7 +21,8 @@ def rotate_and_store(
     KEYS_AS_VALUES: tl.constexpr, NORMED_VALUES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Up to HEADS heads of one row: query heads in the first `q_tiles` programs of the row, key
-    heads in the next `key_tiles`, and value heads in as many more."""
+    heads in the next `key_tiles`, and value heads in as many more. A row of no slot (below 0) is
+    written nowhere."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     x = qkv + row * row_stride
@@ -57,7 +58,7 @@ def _store_keys(
     SIZE: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr, TURNED_FIRST: tl.constexpr,
 ):  # fmt: skip
-    inside_H = head_H < heads
+    inside_H = (head_H < heads) & (slot >= 0)
     value = _turned(
         x + head_H * SIZE, inside_H, row, cos, sin, norm, eps, SIZE, TILE, HALF, INTERLEAVED,
         TURNED_FIRST,
@@ -81,7 +82,7 @@ def _store_values(
     head_H, x, slot, eps, plane, scale, heads, block, scale_block,
     SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    inside_H = head_H < heads
+    inside_H = (head_H < heads) & (slot >= 0)
     at = tl.arange(0, TILE)
     mask = inside_H[:, None] & (at < SIZE)[None, :]
     x_H = x + head_H * SIZE
