@@ -14,13 +14,14 @@ from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.constraints import constraints_of_model
 from moebius.engine.devices import available as available_on
-from moebius.engine.devices import choose_device
+from moebius.engine.devices import choose_device, prove_on_device
 from moebius.engine.disk_directory import launch_key
 from moebius.engine.disk_start import disk_tier, open_disk
 from moebius.engine.drafting import scheduler_for, why_not
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
+from moebius.engine.fitting import fit_to_device, told_of_memory
 from moebius.engine.garbage import uncollected
 from moebius.engine.info import engine_info
 from moebius.engine.kv_cache import (
@@ -203,7 +204,14 @@ def prepare(
     and kernels of a device are proven there.
     """
     prepared = _planned(directory, config, share, ahead=ahead)
-    return replace(prepared, proven=_proven(prepared, config)) if ahead else prepared
+    if not ahead or prepared.ops.name != "triton":
+        return prepared
+    if prepared.quantized is not None:
+        prepared.quantized.make(bytes_bar)
+    proof = prove_on_device(
+        prepared.decoder, prepared.loader, prepared.weights, config.block_size, prepared.kv_dtype
+    )
+    return replace(prepared, proven=proof)
 
 
 def _planned(
@@ -261,21 +269,6 @@ def _planned(
         quantized=quantized,
         speculative=config.speculative,
     )
-
-
-def _proven(prepared: Prepared, config: EngineConfig) -> bool:
-    """Whether kernels that promise nothing by themselves hold on their device; what fails there
-    falls back."""
-    if prepared.ops.name != "triton":
-        return False
-    from moebius.engine.proof import prove
-
-    if prepared.quantized is not None:
-        prepared.quantized.make(bytes_bar)
-    proof = prove(
-        prepared.decoder, prepared.loader, prepared.weights, config.block_size, prepared.kv_dtype
-    )
-    return proof.holds
 
 
 def _workspace(decoder: Decoder, config: EngineConfig, kv_dtype: torch.dtype) -> Workspace:
@@ -353,9 +346,8 @@ def _published(directory: Path, length: int | None) -> Checkpoint:
 
 
 def _range(numbers: set[int]) -> str:
-    low = min(numbers)
-    high = max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
+    few = sorted({min(numbers), max(numbers)})
+    return " to ".join(map(str, few))
 
 
 def load_engine(
@@ -375,7 +367,6 @@ def load_engine(
     tokenizer: reads the one that grammars are matched by, when the first comes; None: the model's.
     """
     prepared = prepared or prepare(directory, config, ahead=True)
-    plan = prepared.plan
     model = prepared.checkpoint.config
     if prepared.quantized is not None:
         prepared.quantized.make(bytes_bar)
@@ -385,6 +376,8 @@ def load_engine(
     with ExitStack() as undo:
         store = open_disk(config, model, key, prepared.decoder.ranks)
         undo.callback(store.close if store else bool)
+        filled, plan = _filled(prepared, config)
+        prepared = replace(prepared, plan=plan)
         pool = BlockPool(
             plan.num_blocks,
             plan.block_size,
@@ -397,7 +390,7 @@ def load_engine(
         trace = TraceWriter(config.trace, bounds, pool) if config.trace else None
         undo.callback(trace.abandon if trace else bool)
         with TorchThreads(threads):
-            runner = _load_runner(prepared, config)
+            runner = _load_runner(prepared, config, filled)
             scheduler = scheduler_for(bounds, model, pool, runner, trace, tiered=store is not None)
         undo.pop_all()
     info = engine_info(plan, model, config, eos_ids, name)
@@ -412,14 +405,23 @@ def load_engine(
 
 
 @uncollected()
-def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
-    """Map or copy the weights, reserve the cache, and make the first steps."""
-    plan = prepared.plan
+def _filled(prepared: Prepared, config: EngineConfig) -> tuple[Decoder, MemoryPlan]:
+    """The model with its weights, and the plan as it fits beside them."""
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
         ranks = prepared.decoder.ranks
         model = decoder_of(model.config, model.ops, model.dtype, device="meta", ranks=ranks)
-    prepared.loader.fill(model)
+    with told_of_memory(prepared.plan, prepared.device):
+        prepared.loader.fill(model)
+    specs = model.config.caches(prepared.dtype, prepared.kv_dtype)
+    rows = step_rows(config)
+    return model, fit_to_device(prepared.plan, model, specs, prepared.device, rows, config)
+
+
+@uncollected()
+def _load_runner(prepared: Prepared, config: EngineConfig, model: Decoder) -> Runner:
+    """Reserve the cache, and make the first steps."""
+    plan = prepared.plan
     states = plan.groups.states
     cache = KVCache(
         prepared.checkpoint.config.caches(prepared.dtype, prepared.kv_dtype),
@@ -432,8 +434,10 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     )
     if model.ranks is not None:
         model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))
-    runner = Runner(model, cache, prepared.device, step_rows(config), prepared.workspace)
-    runner.warm_up()
+    rows = replace(step_rows(config), sequences=config.max_num_seqs, context=plan.max_model_len)
+    with told_of_memory(plan, prepared.device):
+        runner = Runner(model, cache, prepared.device, rows, prepared.workspace)
+        runner.warm_up()
     return runner
 
 

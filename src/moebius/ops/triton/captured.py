@@ -7,6 +7,7 @@ leave their results in the same place, which the next program is captured to rea
 
 import logging
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic
@@ -14,18 +15,18 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from moebius.ops.config import RouterConfig
+from moebius.ops.config import PLAIN_HEADS, HeadRows, RouterConfig, Temperature
 from moebius.ops.host import HostFunction, HostResult
-from moebius.ops.prepared import AttentionPlan, StatePlan
+from moebius.ops.prepared import AttentionPlan, LayerCache, StatePlan
 from moebius.ops.program import Given, Program, Trace
 from moebius.ops.reference.program import Unrecorded
 from moebius.ops.reference.routing import count
 from moebius.ops.sources import RowSource, Source, StepSource, Wanted
-from moebius.ops.steps import Pair, RouterTally, Step, StepInputs
+from moebius.ops.steps import Pair, Rotation, RouterTally, Step, StepInputs
 from moebius.ops.triton.card import Card, CudaCard, NotCaptured
 from moebius.ops.triton.checked import CheckedOps
 from moebius.ops.triton.inspector import why
-from moebius.ops.triton.static import Shape, StaticInputs, StaticStep
+from moebius.ops.triton.static import Shape, StaticCache, StaticInputs, StaticStep, at_once
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,50 @@ class CapturedOps(CheckedOps):
         if isinstance(step, StaticStep):
             return step.attention_plan(block_size, window)
         return super().plan_attention(step, block_size, window)
+
+    def rotate_and_store(
+        self,
+        qkv_TI: Tensor,
+        rotation: Rotation,
+        cache: LayerCache,
+        slot_mapping_T: Tensor,
+        q_norm_N: Tensor | None = None,
+        k_norm_N: Tensor | None = None,
+        eps: float = 0.0,
+        heads: HeadRows = PLAIN_HEADS,
+    ) -> Tensor:
+        if self._capturing is not None:
+            cache = StaticCache.of(cache)
+        return super().rotate_and_store(
+            qkv_TI, rotation, cache, slot_mapping_T, q_norm_N, k_norm_N, eps, heads
+        )
+
+    def rotate_and_store_latent(
+        self,
+        q_THN: Tensor,
+        latent_TI: Tensor,
+        rotation: Rotation,
+        cache: LayerCache,
+        slot_mapping_T: Tensor,
+        norm_C: Tensor,
+        eps: float,
+        *,
+        temperature: Temperature | None = None,
+        positions_T: Tensor | None = None,
+    ) -> Tensor:
+        if self._capturing is not None:
+            cache = StaticCache.of(cache)
+        return super().rotate_and_store_latent(
+            q_THN,
+            latent_TI,
+            rotation,
+            cache,
+            slot_mapping_T,
+            norm_C,
+            eps,
+            temperature=temperature,
+            positions_T=positions_T,
+        )
 
     def plan_states(self, step: Step) -> StatePlan:
         return step.state_plan() if isinstance(step, StaticStep) else super().plan_states(step)
@@ -226,18 +271,19 @@ class _RowInputs:
         self._rows = rows
         self._card = card
         self._host = [card.pinned(rows) for _ in range(2)]
-        self._free: list[Callable[[], None]] = [bool, bool]
+        self._free: list[Callable[[], None]] = [at_once, at_once]
         self._turn = 0
         self.step: StaticStep | None = None
         self._there = torch.zeros(rows, dtype=torch.int64, device=card.device)
         self.wanted: object = self._there
 
     def rows_of(self, given: object) -> int:
-        wanted = given if isinstance(given, Sequence) else list(given)  # type: ignore[call-overload]
-        return len(wanted) if len(wanted) <= self._rows else 0
+        assert isinstance(given, array)
+        return len(given) if len(given) <= self._rows else 0
 
     def put(self, given: object) -> None:
-        values = torch.tensor(given, dtype=torch.int64)
+        assert isinstance(given, array)
+        values = torch.frombuffer(given, dtype=torch.int64)
         self._turn ^= 1
         self._free[self._turn]()
         host = self._host[self._turn]

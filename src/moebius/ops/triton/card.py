@@ -43,7 +43,7 @@ class CudaCard(Card):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def pinned(self, count: int) -> Tensor:
@@ -51,7 +51,7 @@ class CudaCard(Card):
 
     def send(self, host: Tensor, there: Tensor) -> Callable[[], None]:
         there.copy_(host, non_blocking=True)
-        sent = torch.cuda.Event()
+        sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
         sent.record()
         return sent.synchronize
 

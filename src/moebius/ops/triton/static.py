@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moebius.ops.prepared import StatePlan
+from moebius.ops.prepared import LayerCache, StatePlan, own
+from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.sources import Decodes
 from moebius.ops.steps import StepInputs
 from moebius.ops.triton.attention import SPLIT, Tiles, TritonPlan
@@ -28,6 +29,7 @@ _MOST_PARTS = 4096
 _MOST_SPLITS = 64
 # Columns of integers beside the slots: token ids, positions, lengths, states' slots.
 _COLUMNS = 4
+_PLAIN = "{} is plain PyTorch's, which would write for rows that are not there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class StaticInputs:
         tables = shape.groups * shape.rows * shape.width
         count = self._columns + -(-tables // 2)
         self._host = [card.pinned(count) for _ in range(2)]
-        self._free: list[Callable[[], None]] = [_at_once, _at_once]
+        self._free: list[Callable[[], None]] = [at_once, at_once]
         self._turn = 0
         self.flat = torch.zeros(count, dtype=torch.int64, device=card.device)
         for host in self._host:
@@ -136,7 +138,7 @@ def _numbers(values: "array[int]", dtype: type[np.signedinteger[Any]]) -> NDArra
     return np.frombuffer(values, dtype)
 
 
-def _at_once() -> None:
+def at_once() -> None:
     """Nothing is on its way."""
 
 
@@ -194,7 +196,30 @@ class StaticStep(StepInputs):
         given = self.inputs
         slots = given.columns[3] if given.shape.states else None
         counts = [given.shape.rows]
-        return TritonStatePlan(given.rows, slots, given.rows, counts, given.rows, given.behind)
+        return StaticStatePlan(given.rows, slots, given.rows, counts, given.rows, given.behind)
+
+
+class StaticStatePlan(TritonStatePlan):
+    """A plan of states whose rows may have no slot: for our kernels alone."""
+
+    __slots__ = ()
+
+    def keep(self, state: Tensor | None, after: Tensor) -> None:
+        raise NotCaptured(_PLAIN.format("a recurrence"))
+
+
+class StaticCache(ReferenceCache):
+    """A cache to which rows may be written that have no slot: by our kernels alone."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, cache: LayerCache) -> "StaticCache":
+        held = own(cache, ReferenceCache)
+        return cls(held.k, held.v, held.scales, held.key_offset, held.shared)
+
+    def write(self, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -> None:
+        raise NotCaptured(_PLAIN.format("what writes to the cache"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
