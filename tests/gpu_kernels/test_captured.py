@@ -78,7 +78,9 @@ def steps_of(runner: Runner) -> list[StepInputs]:
     return found
 
 
-@pytest.mark.parametrize("model_type", OURS)
+@pytest.mark.parametrize(
+    "model_type", chosen(OURS, lambda name: name in ("qwen3_next", "gemma4_text"))
+)
 def test_a_captured_step_is_the_step(model_type: str, tmp_path: Path) -> None:
     """To the bit, with rows beyond those that there are, which are counted nowhere."""
     save_tiny(tmp_path, model_type)
@@ -127,14 +129,14 @@ def test_mixed_batches_have_the_bits_that_they_have_without_graphs(
         Wish(
             str(i),
             tuple(rng.randrange(300) for _ in range(rng.choice((1, 5, 14)))),
-            SamplingParams(temperature=1.0, logprobs=2, ignore_eos=True, max_tokens=2 + i % 5),
+            SamplingParams(temperature=1.0, logprobs=2, ignore_eos=True, max_tokens=2 + i % 3),
             i,
         )
         for i in range(8)
     ]
     assert params.logprobs == 2
     schedule = Schedule(8, 32, 8, 24, True, (0, 0, 0, 1, 2, 2, 4, 5), 1)
-    rows = StepRows(24, 64, sequences=8, context=256)
+    rows = StepRows(24, 8, sequences=8, context=256)
     monkeypatch.setattr(random_schedules, "Runner", partial(Runner, rows=rows))
     card = StandIn()
     seen = [
@@ -142,7 +144,7 @@ def test_mixed_batches_have_the_bits_that_they_have_without_graphs(
         for ops in (CapturedOps(card), CheckedOps())
     ]
     assert seen[0].rounds == seen[1].rounds
-    assert card.replays > 5
+    assert card.replays > 5, "steps and logits"
 
 
 def test_what_would_write_for_rows_that_are_not_there_is_not_captured(tmp_path: Path) -> None:
