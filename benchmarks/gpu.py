@@ -10,11 +10,16 @@ valid at any moment.
     tiles         a linear layer with each of some sizes of tiles, for the table in
                   moebius.ops.triton.tiles; only where STAGES names it
     checkpoint    the model's random weights, written to the folder of temporary files
+    proof         what the engine proves of its kernels at start: cold, and with all compiled
     prefill       a prompt of 2,048 tokens
     decode        tokens after a prompt of 128, for one request and for 32 at once
+    graphs        the same decoding with CUDA graphs and without, and the host's time for a step
+    one_answer    promise P1: tokens and log-probabilities alone, in batches, in chunks, after
+                  preemptions, with graphs and without, compared by their bits
 
-The model is M2 of benchmarks/peers (random bfloat16 weights), computed in plain PyTorch. --small
-takes a model of some kilobytes and few tokens: a rehearsal, whose figures mean nothing.
+The model is M2 of benchmarks/peers (random bfloat16 weights), computed by whatever a start selects.
+--small takes a model of some kilobytes and few tokens: a rehearsal, whose figures mean nothing.
+Without a GPU plain PyTorch computes, and the proof is made in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -30,11 +35,13 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks" / "peers")]
@@ -192,24 +199,57 @@ def checkpoint(stage: Stage) -> None:
     stage.keep(parameters=stage.sizes.parameters)
 
 
-def load(stage: Stage) -> Any:
-    """The model on the device, in plain PyTorch."""
+def proof(stage: Stage) -> None:
+    import torch
+
+    if stage.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    from moebius.engine.proof import ProofSizes, prove
+    from moebius.models.encoder_decoder import decoder_of
+    from moebius.models.store import open_checkpoint
+    from moebius.models.store.load import Loader
+    from moebius.ops.triton.captured import CapturedOps
+
+    require_checkpoint(stage)
+    found = open_checkpoint(stage.checkpoint)
+    device = torch.device(stage.device)
+    # The interpreter takes a minute for what a card does in some seconds.
+    sizes = ProofSizes(long=2, step=2, sequences=1) if stage.small else ProofSizes()
+    for turn in ("cold",) if stage.small else ("cold", "warm"):
+        ops = CapturedOps()
+        decoder = decoder_of(found.config, ops, torch.bfloat16, device="meta")
+        sources = found.sources_at(None)
+        weights = found.plan_weights("bfloat16", device.type, ops.formats(torch.bfloat16), sources)
+        made = prove(decoder, Loader(found, device), weights, 16, sizes=sizes)
+        stage.keep(
+            **{f"{turn}_s": made.seconds},
+            operations=sorted(made.operations),
+            failed={each.value: reason for each, reason in made.failed.items()},
+            reason=made.reason,
+            holds=made.holds,
+        )
+
+
+def require_checkpoint(stage: Stage) -> None:
+    if not (stage.checkpoint / "config.json").exists():
+        sys.exit(f"there are no weights in {stage.checkpoint}; run the stage checkpoint first")
+
+
+def load(stage: Stage, **options: Any) -> Any:
+    """The model on the device."""
     if stage.device == "cpu":
         os.environ["MOEBIUS_CPU_ISA"] = "reference"
     from moebius import LLM, __version__
 
-    if not (stage.checkpoint / "config.json").exists():
-        sys.exit(f"there are no weights in {stage.checkpoint}; run the stage checkpoint first")
+    require_checkpoint(stage)
     start = time.perf_counter()
-    llm = LLM(
-        str(stage.checkpoint),
-        device=stage.device,
-        dtype="bfloat16",
-        max_model_len=2304,
-        max_num_seqs=32,
-        kv_cache_memory_bytes=2**26 if stage.small else 2**32,
-        enable_prefix_caching=False,
-    )
+    usual = {
+        "max_model_len": 2304,
+        "max_num_seqs": 32,
+        "kv_cache_memory_bytes": 2**26 if stage.small else 2**32,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(str(stage.checkpoint), device=stage.device, dtype="bfloat16", **(usual | options))
     stage.keep(moebius=__version__, load_s=time.perf_counter() - start)
     return llm
 
@@ -283,9 +323,108 @@ def decode(stage: Stage) -> None:
                     stage.keep(**{f"requests_{requests}": of})
 
 
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Within it no step is captured."""
+    from moebius.ops.triton import captured
+
+    with mock.patch.object(captured, "captured_rows", lambda most: []):
+        yield
+
+
+@contextmanager
+def timed_steps() -> Iterator[list[float]]:
+    """Seconds that the host needs for a step until all of it is launched."""
+    from moebius.engine.runner import Runner
+
+    found: list[float] = []
+    execute = Runner.execute
+
+    def timed(self: Any, inputs: Any) -> Any:
+        start = time.perf_counter()
+        out = execute(self, inputs)
+        found.append(time.perf_counter() - start)
+        return out
+
+    with mock.patch.object(Runner, "execute", timed):
+        yield found
+
+
+def graphs(stage: Stage) -> None:
+    prompt = 8 if stage.small else 128
+    output = 4 if stage.small else 64
+    for name, way in (("with_graphs", nullcontext), ("without_graphs", without_graphs)):
+        with way(), timed_steps() as steps, load(stage) as llm:
+            for requests in (1, 4 if stage.small else 32):
+                shape = {"requests": requests, "prompt": prompt, "seed": f"graphs-{requests}"}
+                generate(stage, llm, output=2, **shape)
+                first = generate(stage, llm, output=1, **shape)
+                steps.clear()
+                whole = generate(stage, llm, output=output, **shape)
+                rate = requests * (output - 1) / max(whole - first, 1e-9)
+                found = {"tokens_per_second": rate, "host_s_a_step": statistics.median(steps)}
+                stage.keep(**{f"{name}_requests_{requests}": found})
+
+
+def one_answer(stage: Stage) -> None:
+    """The same requests in other company each time; floats are compared as they are."""
+    few = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "together": (nullcontext, {}),
+        "in chunks": (nullcontext, few),
+        "preempted": (nullcontext, few | {"kv_cache_tokens": 512}),
+        "without graphs": (without_graphs, {}),
+    }
+    with load(stage) as llm:
+        wanted = [answers(llm, [each])[0] for each in range(8)]
+    for name, (way, options) in ways.items():
+        options = options.copy()
+        tokens = options.pop("kv_cache_tokens", None)
+        if tokens:
+            options |= {"kv_cache_memory_bytes": tokens * cached_bytes(stage), "max_model_len": 320}
+        with way(), load(stage, **options) as llm:
+            found = answers(llm, range(8))
+        differ = sum(one != other for one, other in zip(found, wanted, strict=True))
+        stage.keep(**{name: {"requests": len(wanted), "differ": differ}})
+
+
+def cached_bytes(stage: Stage) -> int:
+    """What a token takes of the cache, in bfloat16."""
+    sizes = stage.sizes
+    return 2 * 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
+
+
+def answers(llm: Any, requests: Sequence[int]) -> list[Any]:
+    """Tokens and log-probabilities of greedy requests and of drawn ones."""
+    from moebius import SamplingParams
+
+    prompts = []
+    params = []
+    for each in requests:
+        ids = random.Random(f"answer-{each}")
+        prompts.append([ids.randrange(FIRST_ID, 4096) for _ in range(5 + 31 * each)])
+        heat = float(each % 2)
+        params.append(
+            SamplingParams(temperature=heat, seed=each, max_tokens=24, logprobs=2, ignore_eos=True)
+        )
+    outputs = [each.outputs[0] for each in llm.generate(prompts, params, progress=False)]
+    return [(list(each.token_ids), each.logprobs) for each in outputs]
+
+
 STAGES = {
     stage.__name__: stage
-    for stage in (environment, tests, kernels, tiles, checkpoint, prefill, decode)
+    for stage in (
+        environment,
+        tests,
+        kernels,
+        tiles,
+        checkpoint,
+        proof,
+        prefill,
+        decode,
+        graphs,
+        one_answer,
+    )
 }
 
 

@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-${venv:-python3}}
 WHEELS=${WHEELS:-build/gpu-wheels}
 PACKAGES=build/gpu-packages
 # stage:seconds
-STAGES=${STAGES:-environment:40 tests:120 kernels:150 checkpoint:90 prefill:80 decode:110}
+STAGES=${STAGES:-environment:30 checkpoint:80 proof:90 one_answer:90 graphs:90 decode:80 prefill:50 kernels:120 tests:90}
 
 mkdir -p "$OUT" || exit
 if compgen -G "$WHEELS/*.whl" >/dev/null; then

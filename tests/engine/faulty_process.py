@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moebius.engine import load, process
+from moebius.engine import load, process, sampler
 from moebius.engine.engine import Engine
 from moebius.schedule.scheduler import StepPlan
 
@@ -47,6 +47,17 @@ def _faulty(execute: Any) -> Any:
     return with_faults
 
 
+def _told_late(sample: Any) -> Any:
+    """A device fails when it is asked to, and says so when something is read of it: the tokens."""
+
+    def reading(*args: Any, **kwargs: Any) -> Any:
+        if _is_due("device that is told late"):
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        return sample(*args, **kwargs)
+
+    return reading
+
+
 def _mortal(load_engine: Any) -> Any:
     def load_or_die(*args: Any, **options: Any) -> Any:
         if _is_due("death while it loads"):
@@ -58,5 +69,6 @@ def _mortal(load_engine: Any) -> Any:
 
 if __name__ == "__main__":
     Engine._execute = _faulty(Engine._execute)  # type: ignore[method-assign]
+    sampler.sample.__globals__["_sample"] = _told_late(sampler._sample)
     load.load_engine = _mortal(load.load_engine)
     os._exit(process.main(*sys.argv[1:]))

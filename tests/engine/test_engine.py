@@ -290,6 +290,50 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     assert len(tokens(run(one, [make(one, "second", [1, 2, 3])])["second"])) == 8
 
 
+def test_too_little_memory_in_a_step_is_that_steps_failure(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device has it again when the step's tensors are gone: the engine goes on."""
+    one = engine(tiny_model)
+    honest = one.runner.execute
+
+    def full(inputs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    one.add(make(one, "first", [1, 2, 3]))
+    monkeypatch.setattr(one.runner, "execute", full)
+    assert [type(output.error) for output in one.step()] == [EngineError]
+    monkeypatch.setattr(one.runner, "execute", honest)
+    assert len(tokens(run(one, [make(one, "second", [1, 2, 3])])["second"])) == 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+    ids=["torch", "device-side assert", "triton"],
+)
+@pytest.mark.parametrize("where", ["execute", "logits", "argmax", "ranks"])
+def test_a_device_that_is_lost_is_no_requests_failure(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    """Wherever it is told, drawing tokens and scoring prompts among it: nothing else would work
+    afterwards, so that the engine has to end."""
+    one = engine(tiny_model)
+
+    def broken(*args: Any) -> Any:
+        raise error
+
+    one.add(make(one, "first", [1, 2, 3], prompt_logprobs=1))
+    in_ops = where in ("argmax", "ranks")
+    monkeypatch.setattr(one.runner.ops if in_ops else one.runner, where, broken)
+    with pytest.raises(type(error)):
+        one.step()
+
+
 @pytest.mark.parametrize("isa", ["", "portable", "reference"])
 def test_bfloat16_runs_and_the_fingerprint_names_the_kernels(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, isa: str

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from moebius.engine.batch import Batch, build_batch
@@ -21,6 +20,7 @@ from moebius.engine.client import (
 )
 from moebius.engine.constraints import Constraints
 from moebius.engine.counters import Counters
+from moebius.engine.devices import is_lost
 from moebius.engine.faults import failed, failure, told
 from moebius.engine.outputs import Outputs
 from moebius.engine.prompt_scores import PromptRows, score
@@ -133,9 +133,9 @@ class Engine:
         except PeerError:  # not the step's fault: it is made again in the group's next epoch
             self._roll_back(plan)
             raise
-        except torch.AcceleratorError:  # a device that has failed once fails always
-            raise
         except Exception as error:
+            if is_lost(error):  # a device that has failed once fails always
+                raise
             return self._fail_step(plan, error)
         except BaseException:  # Ctrl-C: the step is made again, should its requests go on
             self._roll_back(plan)
@@ -188,6 +188,8 @@ class Engine:
                 try:
                     self._score(rows, results)
                 except Exception as error:
+                    if is_lost(error):
+                        raise
                     results.failed[rows.request.id] = failure("scoring a prompt", error)
         return results
 

@@ -13,12 +13,15 @@ from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.constraints import constraints_of_model
+from moebius.engine.devices import available as available_on
+from moebius.engine.devices import choose_device, prove_on_device
 from moebius.engine.disk_directory import launch_key
 from moebius.engine.disk_start import disk_tier, open_disk
 from moebius.engine.drafting import scheduler_for, why_not
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
+from moebius.engine.fitting import fit_to_device, told_of_memory
 from moebius.engine.garbage import uncollected
 from moebius.engine.info import engine_info
 from moebius.engine.kv_cache import (
@@ -39,7 +42,6 @@ from moebius.engine.place import NodeMemory, places
 from moebius.engine.placing import start_placement
 from moebius.engine.plan_words import human_bytes, node_names
 from moebius.engine.rank import RankEngine
-from moebius.engine.rank_device import require_devices
 from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
 from moebius.engine.trace import TraceWriter
@@ -136,11 +138,13 @@ class Prepared:
     quantized: Quantized | None = None
     """What `checkpoint` is made by, where it is to have fewer bits."""
     speculative: str = "none"
+    proven: bool = False
+    """One answer in any company was seen on the device itself."""
 
     @property
     def batch_invariant(self) -> bool:
-        """Promise P1: told by the operations that this model uses."""
-        return self.workspace.batch_invariant(self.ops)
+        """Promise P1: told by the operations that this model uses, or seen."""
+        return self.proven or self.workspace.batch_invariant(self.ops)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The plan as a table: (what, how much, remark)."""
@@ -196,14 +200,29 @@ def prepare(
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
     share: the rank to plan for; None: of config.ranks the one that has least memory, as if all were
-    on this host. ahead: an engine will be made of it; weights that there is room for may be read.
+    on this host. ahead: an engine will be made of it; weights that there is room for may be read,
+    and kernels of a device are proven there.
     """
+    prepared = _planned(directory, config, share, ahead=ahead)
+    if not ahead or prepared.ops.name != "triton":
+        return prepared
+    if prepared.quantized is not None:
+        prepared.quantized.make(bytes_bar)
+    proof = prove_on_device(
+        prepared.decoder, prepared.loader, prepared.weights, config.block_size, prepared.kv_dtype
+    )
+    return replace(prepared, proven=proof)
+
+
+def _planned(
+    directory: Path, config: EngineConfig, share: ExpertShare | None, *, ahead: bool
+) -> Prepared:
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
     checkpoint = _published(directory, config.max_model_len)
     quantized = Quantized.by_name(checkpoint, config.quantization)
     checkpoint = as_asked(checkpoint if quantized is None else quantized.checkpoint, config)
-    device = _device(config.device, share)
+    device = choose_device(config.device, 1 if share is None else share.ranks)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     ops = _ops(checkpoint, config, device, dtype)
@@ -284,7 +303,7 @@ def _room(
     weights: Sequence[PlannedWeight],
 ) -> tuple[int, str]:
     """Bytes that an engine with these weights may take, and of what."""
-    available, of = _available(device)
+    available, of = available_on(device)
     if share is None or device.type != "cpu":
         return available, of
     return _share_of(available, of, share, common_bytes(sources, weights))
@@ -327,9 +346,8 @@ def _published(directory: Path, length: int | None) -> Checkpoint:
 
 
 def _range(numbers: set[int]) -> str:
-    low = min(numbers)
-    high = max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
+    few = sorted({min(numbers), max(numbers)})
+    return " to ".join(map(str, few))
 
 
 def load_engine(
@@ -349,7 +367,6 @@ def load_engine(
     tokenizer: reads the one that grammars are matched by, when the first comes; None: the model's.
     """
     prepared = prepared or prepare(directory, config, ahead=True)
-    plan = prepared.plan
     model = prepared.checkpoint.config
     if prepared.quantized is not None:
         prepared.quantized.make(bytes_bar)
@@ -359,6 +376,8 @@ def load_engine(
     with ExitStack() as undo:
         store = open_disk(config, model, key, prepared.decoder.ranks)
         undo.callback(store.close if store else bool)
+        filled, plan = _filled(prepared, config)
+        prepared = replace(prepared, plan=plan)
         pool = BlockPool(
             plan.num_blocks,
             plan.block_size,
@@ -371,7 +390,7 @@ def load_engine(
         trace = TraceWriter(config.trace, bounds, pool) if config.trace else None
         undo.callback(trace.abandon if trace else bool)
         with TorchThreads(threads):
-            runner = _load_runner(prepared, config)
+            runner = _load_runner(prepared, config, filled)
             scheduler = scheduler_for(bounds, model, pool, runner, trace, tiered=store is not None)
         undo.pop_all()
     info = engine_info(plan, model, config, eos_ids, name)
@@ -386,14 +405,23 @@ def load_engine(
 
 
 @uncollected()
-def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
-    """Map or copy the weights, reserve the cache, and make the first steps."""
-    plan = prepared.plan
+def _filled(prepared: Prepared, config: EngineConfig) -> tuple[Decoder, MemoryPlan]:
+    """The model with its weights, and the plan as it fits beside them."""
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
         ranks = prepared.decoder.ranks
         model = decoder_of(model.config, model.ops, model.dtype, device="meta", ranks=ranks)
-    prepared.loader.fill(model)
+    with told_of_memory(prepared.plan, prepared.device):
+        prepared.loader.fill(model)
+    specs = model.config.caches(prepared.dtype, prepared.kv_dtype)
+    rows = step_rows(config)
+    return model, fit_to_device(prepared.plan, model, specs, prepared.device, rows, config)
+
+
+@uncollected()
+def _load_runner(prepared: Prepared, config: EngineConfig, model: Decoder) -> Runner:
+    """Reserve the cache, and make the first steps."""
+    plan = prepared.plan
     states = plan.groups.states
     cache = KVCache(
         prepared.checkpoint.config.caches(prepared.dtype, prepared.kv_dtype),
@@ -406,8 +434,10 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     )
     if model.ranks is not None:
         model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))
-    runner = Runner(model, cache, prepared.device, step_rows(config), prepared.workspace)
-    runner.warm_up()
+    rows = replace(step_rows(config), sequences=config.max_num_seqs, context=plan.max_model_len)
+    with told_of_memory(plan, prepared.device):
+        runner = Runner(model, cache, prepared.device, rows, prepared.workspace)
+        runner.warm_up()
     return runner
 
 
@@ -453,28 +483,6 @@ def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:
     if prepared.ops.own_threads:
         return 1
     return config.threads or default_threads()
-
-
-def _device(wish: str, share: ExpertShare | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if wish == "cuda" and not has_cuda:
-        raise ConfigError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
-            "of torch"
-        )
-    device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
-    if share is not None and device.type != "cpu":
-        require_devices(share.ranks)
-    return device
-
-
-def _available(device: torch.device) -> tuple[int, str]:
-    """Bytes that are left where the engine will be, and of what."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        return free, f"the device's {human_bytes(total)}"
-    memory = machine.memory()
-    return memory.available, f"the {memory.owner}'s {human_bytes(memory.limit)}"
 
 
 def weights_name(directory: Path) -> str:

@@ -28,6 +28,8 @@ SAMPLED_IDS = 2**16
 # less than a process takes by chance.
 _GRAMMAR_BYTES = 2_000
 _LARGE_VOCABULARY = 2**15
+# Assumed of a graph of some thousand launches; no card has been asked yet.
+_GRAPH_BYTES = 2**23
 _FLOAT32 = 4
 _INT64 = 8
 
@@ -81,6 +83,8 @@ class MemoryPlan:
     num_slots: int = 0
     caching: bool = True
     capped: str = ""
+    graphs: int = 0
+    """Of the workspace, what captured steps take on a CUDA device."""
 
     @property
     def groups(self) -> CacheGroups:
@@ -304,6 +308,18 @@ def sampling_bytes(vocab_size: int, max_model_len: int) -> int:
     return 64 * ids + ROWS_AT_ONCE * vocab_size * 8 * _INT64
 
 
+def graph_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+    """Bound on what captured steps take: the activations of their widest, which have memory of
+    their own; where results lie, of all programs; and what a driver keeps of each graph."""
+    sequences = engine.max_num_seqs
+    own = replace(engine, max_num_batched_tokens=sequences)
+    results = engine.max_num_batched_tokens * model.hidden_size
+    results += logit_rows(engine) * model.vocab_size
+    graphs = 2 * (max(sequences, PROMPT_LOGIT_ROWS).bit_length() + 1)
+    activations = workspace_bytes(model, own, _FLOAT32)
+    return activations + results * _FLOAT32 + graphs * _GRAPH_BYTES
+
+
 def grammar_bytes(vocab_size: int, device: str) -> int:
     """What following grammars takes, beside little for each."""
     counted = device == "cpu" and vocab_size >= _LARGE_VOCABULARY
@@ -340,19 +356,16 @@ def plan_memory(
     """
     wanted = engine.max_model_len
     length = _length(model, wanted)
-    if step.recorded is None:
-        itemsize = _FLOAT32 if dtype == "float32" else 2
-        workspace = workspace_bytes(model, replace(engine, max_model_len=length), itemsize, ranks)
-    else:
-        workspace = step.recorded + sampling_bytes(model.vocab_size, length)
-    workspace += step.scratch
+    itemsize = _FLOAT32 if dtype == "float32" else 2
+    workspace = _workspace(model, replace(engine, max_model_len=length), itemsize, ranks, step)
+    graphs = graph_bytes(model, engine) if device == "cuda" else 0
     plan = MemoryPlan(
         weights=weights,
         block_size=engine.block_size,
         cache=cache,
         num_blocks=0,
         chunk=engine.max_num_batched_tokens,
-        workspace=workspace,
+        workspace=workspace + graphs,
         grammars=grammar_bytes(model.vocab_size, device),
         disk=disk_memory(cache, engine) if device == "cpu" else 0,
         available=available,
@@ -365,10 +378,27 @@ def plan_memory(
         num_slots=cache.useful_slots(engine.max_num_seqs, caching=engine.enable_prefix_caching),
         caching=engine.enable_prefix_caching,
         capped=model.capped,
+        graphs=graphs,
     )
     budget = _cache_budget(plan, engine.kv_cache_memory_bytes)
     plan = _divided(plan, budget, whole=wanted is not None)
     return _with_room_for_one(plan, budget, shorter=wanted is None)
+
+
+def _workspace(
+    model: ModelConfig, engine: EngineConfig, itemsize: int, ranks: int, step: StepMemory
+) -> int:
+    """As it was recorded, or an estimate; and what operations keep beside it."""
+    if step.recorded is None:
+        return workspace_bytes(model, engine, itemsize, ranks) + step.scratch
+    sampling = sampling_bytes(model.vocab_size, engine.max_model_len or 0)
+    return step.recorded + sampling + step.scratch
+
+
+def with_cache_of(plan: MemoryPlan, budget: int) -> MemoryPlan:
+    """The plan with a cache of so many bytes, and a shorter context where one sequence of it would
+    not fit. Raises MemoryPlanError where none does."""
+    return _with_room_for_one(_divided(plan, budget, whole=False), budget, shorter=True)
 
 
 def _length(model: ModelConfig, wanted: int | None) -> int:

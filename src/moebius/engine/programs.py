@@ -45,7 +45,9 @@ class StepPrograms:
         if self._source is not None:
             self._source.most = rows.tokens
         ops = model.ops
-        source = rows.step_source(len(cache.layout.windows))
+        source = rows.step_source(
+            len(cache.layout.windows), cache.block_size, states=cache.num_states > 0
+        )
         self.step = ops.record(self._hidden, source, device, planned.step if planned else None)
         logits = planned.head if planned else None
         if not self.step.trace.recorded:  # its results are elsewhere each time

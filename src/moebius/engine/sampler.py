@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius.engine.client import TokenLogprob
+from moebius.engine.devices import is_lost
 from moebius.engine.faults import failure, say
 from moebius.engine.memory import SAMPLED_IDS
 from moebius.engine.restriction import Restriction
@@ -88,6 +89,8 @@ def sample(
     try:
         return _sample(logits_LV, requests, held, ops)
     except Exception as error:
+        if is_lost(error):
+            raise
         say(
             log.warning,
             "sampling failed for %d requests; each is tried alone: %s",
@@ -106,6 +109,8 @@ def _sample_alone(
     try:
         return _sample(logits_1V, [request], [restriction], ops)[0]
     except Exception as error:
+        if is_lost(error):
+            raise
         return failure("drawing a token", error)
 
 

@@ -21,20 +21,31 @@ from moebius.nn.paged import PagedPast
 from moebius.ops import Operation, Ops, Use
 from moebius.ops.formats import dtype_name
 from moebius.ops.program import Trace
-from moebius.ops.sources import LOGITS, RowSource, StepSource
+from moebius.ops.sources import LOGITS, Decodes, RowSource, StepSource
 from moebius.ops.steps import Step
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The most rows of a step, and the most whose logits are asked for at a time."""
+    """The most rows of a step, and the most whose logits are asked for at a time.
+
+    sequences, context: the most sequences of a step, and the most tokens of one; 0: not known.
+    """
 
     tokens: int
     logits: int
+    sequences: int = 0
+    context: int = 0
 
-    def step_source(self, groups: int) -> StepSource:
-        """Steps of a model whose layers form so many groups."""
-        return StepSource(self.tokens, groups)
+    def step_source(
+        self, groups: int, block_size: int | None = None, *, states: bool = False
+    ) -> StepSource:
+        """Steps of a model whose layers form so many groups, over a cache of such blocks, and of
+        states if it has any."""
+        decodes = None
+        if block_size and self.sequences and self.context:
+            decodes = Decodes(self.sequences, self.context, block_size, states)
+        return StepSource(self.tokens, groups, decodes)
 
     def head_source(self) -> RowSource:
         return RowSource(LOGITS, self.logits)

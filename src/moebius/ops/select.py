@@ -8,6 +8,7 @@ import torch
 from moebius.ops.config import Activations
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
+from moebius.ops.triton_usable import why_not
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,15 @@ def select_ops(
     quantised weights, if the backend quantises any: plain PyTorch does not. ordered: what it
     computes has the bits of every processor as far as its operations can have them.
     MOEBIUS_CPU_ISA=reference asks for plain PyTorch. Raises ConfigError for an instruction set that
-    is not there.
+    is not there. Kernels on a CUDA device promise nothing before they were proven there
+    (moebius.engine.proof).
     """
-    if torch.device(device).type != "cpu" or os.environ.get("MOEBIUS_CPU_ISA") == "reference":
+    device = torch.device(device)
+    if os.environ.get("MOEBIUS_CPU_ISA") == "reference":
+        return ReferenceOps()
+    if device.type == "cuda":
+        return _on_cuda(device)
+    if device.type != "cpu":
         return ReferenceOps()
     try:
         from moebius.ops.cpu import CpuOps
@@ -40,6 +47,16 @@ def select_ops(
         )
         return ReferenceOps()
     return CpuOps(threads, activations=activations, ordered=ordered)
+
+
+def _on_cuda(device: torch.device) -> Ops:
+    reason = why_not(device)
+    if reason:
+        log.warning("plain PyTorch serves, much slower and not batch invariant: %s", reason)
+        return ReferenceOps()
+    from moebius.ops.triton.captured import CapturedOps
+
+    return CapturedOps()
 
 
 def kernel_levels() -> tuple[str, ...]:

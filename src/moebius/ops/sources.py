@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -59,11 +60,30 @@ class RecordedStep(NamedTuple):
         return self._replace(group=group)
 
 
-class StepSource(Source[StepInputs, Step]):
-    """Steps of up to `most` tokens, for `groups` groups of layers, each with a block table."""
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Steps of one row a sequence, as they may come.
 
-    def __init__(self, most: int, groups: int = 1) -> None:
+    sequences, context   how many at most, and of how many tokens
+    block_size           of the cache that they read
+    states               the model has recurrent states
+    """
+
+    sequences: int
+    context: int
+    block_size: int
+    states: bool
+
+
+class StepSource(Source[StepInputs, Step]):
+    """Steps of up to `most` tokens, for `groups` groups of layers, each with a block table.
+
+    decodes: what is known of those without prompts, for a backend that prepares for them.
+    """
+
+    def __init__(self, most: int, groups: int = 1, decodes: Decodes | None = None) -> None:
         self.rows = Rows(TOKENS, most)
+        self.decodes = decodes
         self.width = 2 + groups
         self._groups = range(groups)
 

@@ -1,7 +1,7 @@
 """A checkpoint's tensors into a Decoder, where they lie in their files wherever that can be."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from moebius.models.store.heads import of_heads
 from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.near import NearFiles
 from moebius.models.store.plan import PlannedWeight
+from moebius.models.store.sending import Sender, sender_to
 from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
 from moebius.moe.experts import Experts
 from moebius.moe.placement import Placement
@@ -27,6 +28,9 @@ from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import Format, Matrix, Ops, PreparedExperts, Weight, select_ops
 from moebius.ops.formats import Dense, Repacked, dtype_name, format_named
 from moebius.pages import Span, give_back
+
+Send = Callable[[Tensor], Tensor]
+"""Brings a tensor to the device."""
 
 # Threads that copy a model while it is loaded, and nothing is computed yet.
 _COPYING = 4
@@ -113,6 +117,7 @@ class Loader:
         # Of ranks that hold parts of files, and may come to hold others.
         self._parts = MappedFiles(whole=False)
         self._ahead: MappedFiles | None = None
+        self._send = sender_to(device)
 
     def read_ahead(self, ranks: ExpertRank | None) -> None:
         """Begin to read all files, where `fill` of a decoder of these ranks will map them whole:
@@ -137,6 +142,15 @@ class Loader:
             if isinstance(module, Experts):
                 module.on_disk = self._cold
         self._put(decoder, self._values(decoder, sources, files, _COPYING))
+
+    def fill_some(self, decoder: Decoder, wanted: Callable[[str], bool]) -> None:
+        """Give values to the parameters of a decoder on meta whose names are `wanted`."""
+        sources = [
+            source
+            for source in self.checkpoint.sources_at(decoder.ranks)
+            if wanted(source.parameter)
+        ]
+        self._put(decoder, self._values(decoder, sources, MappedFiles(), _COPYING))
 
     def bring_experts(
         self, decoder: Decoder, placement: Placement, rank: int | None = None
@@ -245,11 +259,13 @@ class Loader:
         def convert(index: int) -> Weight:
             source, weight = values[index]
             wanted = planned[index][1].format
-            return _converted(weight, source, wanted, self.device)
+            return _converted(weight, source, wanted, self._send)
 
         with ThreadPoolExecutor(threads) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
                 values[index] = (values[index][0], weight)
+        if isinstance(self._send, Sender):
+            self._send.finish()
         return values
 
     def _put(self, decoder: Decoder, values: Iterable[tuple[Source, Weight]]) -> None:
@@ -327,14 +343,14 @@ def _scattered(files: _Files, source: Source, stored: StoredTensor, format: Form
     return rows[slice(*source.rows)]
 
 
-def _converted(weight: Weight, source: Source, wanted: str, device: torch.device) -> Weight:
+def _converted(weight: Weight, source: Source, wanted: str, send: Send) -> Weight:
     """A copy in the format `wanted`. Raises WeightsError for planes that contradict each other."""
     try:
         if source.heads:
-            whole = _copied(weight, wanted, device, source.added)
+            whole = _copied(weight, wanted, send, source.added)
             return of_heads(whole, source).reshape(source.shape).contiguous()
         if wanted in NUMBER_BYTES:
-            return _copied(weight, wanted, device, source.added)
+            return _copied(weight, wanted, send, source.added)
         assert isinstance(weight, Matrix)
         format = weight.format
         planes = weight.planes
@@ -343,7 +359,7 @@ def _converted(weight: Weight, source: Source, wanted: str, device: torch.device
             format = format.target
     except ValueError as cause:
         raise WeightsError(f"tensor {source.name!r} cannot be repacked: {cause}") from None
-    return Matrix(format, weight.shape, tuple(plane.contiguous().to(device) for plane in planes))
+    return Matrix(format, weight.shape, tuple(send(plane.contiguous()) for plane in planes))
 
 
 def _taken(decoder: Decoder, source: Source) -> Weight:
@@ -357,12 +373,13 @@ def _taken(decoder: Decoder, source: Source) -> Weight:
     return weight
 
 
-def _copied(weight: Weight, wanted: str, device: torch.device, added: float) -> Tensor:
+def _copied(weight: Weight, wanted: str, send: Send, added: float) -> Tensor:
     """A copy in the plain numbers `wanted`, on a device, with what is added to each."""
     dtype = getattr(torch, wanted)
     if isinstance(weight, Matrix):
-        return weight.widened(dtype).to(device)
-    copy = weight.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        return send(weight.widened(dtype))
+    there = send(weight)
+    copy = there.to(dtype, copy=there is weight, memory_format=torch.contiguous_format)
     return copy.add_(added) if added else copy
 
 

@@ -36,14 +36,22 @@ def router_probabilities(logits_TE: Tensor, config: RouterConfig) -> Tensor:
 
 
 def count(
-    tally: RouterTally, logits_TE: Tensor, expert_ids_TK: Tensor, config: RouterConfig
+    tally: RouterTally,
+    logits_TE: Tensor,
+    expert_ids_TK: Tensor,
+    config: RouterConfig,
+    real_T: Tensor | None = None,
 ) -> None:
     """Add a step's choices to a layer's tally. Waits for no device; a token whose numbers went
-    wrong has no entropy."""
-    ids_P = expert_ids_TK.reshape(-1)
-    tally.pairs_E.index_add_(0, ids_P, torch.ones_like(ids_P))
+    wrong has no entropy. real_T: which rows count; None: all."""
+    ones_TK = torch.ones_like(expert_ids_TK)
+    if real_T is not None:
+        ones_TK = ones_TK * real_T.unsqueeze(1)
+    tally.pairs_E.index_add_(0, expert_ids_TK.reshape(-1), ones_TK.reshape(-1))
     nats_T = torch.special.entr(router_probabilities(logits_TE, config).double()).sum(-1)
     finite_T = torch.isfinite(nats_T)
+    if real_T is not None:
+        finite_T = finite_T & real_T
     tally.sums[0] += torch.where(finite_T, nats_T, 0.0).sum()
     tally.sums[1] += finite_T.sum()
 
