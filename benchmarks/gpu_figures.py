@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks" / "peers")]
@@ -38,11 +38,23 @@ import gpu  # noqa: E402
 from gpu import FIRST_ID, Stage, prepared, seconds  # noqa: E402
 from gpu_models import CardModel, card_model, draw_holes, write_hollow  # noqa: E402
 
+
+class Load(NamedTuple):
+    """Requests at once, and tokens of each, in and out."""
+
+    requests: int
+    prompt: int
+    output: int
+
+    @property
+    def made(self) -> int:
+        return self.requests * self.output
+
+
 BATCHES = (1, 8, 64, 256)
 PROMPTS = (2048, 16_384)
-CLOSED_LOOP = (256, 1000, 1000)
-"""Requests at once, and tokens of each, in and out."""
-PEERS = (32, 128, 128)
+CLOSED_LOOP = Load(256, 1000, 1000)
+PEERS = Load(32, 128, 128)
 DECODED = 64
 """Tokens of a sequence whose times are taken."""
 CONTEXT = 512
@@ -127,7 +139,8 @@ def figures(stage: Stage, name: str) -> None:
 
 def decode(measured: Measured, requests: int) -> None:
     """Time per step: what `output` tokens take beyond what one takes, of as many prompts."""
-    context, output = (16, 4) if measured.stage.small else (CONTEXT, DECODED)
+    context = 16 if measured.stage.small else CONTEXT
+    output = 4 if measured.stage.small else DECODED
     measured.generate(requests, context, 2)  # what is compiled or recorded, is by then
     steps: list[float] = []
     for _ in range(1 if measured.stage.small else TURNS):
@@ -168,17 +181,10 @@ def prefill(measured: Measured, prompt: int) -> None:
 
 
 def closed_loop(measured: Measured) -> None:
-    requests, prompt, output = (4, 16, 8) if measured.stage.small else CLOSED_LOOP
-    wall = measured.generate(requests, prompt, output)
-    measured.stage.keep(
-        closed_loop={
-            "requests": requests,
-            "prompt": prompt,
-            "output": output,
-            "seconds": wall,
-            "output_tokens_per_second": requests * output / wall,
-        }
-    )
+    load = Load(4, 16, 8) if measured.stage.small else CLOSED_LOOP
+    wall = measured.generate(*load)
+    rate = {"seconds": wall, "output_tokens_per_second": load.made / wall}
+    measured.stage.keep(closed_loop=load._asdict() | rate)
 
 
 def where_time_goes(measured: Measured) -> None:
@@ -189,7 +195,8 @@ def where_time_goes(measured: Measured) -> None:
         return
     from torch.profiler import ProfilerActivity, profile
 
-    requests, output = 8, 32
+    requests = 8
+    output = 32
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         wall = measured.generate(requests, CONTEXT, output)
         torch.cuda.synchronize()
@@ -227,14 +234,14 @@ def share(stage: Stage, reached: float, peak: str) -> float | None:
 
 
 def peers(stage: Stage, name: str) -> None:
-    requests, prompt, output = (2, 16, 8) if stage.small else PEERS
+    asked = Load(2, 16, 8) if stage.small else PEERS
     measured = load(stage, name)
     with measured.llm:
-        measured.generate(requests, prompt, 2)
-        walls = [measured.generate(requests, prompt, output) for _ in range(TURNS)]
-    stage.keep(requests=requests, prompt=prompt, output=output)
-    keep_rate(stage, "ours", walls, requests * output)
-    transformers_peers(stage, measured.model, requests, prompt, output)
+        measured.generate(asked.requests, asked.prompt, 2)
+        walls = [measured.generate(*asked) for _ in range(TURNS)]
+    stage.keep(**asked._asdict())
+    keep_rate(stage, "ours", walls, asked.made)
+    transformers_peers(stage, measured.model, asked)
 
 
 def keep_rate(stage: Stage, who: str, walls: list[float], tokens: int) -> None:
@@ -242,9 +249,7 @@ def keep_rate(stage: Stage, who: str, walls: list[float], tokens: int) -> None:
     stage.keep(**{who: {"seconds": walls, "output_tokens_per_second": rate}})
 
 
-def transformers_peers(
-    stage: Stage, model: CardModel, requests: int, prompt: int, output: int
-) -> None:
+def transformers_peers(stage: Stage, model: CardModel, asked: Load) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -255,14 +260,20 @@ def transformers_peers(
         theirs = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids = random.Random(1)
     prompts = [
-        [ids.randrange(FIRST_ID, model.sizes.vocab) for _ in range(prompt)] for _ in range(requests)
+        [ids.randrange(FIRST_ID, model.sizes.vocab) for _ in range(asked.prompt)]
+        for _ in range(asked.requests)
     ]
-    exact = {"max_new_tokens": output, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    exact = {
+        "max_new_tokens": asked.output,
+        "do_sample": False,
+        "eos_token_id": -1,
+        "pad_token_id": 0,
+    }
     batch = torch.tensor(prompts, device=stage.device)
 
     def whole_batch() -> int:
-        found = theirs.generate(batch, min_new_tokens=output, **exact)
-        return int(found.shape[1] - prompt) * requests
+        found = theirs.generate(batch, min_new_tokens=asked.output, **exact)
+        return int(found.shape[1] - asked.prompt) * asked.requests
 
     def continuous() -> int:
         found = theirs.generate_batch(
@@ -271,7 +282,7 @@ def transformers_peers(
         return sum(len(each.generated_tokens) for each in found.values())
 
     for who, work in (("transformers_generate", whole_batch), ("transformers_batched", continuous)):
-        timed_peer(stage, who, work, requests * output)
+        timed_peer(stage, who, work, asked.made)
 
 
 def timed_peer(stage: Stage, who: str, work: Callable[[], int], tokens: int) -> None:
