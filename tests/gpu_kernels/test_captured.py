@@ -120,22 +120,20 @@ def test_a_step_of_every_family_can_be_captured(model_type: str, tmp_path: Path)
 def test_mixed_batches_have_the_bits_that_they_have_without_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole engines: up to eight sequences that come and end at different steps, in chunks, with a
-    cache that is too small for all."""
-    save_tiny(tmp_path, "qwen3_moe", vocab_size=300, max_position_embeddings=256)
+    """Whole engines: up to eight sequences that come and end at different steps, with a cache that
+    is too small for all. Of one layer: the interpreter takes minutes for more."""
+    save_tiny(tmp_path, "llama", num_hidden_layers=1, max_position_embeddings=256)
     rng = random.Random(0)
-    params = SamplingParams(temperature=1.0, logprobs=2, ignore_eos=True)
     asked = [
         Wish(
             str(i),
-            tuple(rng.randrange(300) for _ in range(rng.choice((1, 5, 14)))),
-            SamplingParams(temperature=1.0, logprobs=2, ignore_eos=True, max_tokens=2 + i % 3),
+            tuple(rng.randrange(60) for _ in range(rng.choice((2, 3)))),
+            SamplingParams(temperature=1.0, logprobs=2, ignore_eos=True, max_tokens=7),
             i,
         )
         for i in range(8)
     ]
-    assert params.logprobs == 2
-    schedule = Schedule(8, 32, 8, 24, True, (0, 0, 0, 1, 2, 2, 4, 5), 1)
+    schedule = Schedule(4, 11, 8, 24, True, (0, 0, 0, 0, 0, 0, 1, 2), 1)
     rows = StepRows(24, 8, sequences=8, context=256)
     monkeypatch.setattr(random_schedules, "Runner", partial(Runner, rows=rows))
     card = StandIn()
@@ -144,6 +142,7 @@ def test_mixed_batches_have_the_bits_that_they_have_without_graphs(
         for ops in (CapturedOps(card), CheckedOps())
     ]
     assert seen[0].rounds == seen[1].rounds
+    assert seen[0].preemptions == seen[1].preemptions > 0
     assert card.replays > 5, "steps and logits"
 
 

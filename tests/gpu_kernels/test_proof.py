@@ -17,6 +17,7 @@ from gpu_kernels.conftest import DEVICE
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.proof import Proof, ProofSizes, Schedule, layers_of_each_kind, prove
 from moebius.engine.workspace import forward
+from moebius.errors import EngineError
 from moebius.models.decoder import Decoder
 from moebius.models.encoder_decoder import decoder_of
 from moebius.models.store import open_checkpoint
@@ -198,6 +199,21 @@ def test_too_little_memory_for_the_proof_leaves_plain_pytorch(
     found = ops.capability(Use(Operation.LINEAR, FLOAT32))
     assert found is not None and found.by == "reference" and not found.batch_invariant
     assert "kernels are not used on this card: there is too little memory" in caplog.text
+
+
+def test_a_kernel_that_breaks_the_card_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else could be computed in this process, by whomever."""
+    save_tiny(tmp_path, "llama", vocab_size=300)
+
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(TritonOps, "linear", broken)
+    with pytest.raises(EngineError, match="MOEBIUS_CPU_ISA=reference") as told:
+        proof_of(tmp_path, CheckedOps())
+    assert "illegal memory access" in str(told.value) and "\n" not in str(told.value)
 
 
 def test_one_layer_of_each_kind_is_looked_at(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from moebius.engine.devices import choose_device
 from moebius.errors import ConfigError
 from moebius.ops import select_ops
+from moebius.ops.capability import Operation, Use
 from moebius.ops.reference import ReferenceOps
 
 pytest.importorskip("triton")
@@ -42,7 +43,11 @@ def test_kernels_serve_a_card_that_can(card: dict[str, Any]) -> None:
 
     for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
         card["capability"] = capability
-        assert isinstance(select_ops("cuda", torch.bfloat16), CheckedOps)
+        ops = select_ops("cuda", torch.bfloat16)
+        assert isinstance(ops, CheckedOps)
+        assert ops.name == f"triton-sm_{capability[0]}{capability[1]}"
+        linear = ops.capability(Use(Operation.LINEAR, torch.bfloat16))
+        assert linear is not None and linear.by == ops.name and not linear.batch_invariant
 
 
 @pytest.mark.parametrize(

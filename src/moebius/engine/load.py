@@ -204,7 +204,7 @@ def prepare(
     and kernels of a device are proven there.
     """
     prepared = _planned(directory, config, share, ahead=ahead)
-    if not ahead or prepared.ops.name != "triton":
+    if not ahead or not prepared.ops.name.startswith("triton"):
         return prepared
     if prepared.quantized is not None:
         prepared.quantized.make(bytes_bar)

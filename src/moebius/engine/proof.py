@@ -27,7 +27,7 @@ from moebius.models.store.load import Loader
 from moebius.ops.capability import Operation
 from moebius.ops.prepared import own
 from moebius.ops.steps import StateInputs, StepInputs
-from moebius.ops.triton.checked import CheckedOps
+from moebius.ops.triton.checked import METHODS, CheckedOps
 from moebius.ops.triton.inspector import Inspector
 from moebius.ops.triton.sampling_proof import sampling_failure
 
@@ -118,7 +118,8 @@ def prove(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     proof.seconds = time.perf_counter() - start
-    for operation, reason in proof.failed.items():
+    failed = dict.fromkeys(METHODS, proof.reason) if proof.reason else proof.failed
+    for operation, reason in failed.items():
         ops.fall_back(operation, reason)
     ops.prove(proof.operations)
     proof.tell()

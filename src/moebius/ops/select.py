@@ -56,7 +56,8 @@ def _on_cuda(device: torch.device) -> Ops:
         return ReferenceOps()
     from moebius.ops.triton.captured import CapturedOps
 
-    return CapturedOps()
+    major, minor = torch.cuda.get_device_capability(device)
+    return CapturedOps(chip=f"sm_{major}{minor}")
 
 
 def kernel_levels() -> tuple[str, ...]:

@@ -43,11 +43,13 @@ def captured_rows(most: int) -> list[int]:
 class CapturedOps(CheckedOps):
     """CheckedOps whose programs are graphs where they can be.
 
-    card: what captures; None: the CUDA device that a program is recorded for.
+    card: what captures; None: the CUDA device that a program is recorded for. chip: what kernels
+    are compiled for, which is part of the fingerprint.
     """
 
-    def __init__(self, card: Card | None = None) -> None:
+    def __init__(self, card: Card | None = None, chip: str = "") -> None:
         super().__init__()
+        self.name = f"{self.name}-{chip}" if chip else self.name
         self._card = card
         self._capturing: StaticStep | None = None
 
