@@ -21,6 +21,7 @@ from moebius.models.store.near import NearFiles
 from moebius.models.store.plan import PlannedWeight
 from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
 from moebius.moe.experts import Experts
+from moebius.moe.on_host import HostExperts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
@@ -40,17 +41,18 @@ def load_decoder(
     *,
     mapped: bool = True,
     ranks: ExpertRank | None = None,
+    host: HostExperts | None = None,
 ) -> Decoder:
     """A decoder with a checkpoint's weights, which computes in `dtype` on `device`.
 
     ranks: where its experts are spread over several ranks, the one whose share is to be loaded.
-    The other arguments and what is raised are as in Loader.
+    host: where some of them lie in the host's memory beside the device's, which these are. The other arguments and what is raised are as in Loader.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
     ops = ops or select_ops(device, dtype)
-    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
+    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks, host=host)
     Loader(checkpoint, device, mapped=mapped).fill(decoder)
     return decoder
 
@@ -89,7 +91,8 @@ class Loader:
     that is computed in, or are matrices in a format that the backend reads in place: loading copies
     nothing and processes share the pages. All others are copied as that dtype;
     Checkpoint.plan_weights says which. Mapped weights cannot be written and take no gradient;
-    mapped=False copies all of them, for training.
+    mapped=False copies all of them, for training. So are experts in the host's memory beside another
+    device, which holds copies of the rest.
 
     A rank that shares experts with others reads and holds its own alone. near: it has copies of
     what would be mapped, too, in memory of its own, and no file stays mapped for them. cold: mapped
@@ -130,7 +133,7 @@ class Loader:
         """
         sources = self.checkpoint.sources_at(decoder.ranks)
         _check_all_have_a_source(decoder, sources)
-        whole = decoder.ranks is None and not self._cold
+        whole = decoder.ranks is None and decoder.host is None and not self._cold
         files = (self._ahead or MappedFiles()) if whole else self._parts
         self._ahead = None
         for module in decoder.modules():
@@ -208,7 +211,7 @@ class Loader:
         dtype = dtype_name(decoder.dtype)
         formats = decoder.ops.formats(decoder.dtype) if self._mapped else frozenset[str]()
         return self.checkpoint.plan_weights(
-            dtype, self.device.type, formats, sources, near=self._near
+            dtype, self.device.type, formats, sources, near=self._near, host=decoder.host
         )
 
     def _values(
@@ -244,8 +247,9 @@ class Loader:
 
         def convert(index: int) -> Weight:
             source, weight = values[index]
-            wanted = planned[index][1].format
-            return _converted(weight, source, wanted, self.device)
+            plan = planned[index][1]
+            device = torch.device("cpu") if plan.on_host else self.device
+            return _converted(weight, source, plan.format, device)
 
         with ThreadPoolExecutor(threads) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
