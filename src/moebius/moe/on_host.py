@@ -63,7 +63,9 @@ class HostExperts:
     def require(self, experts: Mapping[int, int]) -> None:
         """Raises ConfigError where these are not how many experts each layer has."""
         if self.experts != experts:
-            raise ConfigError(f"layers have {dict(experts)} experts, but {self.experts} were placed")
+            raise ConfigError(
+                f"layers have {dict(experts)} experts, but {self.experts} were placed"
+            )
 
     def held(self, layer: int) -> None:
         """No expert of any layer is another rank's."""

@@ -46,7 +46,8 @@ def load_decoder(
     """A decoder with a checkpoint's weights, which computes in `dtype` on `device`.
 
     ranks: where its experts are spread over several ranks, the one whose share is to be loaded.
-    host: where some of them lie in the host's memory beside the device's, which these are. The other arguments and what is raised are as in Loader.
+    host: where some of them lie in the host's memory beside the device's, which these are.
+    The other arguments and what is raised are as in Loader.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
@@ -91,8 +92,8 @@ class Loader:
     that is computed in, or are matrices in a format that the backend reads in place: loading copies
     nothing and processes share the pages. All others are copied as that dtype;
     Checkpoint.plan_weights says which. Mapped weights cannot be written and take no gradient;
-    mapped=False copies all of them, for training. So are experts in the host's memory beside another
-    device, which holds copies of the rest.
+    mapped=False copies all of them, for training. Experts in the host's memory beside another device
+    are mapped too, and it holds copies of the rest.
 
     A rank that shares experts with others reads and holds its own alone. near: it has copies of
     what would be mapped, too, in memory of its own, and no file stays mapped for them. cold: mapped
