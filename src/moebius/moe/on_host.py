@@ -11,6 +11,7 @@ Shapes: R tokens with a choice on the host, P such choices; the others as in moe
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from moebius.moe.experts import Experts
 from moebius.moe.router import Routing
 from moebius.ops import ExpertWeights, Ops, PreparedExperts
 from moebius.ops.host import HostResult
+
+
+Kind = TypeVar("Kind")
 
 
 class HostExperts:
@@ -189,6 +193,15 @@ class _Part:
 
 def _only(weights: ExpertWeights, numbers: frozenset[int]) -> ExpertWeights:
     """Of these experts; the others become holes."""
+
+    def of(kind: Sequence[Kind | None]) -> list[Kind | None]:
+        return [each if e in numbers else None for e, each in enumerate(kind)]
+
     return ExpertWeights(
-        *([each if e in numbers else None for e, each in enumerate(kind)] for kind in weights)
+        of(weights.gate_FD),
+        of(weights.up_FD),
+        of(weights.down_DF),
+        of(weights.gate_bias_F),
+        of(weights.up_bias_F),
+        of(weights.down_bias_D),
     )

@@ -92,8 +92,8 @@ class Loader:
     that is computed in, or are matrices in a format that the backend reads in place: loading copies
     nothing and processes share the pages. All others are copied as that dtype;
     Checkpoint.plan_weights says which. Mapped weights cannot be written and take no gradient;
-    mapped=False copies all of them, for training. Experts in the host's memory beside another device
-    are mapped too, and it holds copies of the rest.
+    mapped=False copies all of them, for training. Experts in the host's memory beside another
+    device are mapped too, and it holds copies of the rest.
 
     A rank that shares experts with others reads and holds its own alone. near: it has copies of
     what would be mapped, too, in memory of its own, and no file stays mapped for them. cold: mapped
