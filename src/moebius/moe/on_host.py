@@ -24,7 +24,6 @@ from moebius.moe.router import Routing
 from moebius.ops import ExpertWeights, Ops, PreparedExperts
 from moebius.ops.host import HostResult
 
-
 Kind = TypeVar("Kind")
 
 
