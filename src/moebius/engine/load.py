@@ -362,7 +362,8 @@ def _load_runner(prepared: Prepared, config: EngineConfig) -> Runner:
     plan = prepared.plan
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
-        model = decoder_of(model.config, model.ops, model.dtype, "meta", model.ranks, model.host)
+        host = None if model.host is None else model.host.again()
+        model = decoder_of(model.config, model.ops, model.dtype, "meta", model.ranks, host)
     prepared.loader.fill(model)
     states = plan.groups.states
     cache = KVCache(

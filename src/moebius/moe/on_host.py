@@ -11,7 +11,7 @@ Shapes: R tokens with a choice on the host, P such choices; the others as in moe
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ class HostExperts:
         self.experts = dict(experts)
         self._held = {layer: frozenset(held.get(layer, ())) for layer in experts}
         self._crossing: Crossing | None = None
+
+    def again(self) -> Self:
+        """The same for another decoder, whose rows cross by a way of their own."""
+        return type(self)(self.ops, self._held, self.experts, self.most)
 
     @property
     def formats(self) -> frozenset[str]:
