@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_t5
 from engine.test_engine import make, prompts, run, tokens
 from moebius.engine import load
 from moebius.engine.config import EngineConfig
@@ -106,6 +107,23 @@ def test_all_on_the_host_by_the_same_kernels_is_the_model_itself(
         kinds = [type(layer.mlp.dispatch) for layer in decoder.layers if layer.mlp.router]
         assert HostDispatcher in kinds
         assert each_alone(decoder, asked) == expected
+
+
+def test_an_encoders_experts_lie_on_the_host_too(tmp_path: Path) -> None:
+    """Where an expert takes some of a prompt's tokens only."""
+    sizes = {"expert_capacity": 7, "num_sparse_encoder_layers": 2}
+    tiny_t5.tiny("switch_transformers", vocab_size=300, **sizes).save_pretrained(tmp_path)
+    asked = [
+        replace(wish, params=replace(wish.params, prompt_logprobs=None))
+        for wish in wishes(5, 300, random.Random(0), free=True)
+    ]
+    expected = each_alone(load_decoder(tmp_path, F32, ops=CpuOps(1)), asked)
+    host = beside(tmp_path, odd_experts(tmp_path), CpuOps(1), F32)
+    decoder = load_decoder(tmp_path, F32, ops=CpuOps(1), host=host)
+    assert host.on_host(1) and host.on_device(1)
+    assert each_alone(decoder, asked) == expected
+    for found in answers(decoder, asked, Schedule(16, 400, 8, 2048, False, (0,) * 5, 1)).rounds:
+        assert found == expected
 
 
 def quantised(directory: Path, kind: str) -> Path:

@@ -141,6 +141,16 @@ class Loader:
             if isinstance(module, Experts):
                 module.on_disk = self._cold
         self._put(decoder, self._values(decoder, sources, files, _COPYING))
+        if decoder.host is not None:
+            self._release_copied(decoder, sources)
+
+    def _release_copied(self, decoder: Decoder, sources: Sequence[Source]) -> None:
+        """Give back the pages of what a device has copies of; the host's experts stay mapped in
+        the same files."""
+        planned = self._planned(decoder, sources)
+        copied = [source for source, plan in zip(sources, planned, strict=True) if not plan.mapped]
+        for file, spans in self._spans(copied).items():
+            self._parts.release(file, spans)
 
     def bring_experts(
         self, decoder: Decoder, placement: Placement, rank: int | None = None
