@@ -18,15 +18,18 @@ from moebius.engine import load
 from moebius.engine.config import EngineConfig
 from moebius.engine.host_experts import ExpertOrder
 from moebius.engine.load import load_engine, prepare
+from moebius.engine.target import Target
 from moebius.errors import ConfigError
 from moebius.models.decoder import Decoder
 from moebius.models.description import describe
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
+from moebius.models.store.mapped import MappedFiles
 from moebius.moe.crossing import CrossingRows
 from moebius.moe.on_host import HostDispatcher, HostExperts
 from moebius.ops import Matrix, Ops
 from moebius.ops.cpu import CpuOps
+from moebius.ops.reference import ReferenceOps
 from moebius.quantize.export import write_model as write_gguf
 from oracle import save_tiny
 from quantised import KINDS, write_quantised
@@ -200,9 +203,34 @@ def test_the_start_table_says_where_experts_lie(tiny_model: Path, stood_in: None
 def test_on_plain_pytorch_the_host_has_no_one_answer(
     tiny_model: Path, stood_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MOEBIUS_CPU_ISA", "reference")
+    backends = [CpuOps(1), ReferenceOps()]
+    monkeypatch.setattr(load, "select_ops", lambda *_, **__: backends.pop(0))
     prepared = prepare(tiny_model, EngineConfig(**CACHE, experts="cpu"))
+    assert prepared.workspace.batch_invariant(prepared.ops)
     assert not prepared.batch_invariant
+
+
+def test_torch_leaves_the_processors_to_the_hosts_kernels(tiny_model: Path) -> None:
+    card = Target(2**30, 2**30)
+    for experts, threads in (("device", None), (2, 1)):
+        config = EngineConfig(**CACHE, device="cuda", experts=experts)
+        assert load._torch_threads(prepare(tiny_model, config, target=card), config) == threads
+
+
+def test_pages_of_what_a_device_has_copies_of_are_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint in float32 all is copied where bfloat16 is computed in, and nothing else."""
+    save_tiny(tmp_path, "qwen3_moe", vocab_size=300)
+    released: list[tuple[int, int]] = []
+    monkeypatch.setattr(MappedFiles, "release", lambda _, file, spans: released.extend(spans))
+    for dtype, part in ((torch.bfloat16, 1), (F32, 0)):
+        released.clear()
+        host = beside(tmp_path, odd_experts(tmp_path), CpuOps(1), dtype)
+        load_decoder(tmp_path, dtype, ops=CpuOps(1), host=host)
+        planes = open_checkpoint(tmp_path).tensors.values()
+        size = sum(plane.stop - plane.start for plane in planes)
+        assert sum(stop - start for start, stop in released) == part * size
 
 
 def test_experts_may_stay_on_disk(tmp_path: Path, stood_in: None) -> None:

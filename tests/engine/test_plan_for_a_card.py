@@ -209,6 +209,8 @@ def test_thirty_billion_parameters_on_a_card_of_24_gib(large: Path) -> None:
     assert auto.weights.routed == count * 48 * LARGE_EXPERT and 30 < count < 60
     assert auto.kv_cache >= cache and auto.max_model_len == 8192
     assert auto.left >= auto.kv_cache
+    long = for_card(large, card, experts="auto", max_num_seqs=1, max_model_len=32_768).plan
+    assert long.sequences(32_768) == 1 and long.weights.routed > 20 * 48 * LARGE_EXPERT
 
 
 def test_by_default_auto_gives_the_cache_no_more_than_half(large: Path) -> None:

@@ -147,14 +147,17 @@ class Watched(OneMemory):
     """Notes what crosses."""
 
     def __init__(self) -> None:
+        self.calls = 0
         self.there: list[int] = []
         self.back: list[int] = []
 
     def rows(self, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
+        self.calls += 1
         self.there += tokens_R.tolist()
         return super().rows(x_TD, tokens_R)
 
     def give(self, answers_PD: Tensor, places_P: Tensor, out: Tensor) -> None:
+        self.calls += 1
         self.back += places_P.tolist()
         super().give(answers_PD, places_P, out)
 
@@ -177,7 +180,7 @@ def test_what_the_host_computes_crosses_and_nothing_else(monkeypatch: pytest.Mon
     without = x_TD[[not any(row) for row in chosen]]
     assert len(without)
     made(without)
-    assert (way.there, way.back) == ([], [])
+    assert (way.there, way.back, way.calls) == ([], [], 2)
 
 
 def test_other_weights_are_noticed() -> None:
