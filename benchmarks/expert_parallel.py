@@ -141,7 +141,8 @@ class Served:
     """A rank's engine, in its process."""
 
     def __init__(self, directory: Path, kind: Kind, rank: int) -> None:
-        from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
+        from moebius.engine.expert_share import ExpertShare
+        from moebius.engine.load import exchange_spec, load_engine, prepare
         from moebius.engine.place import place
 
         here = place(rank, kind.ranks, kind.threads)

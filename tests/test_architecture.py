@@ -300,6 +300,8 @@ READS = ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop
 # sets them by hand.
 FOREIGN = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 FOREIGN |= {"TORCH_NCCL_BLOCKING_WAIT", "NCCL_SOCKET_IFNAME"}
+# Ray's own, by which its programs find a cluster that runs already.
+FOREIGN |= {"RAY_ADDRESS"}
 # OpenTelemetry's own, which a host sets for all programs; whoever has no collector knows none.
 FOREIGN |= {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME"}
 

@@ -109,3 +109,22 @@ def test_the_cache_takes_what_was_asked_for(tiny_model: Path) -> None:
     with LLM(str(tiny_model), device="cuda", kv_cache_memory_bytes=2**28):
         taken = torch.cuda.memory_allocated() - before
     assert 0.99 * 2**28 <= taken <= 1.05 * 2**28
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU's memory is the host's")
+@pytest.mark.parametrize("experts", ["cpu", 2])
+@pytest.mark.parametrize("kernels", ["", "reference"])
+def test_experts_on_the_host_change_no_greedy_token(
+    experts: str | int, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows go there and come back, by the compiled kernels where there are some, or plain PyTorch."""
+    monkeypatch.setenv("MOEBIUS_CPU_ISA", kernels)
+    save_tiny(tmp_path, "qwen3_moe", vocab_size=320)
+    write_tokenizer(tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    found = []
+    for where in ("device", experts):
+        options = {"max_num_batched_tokens": 8, "max_num_seqs": 4, "kv_cache_memory_bytes": CACHE}
+        with LLM(str(tmp_path), device="cuda", experts=where, **options) as llm:
+            found.append([one.outputs[0].token_ids for one in llm.generate(PROMPTS, params)])
+    assert found[0] == found[1]

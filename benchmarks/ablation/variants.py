@@ -11,7 +11,8 @@ import torch
 
 from moebius.bench.workload import Sample, require_positive
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import Prepared, prepare
+from moebius.engine.load import prepare
+from moebius.engine.prepared import Prepared
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.family import model_config

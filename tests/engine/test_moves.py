@@ -14,8 +14,9 @@ import pytest
 from engine.collector import Collector
 from engine.test_engine import ask, engine, prompts, tokens
 from moebius.engine.config import EngineConfig
+from moebius.engine.expert_share import ExpertShare
 from moebius.engine.in_process import InProcessClient
-from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
+from moebius.engine.load import exchange_spec, load_engine, prepare
 from moebius.engine.moves import ExpertMoves
 from moebius.engine.rank import RankEngine
 from moebius.errors import MoebiusError, WeightsError

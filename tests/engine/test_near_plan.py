@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from moebius import machine
 from moebius.cli.commands import app
-from moebius.engine import load
+from moebius.engine import expert_share
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import ExpertShare, prepare
+from moebius.engine.expert_share import ExpertShare
+from moebius.engine.load import prepare
 from moebius.engine.place import NodeMemory, places
+from moebius.engine.plan_words import human_bytes
 from moebius.errors import MemoryPlanError
 from parallel.test_topology import Host
 
@@ -29,7 +31,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     """Eight processors, and 16 GiB of memory that may be taken; tests say on which nodes."""
     monkeypatch.setattr(machine, "_allowed_processors", lambda: 8)
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(16 * GIB, 32 * GIB, "machine"))
-    monkeypatch.setattr(load, "places", partial(places, root=tmp_path))
+    monkeypatch.setattr(expert_share, "places", partial(places, root=tmp_path))
     return Host(tmp_path).allow("0-7")
 
 
@@ -50,9 +52,9 @@ def test_each_rank_is_planned_to_copy_what_it_reads(host: Host, tiny_model: Path
     assert not any(weight.mapped for weight in copied.weights)
     rows = {name: row for name, *row in copied.rows()}
     assert rows["weights"][1].endswith(
-        f"copied, {load.human_bytes(weights.near)} copied to memory node 0"
+        f"copied, {human_bytes(weights.near)} copied to memory node 0"
     )
-    assert rows["repeated"][0] == load.human_bytes(weights.common)
+    assert rows["repeated"][0] == human_bytes(weights.common)
 
 
 def test_experts_to_move_are_counted_as_before(host: Host, tiny_model: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import ExpertShare, prepare
+from moebius.engine.expert_share import ExpertShare
+from moebius.engine.load import prepare
 from moebius.engine.placing import near_nodes, start_placement
 from moebius.errors import ConfigError
 from moebius.inspect.config import InspectConfig

@@ -12,7 +12,8 @@ import torch
 import moebius
 from covering import each_value
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import ExpertShare, load_engine, prepare, step_rows
+from moebius.engine.expert_share import ExpertShare
+from moebius.engine.load import load_engine, prepare, step_rows
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig

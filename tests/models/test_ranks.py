@@ -14,7 +14,8 @@ from torch import Tensor
 
 import rank_steps
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import ExpertShare, prepare
+from moebius.engine.expert_share import ExpertShare
+from moebius.engine.load import prepare
 from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
 from moebius.errors import ConfigError, PeerError, WeightsError

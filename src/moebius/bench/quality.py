@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.engine.config import EngineConfig
-from moebius.engine.load import Prepared, load_engine, prepare
+from moebius.engine.load import load_engine, prepare
 from moebius.engine.memory import PROMPT_LOGIT_ROWS
+from moebius.engine.prepared import Prepared
 from moebius.errors import ConfigError, NumericalError
 from moebius.inspect.corpus import Document
 from moebius.ops.steps import StepInputs

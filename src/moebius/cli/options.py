@@ -45,6 +45,7 @@ SIZES = (
     "quantization",
     "activations",
     "device",
+    "experts",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -54,6 +55,9 @@ SIZES = (
     "mmap_cold",
 )
 """The fields of EngineConfig that the memory plan depends on."""
+
+OTHER_NAMES = {"experts": ("--experts", "--experts-on-gpu")}
+"""Of fields whose option has more than one."""
 
 Command = Callable[..., None]
 
@@ -88,7 +92,7 @@ def options_of(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=getattr(base, name),
-                annotation=_annotation(hints[name]),
+                annotation=_annotation(name, hints[name]),
             )
             parameters.append(option)
         vars(run)["__signature__"] = signature.replace(parameters=parameters)
@@ -138,14 +142,18 @@ def _flag(option: Any, value: Any) -> list[str]:
     return list(option.secondary_opts[:1])  # none where that is what it is anyway
 
 
-def _annotation(hint: Any) -> Any:
+def _annotation(name: str, hint: Any) -> Any:
     """A field's annotation as typer wants a parameter's."""
     kind, described = get_args(hint)
-    option = typer.Option(help=described) if isinstance(described, str) else described
+    option = described
+    if isinstance(described, str):
+        option = typer.Option(*OTHER_NAMES.get(name, ()), help=described)
     if get_origin(kind) is Literal:
         kind = str  # the record itself says in one line which words a field may have
     elif get_origin(kind) is Sequence:
         kind = GenericAlias(list, get_args(kind))
+    elif kind == int | str:
+        kind = str  # a number, or a word instead: the record reads both
     return Annotated[kind, option]
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moebius.bench.predict import Outlook
     from moebius.cluster.engines import EngineProcesses
     from moebius.cluster.hosts import Hosts
-    from moebius.engine.load import Prepared
+    from moebius.engine.prepared import Prepared
     from moebius.engine.wire import Planned
     from moebius.models.hub import ModelSource
     from moebius.server.tls import Certificate
@@ -286,6 +286,17 @@ def plan(
             help="What this model's steps cost, from benchmarks/step_costs.py: predicts tokens/s.",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Plan for a CUDA device with so much memory, as 24GiB; none need be here.",
+        ),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Plan for a host with so much memory that is free."),
+    ] = None,
     tensors: Annotated[
         bool,
         typer.Option("--tensors", help="List every tensor too: bytes, mapped or copied, format."),
@@ -298,8 +309,10 @@ def plan(
     With --ranks they are those of one rank, as if all were on this host.
     """
     from moebius.engine.load import prepare
+    from moebius.engine.target import Target
 
-    prepared = prepare(which.find(model).path, config)
+    target = Target(_size("--memory", memory), _size("--host-memory", host_memory))
+    prepared = prepare(which.find(model).path, config, target=target)
     outlook = None
     if config.ranks > 1 or costs is not None:
         outlook = _outlook(prepared, config, costs)
@@ -311,6 +324,16 @@ def plan(
         _print_tensors(prepared)
     rows = prepared.rows() + (outlook.rows() if outlook else [])
     typer.echo(_plan_text(model, rows))
+
+
+def _size(option: str, text: str | None) -> int | None:
+    """Bytes of an option's size. Raises ConfigError."""
+    from moebius.engine.plan_words import bytes_of
+
+    try:
+        return None if text is None else bytes_of(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def _outlook(prepared: "Prepared", config: EngineConfig, costs: Path | None) -> "Outlook":

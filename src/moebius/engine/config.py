@@ -39,6 +39,13 @@ class EngineConfig(SchedulerConfig):
         "memory, and a little less exact.",
     ] = "auto"
     device: Annotated[Device, "auto (cuda when torch has it), cpu or cuda."] = "auto"
+    experts: Annotated[
+        int | str,
+        "Where a router's experts lie and are computed: device; cpu: in the host's memory beside a "
+        "CUDA device, by the CPU's kernels; or how many of each layer's on the device, and the "
+        "others so: a number, or auto: as many as there is room for. They are the first ones, or "
+        "the busiest by --expert-placement FILE. --experts-on-gpu is the same.",
+    ] = "device"
     kv_cache_memory_bytes: Annotated[
         int | None, "What the KV cache reserves; default: see `moebius plan`."
     ] = None
@@ -97,6 +104,7 @@ class EngineConfig(SchedulerConfig):
         require_word("speculative", self.speculative, Speculative)
         require_seconds("step_deadline", self.step_deadline)
         self._check_disk()
+        self._check_experts()
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks!r}; it must be a number of at least 1")
         if self.ranks > 1 and self.speculative != "none":
@@ -106,11 +114,42 @@ class EngineConfig(SchedulerConfig):
             )
         if not self.expert_placement:
             raise ConfigError("expert_placement is empty; use linear, balanced, or a file")
-        for name in ("expert_placement", "spare_experts"):
+        by_loads = self.device_experts not in (None, 0) and self.expert_placement != "balanced"
+        for name in ("spare_experts",) if by_loads else ("expert_placement", "spare_experts"):
             if self.ranks == 1 and getattr(self, name) not in ("linear", 0):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, but one rank holds all experts; set ranks"
                 )
+
+    @property
+    def device_experts(self) -> int | Literal["auto"] | None:
+        """How many of each layer's experts lie on a device with memory of its own; None: all."""
+        if self.experts == "device":
+            return None
+        if self.experts == "cpu":
+            return 0
+        return "auto" if self.experts == "auto" else int(self.experts)
+
+    def _check_experts(self) -> None:
+        given = str(self.experts)
+        if given not in ("device", "cpu", "auto") and not (given.isascii() and given.isdecimal()):
+            raise ConfigError(
+                f"experts is {self.experts!r}; it must be device, cpu, auto, or how many of each "
+                "layer's experts lie on the device, a whole number of at least 0"
+            )
+        if self.device_experts is None:
+            return
+        what = f"experts is {self.experts!r}, which puts some in the host's memory"
+        if self.device == "cpu":
+            raise ConfigError(
+                f"{what} beside a CUDA device, but device is 'cpu': there all of the model is "
+                "computed in the host's memory; leave it out, or use another device"
+            )
+        if self.ranks > 1:
+            raise ConfigError(
+                f"{what} beside a CUDA device, but ranks are {self.ranks}, which share experts on "
+                "CPUs only; leave one out"
+            )
 
     def _check_disk(self) -> None:
         require(

@@ -24,7 +24,7 @@ def choose_device(wish: str, ranks: int) -> torch.device:
     if wish == "cuda" and not has_cuda:
         raise ConfigError(
             f"--device cuda: torch finds no CUDA device ({_why_no_cuda()}); use --device cpu, or "
-            "mend what torch names"
+            "mend what torch names; moebius plan needs none where --memory says how much it has"
         )
     device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
     if ranks > 1 and device.type != "cpu":

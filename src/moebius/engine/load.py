@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,16 +14,26 @@ from moebius import machine
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.constraints import constraints_of_model
-from moebius.engine.devices import available as available_on
-from moebius.engine.devices import choose_device, prove_on_device
+from moebius.engine.devices import prove_on_device
 from moebius.engine.disk_directory import launch_key
+from moebius.engine.disk_memory import disk_memory
 from moebius.engine.disk_start import disk_tier, open_disk
-from moebius.engine.drafting import scheduler_for, why_not
+from moebius.engine.drafting import scheduler_for
 from moebius.engine.dtypes import choose_dtype, choose_kv_dtype
 from moebius.engine.encoders import as_asked, shares_prefixes
 from moebius.engine.engine import Engine
+from moebius.engine.expert_share import ExpertShare, part_of_host
 from moebius.engine.fitting import fit_to_device, told_of_memory
 from moebius.engine.garbage import uncollected
+from moebius.engine.host_experts import (
+    ExpertOrder,
+    crossing_rows,
+    least_cache,
+    most_on_device,
+    on_host,
+    placement_name,
+)
+from moebius.engine.host_plan import HostPlan, rows_bytes
 from moebius.engine.info import engine_info
 from moebius.engine.kv_cache import (
     KVCache,
@@ -33,31 +44,29 @@ from moebius.engine.kv_cache import (
 )
 from moebius.engine.memory import (
     MemoryPlan,
-    exchange_bytes,
+    grammar_bytes,
     logit_rows,
     plan_memory,
 )
 from moebius.engine.moves import ExpertMoves
-from moebius.engine.place import NodeMemory, places
-from moebius.engine.placing import start_placement
-from moebius.engine.plan_words import human_bytes, node_names
+from moebius.engine.place import NodeMemory
+from moebius.engine.prepared import Prepared
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
+from moebius.engine.target import HERE, Target
 from moebius.engine.trace import TraceWriter
-from moebius.engine.weight_bytes import common_bytes, count_weights
+from moebius.engine.weight_bytes import common_bytes, count_weights, in_memory
 from moebius.engine.workspace import StepRows, Workspace, plan_workspace
 from moebius.errors import ConfigError
-from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.encoder_decoder import decoder_of
 from moebius.models.key_offsets import key_offsets
 from moebius.models.layout import Source
 from moebius.models.store import Checkpoint, PlannedWeight, fingerprint, open_checkpoint
 from moebius.models.store.load import Loader
-from moebius.models.store.tensors import NUMBER_BYTES
 from moebius.models.uses import check_served
-from moebius.moe.placement import Placement
+from moebius.moe.on_host import HostExperts
 from moebius.moe.ranks import ExpertRank
 from moebius.ops import Ops, select_ops
 from moebius.ops.cache_spec import CacheSpec
@@ -74,136 +83,46 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertShare:
-    """Which of several ranks that share a model's experts an engine is to be.
-
-    placement: what each of them holds; None: in order, as evenly as it goes. neighbours: of these
-    on this host, itself among them, that have not taken their memory yet. memory: of the nodes that
-    it is bound to; None: it is bound to none.
-    """
-
-    rank: int
-    ranks: int
-    placement: Placement | None = None
-    neighbours: int = 1
-    memory: NodeMemory | None = None
-
-    @property
-    def memory_apart(self) -> bool:
-        """Whether its weights are copied to the nodes that it is bound to."""
-        return self.memory is not None and self.memory.apart
-
-    @classmethod
-    def on_this_host(
-        cls, directory: Path, config: EngineConfig
-    ) -> tuple["ExpertShare", EngineConfig]:
-        """The rank that has least memory, as if all were here, with what it computes with."""
-        found = places(config.ranks, config.threads)
-        rank = min(range(config.ranks), key=lambda each: found[each].room)
-        placement = start_placement(directory, config)
-        share = cls(rank, config.ranks, placement, config.ranks, found[rank].memory)
-        return share, replace(config, threads=found[rank].threads)
-
-    def of(self, model: ModelConfig, config: EngineConfig) -> ExpertRank:
-        """The rank of this model. Raises ConfigError for a model without experts, or with fewer
-        of them than ranks, and for a placement that is not for it."""
-        if not model.experts:
-            raise ConfigError(
-                f"this {model.model_type} model has no experts, which is what ranks share"
-            )
-        placement = self.placement or Placement.linear(model.experts, self.ranks)
-        if placement.ranks != self.ranks:
-            raise ConfigError(
-                f"experts are placed on {placement.ranks} ranks, but there are {self.ranks}"
-            )
-        return ExpertRank(placement, self.rank, config.max_num_batched_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked checkpoint with everything decided that loading needs. Nothing is allocated yet."""
+class _Chosen:
+    """What a plan is made of, but for which experts lie where; fields are as Prepared's."""
 
     checkpoint: Checkpoint
+    config: EngineConfig
+    target: Target
     ops: Ops
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
-    weights: list[PlannedWeight]
-    plan: MemoryPlan
-    threads: int
-    workspace: Workspace
-    decoder: Decoder
-    """Without memory; the first engine that is made of this fills it."""
-    loader: Loader
+    share: ExpertShare | None = None
     quantized: Quantized | None = None
-    """What `checkpoint` is made by, where it is to have fewer bits."""
-    speculative: str = "none"
-    proven: bool = False
-    """One answer in any company was seen on the device itself."""
 
     @property
-    def batch_invariant(self) -> bool:
-        """Promise P1: told by the operations that this model uses, or seen."""
-        return self.proven or self.workspace.batch_invariant(self.ops)
+    def ranks(self) -> ExpertRank | None:
+        return None if self.share is None else self.share.of(self.checkpoint.config, self.config)
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """The plan as a table: (what, how much, remark)."""
-        weights, *rest = self.plan.rows()
-        return [
-            weights,
-            *self._format_rows(),
-            *self._quantization_rows(),
-            *rest,
-            *self._drafting_rows(),
-            *self._rank_rows(),
-            ("threads", str(self.threads), f"{machine.processors():g} processors may be used"),
-        ]
-
-    def _format_rows(self) -> list[tuple[str, str, str]]:
-        formats = self.checkpoint.formats
-        if set(formats) <= NUMBER_BYTES.keys():
-            return []
-        parts = (f"{human_bytes(nbytes)} {name}" for name, nbytes in formats.items())
-        return [("formats", "", ", ".join(parts))]
-
-    def _quantization_rows(self) -> list[tuple[str, str, str]]:
-        if self.quantized is None:
-            return []
-        before = human_bytes(sum(self.quantized.original.formats.values()))
-        after = human_bytes(sum(self.quantized.checkpoint.formats.values()))
-        remark = f"{before} become {after}; kept in {self.quantized.file.parent}"
-        return [("quantization", self.quantized.recipe.name, remark)]
-
-    def _drafting_rows(self) -> list[tuple[str, str, str]]:
-        if self.speculative == "none":
-            return []
-        reason = why_not(self.checkpoint.config, self.plan.groups)
-        return [("drafts", "off" if reason else self.speculative, reason or "where they pay")]
-
-    def _rank_rows(self) -> list[tuple[str, str, str]]:
-        ranks = self.decoder.ranks
-        if ranks is None:
-            return []
-        count = ranks.placement.ranks
-        held = {len(ranks.held(layer) or ()) for layer in ranks.placement.layers}
-        of = set(ranks.placement.experts.values())
-        exchanged = exchange_bytes(self.decoder.config, ranks.tokens, count, self.dtype.itemsize)
-        experts = f"{_range(held)} of {_range(of)} experts a layer"
-        traded = f"{human_bytes(exchanged)} exchanged in the largest step at most"
-        return [("rank", f"{ranks.rank} of {count}", f"{experts}; {traded}")]
+    @property
+    def memory(self) -> NodeMemory | None:
+        """The nodes that its weights are copied to."""
+        share = self.share
+        return None if share is None or not share.memory_apart else share.memory
 
 
 @uncollected()
 def prepare(
-    directory: Path, config: EngineConfig, share: ExpertShare | None = None, *, ahead: bool = False
+    directory: Path,
+    config: EngineConfig,
+    share: ExpertShare | None = None,
+    *,
+    ahead: bool = False,
+    target: Target = HERE,
 ) -> Prepared:
     """Check a model and plan its memory, by the heads of its files alone. Raises UsageError.
 
     share: the rank to plan for; None: of config.ranks the one that has least memory, as if all were
     on this host. ahead: an engine will be made of it; weights that there is room for may be read,
-    and kernels of a device are proven there.
+    and kernels of a device are proven there. target: the machine that it would be made on.
     """
-    prepared = _planned(directory, config, share, ahead=ahead)
+    prepared = _planned(directory, config, share, ahead=ahead, target=target)
     if not ahead or not prepared.ops.name.startswith("triton"):
         return prepared
     if prepared.quantized is not None:
@@ -215,59 +134,141 @@ def prepare(
 
 
 def _planned(
-    directory: Path, config: EngineConfig, share: ExpertShare | None, *, ahead: bool
+    directory: Path,
+    config: EngineConfig,
+    share: ExpertShare | None,
+    *,
+    ahead: bool,
+    target: Target,
 ) -> Prepared:
     if share is None and config.ranks > 1:
         share, config = ExpertShare.on_this_host(directory, config)
     checkpoint = _published(directory, config.max_model_len)
     quantized = Quantized.by_name(checkpoint, config.quantization)
     checkpoint = as_asked(checkpoint if quantized is None else quantized.checkpoint, config)
-    device = choose_device(config.device, 1 if share is None else share.ranks)
+    device = _device(target, config, share)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     ops = _ops(checkpoint, config, device, dtype)
     check_served(checkpoint.config, dtype, ops, kv_dtype)
-    ranks = None if share is None else share.of(checkpoint.config, config)
-    memory = None if share is None or not share.memory_apart else share.memory
-    sources = checkpoint.sources_at(ranks)
-    weights = checkpoint.plan_weights(
-        dtype_name(dtype), device.type, ops.formats(dtype), sources, near=memory is not None
+    chosen = _Chosen(
+        checkpoint, config, target, ops, device, dtype, kv_dtype, share=share, quantized=quantized
     )
-    weight_bytes = count_weights(sources, weights, checkpoint.dtype, config, ranks)
-    weight_bytes = replace(weight_bytes, nodes=() if memory is None else memory.nodes)
-    available, available_of = _room(device, share, sources, weights)
-    loader = Loader(checkpoint, device, near=memory is not None, cold=config.mmap_cold)
-    if ahead and quantized is None and weight_bytes.total <= available:
+    if config.device_experts is None:
+        return _prepared(chosen, ahead=ahead)
+    return _beside_host(chosen, config.device_experts)
+
+
+def _beside_host(chosen: _Chosen, wanted: int | Literal["auto"]) -> Prepared:
+    """With `wanted` experts of each layer on the device, and the others in the host's memory."""
+    model = chosen.checkpoint.config
+    config = chosen.config
+    order = ExpertOrder.of(model, config)
+    ops = _ops(chosen.checkpoint, config, torch.device("cpu"), chosen.dtype)
+    most = crossing_rows(model, config, chosen.dtype)
+
+    def planned(count: int, least: int = 0) -> Prepared:
+        host = on_host(model, order, count, ops, most)
+        return replace(_prepared(chosen, host, least=least), placed=order.words)
+
+    if wanted == "auto":
+        bare = planned(0).plan
+        cache = least_cache(bare, config)
+        count = most_on_device(bare, _device_sizes(chosen, order), cache)
+        found = planned(count, least=cache)
+    else:
+        found = planned(wanted)
+    if found.plan.host is not None:
+        found.plan.host.check()
+    return found
+
+
+def _device_sizes(chosen: _Chosen, order: ExpertOrder) -> list[int]:
+    """Bytes of 0, 1, 2, ... experts of each layer on the device."""
+    checkpoint = chosen.checkpoint
+    formats = chosen.ops.formats(chosen.dtype)
+    dtype = dtype_name(chosen.dtype)
+    weights = checkpoint.plan_weights(dtype, chosen.device.type, formats)
+    return order.sizes(checkpoint.sources, weights)
+
+
+def _prepared(
+    chosen: _Chosen, host: HostExperts | None = None, *, ahead: bool = False, least: int = 0
+) -> Prepared:
+    """With these experts in the host's memory, and at `least` so many bytes of KV cache, as far as
+    there is room."""
+    checkpoint = chosen.checkpoint
+    config = chosen.config
+    device = chosen.device
+    ranks = chosen.ranks
+    near = chosen.memory is not None
+    sources = checkpoint.sources_at(ranks)
+    formats = chosen.ops.formats(chosen.dtype)
+    dtype = dtype_name(chosen.dtype)
+    weights = checkpoint.plan_weights(dtype, device.type, formats, sources, near=near, host=host)
+    here = in_memory(sources, weights, on_host=False)
+    # Of experts on disk those in the host's memory are, where there are some.
+    settings = config if host is None else replace(config, mmap_cold=False)
+    weight_bytes = count_weights(*here, checkpoint.dtype, settings, ranks)
+    weight_bytes = replace(weight_bytes, nodes=chosen.memory.nodes if chosen.memory else ())
+    available, available_of = _room(chosen, sources, weights)
+    loader = Loader(checkpoint, device, near=near, cold=config.mmap_cold)
+    if ahead and chosen.quantized is None and weight_bytes.total <= available:
         loader.read_ahead(ranks)
-    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
-    workspace = _workspace(decoder, config, kv_dtype)
+    decoder = decoder_of(checkpoint.config, chosen.ops, chosen.dtype, "meta", ranks, host)
+    workspace = _workspace(decoder, config, chosen.kv_dtype)
+    specs = checkpoint.config.caches(chosen.dtype, chosen.kv_dtype)
     plan = plan_memory(
         checkpoint.config,
         config,
         weight_bytes,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
         device=device.type,
-        kv_dtype=dtype_name(kv_dtype),
-        cache=_cache_sizes(checkpoint.config.caches(dtype, kv_dtype), ops, config.block_size),
+        kv_dtype=dtype_name(chosen.kv_dtype),
+        cache=_cache_sizes(specs, chosen.ops, config.block_size),
         available=available,
         available_of=available_of,
         step=workspace.memory,
-        ranks=1 if share is None else share.ranks,
+        ranks=1 if chosen.share is None else chosen.share.ranks,
+        least=least,
     )
+    if host is not None:
+        plan = replace(plan, host=_host_plan(chosen, host, sources, weights, plan.cache))
     return Prepared(
         checkpoint=checkpoint,
-        ops=ops,
+        ops=chosen.ops,
         device=device,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
+        dtype=chosen.dtype,
+        kv_dtype=chosen.kv_dtype,
         weights=weights,
         plan=plan,
         threads=_threads(config),
         workspace=workspace,
         decoder=decoder,
         loader=loader,
-        quantized=quantized,
+        quantized=chosen.quantized,
         speculative=config.speculative,
+    )
+
+
+def _host_plan(
+    chosen: _Chosen,
+    host: HostExperts,
+    sources: Sequence[Source],
+    weights: Sequence[PlannedWeight],
+    cache: CacheSizes,
+) -> HostPlan:
+    """What the host has of it."""
+    model = chosen.checkpoint.config
+    available, available_of = chosen.target.on_host()
+    there = in_memory(sources, weights, on_host=True)
+    return HostPlan(
+        count_weights(*there, chosen.checkpoint.dtype, chosen.config, None),
+        rows_bytes(model, host.most),
+        grammar_bytes(model.vocab_size, "cpu"),
+        disk_memory(cache, chosen.config),
+        available,
+        available_of,
     )
 
 
@@ -297,34 +298,13 @@ def _threads(config: EngineConfig) -> int:
 
 
 def _room(
-    device: torch.device,
-    share: ExpertShare | None,
-    sources: Sequence[Source],
-    weights: Sequence[PlannedWeight],
+    chosen: _Chosen, sources: Sequence[Source], weights: Sequence[PlannedWeight]
 ) -> tuple[int, str]:
     """Bytes that an engine with these weights may take, and of what."""
-    available, of = available_on(device)
-    if share is None or device.type != "cpu":
+    available, of = chosen.target.available(chosen.device)
+    if chosen.share is None or chosen.device.type != "cpu":
         return available, of
-    return _share_of(available, of, share, common_bytes(sources, weights))
-
-
-def _share_of(host: int, owner: str, share: ExpertShare, common: int) -> tuple[int, str]:
-    """Bytes that a rank may take, and of what: of its host's, or of its nodes' where that is less.
-    `common` are there once, for all ranks."""
-
-    def part(available: int, ranks: int) -> int:
-        return (available - common) // ranks + common
-
-    found = part(host, share.neighbours)
-    memory = share.memory
-    if memory is None:
-        return found, owner
-    own = part(memory.available, min(memory.ranks, share.neighbours))
-    if own >= found:
-        return found, owner
-    of_node = f"{node_names(memory.nodes)}'s {human_bytes(memory.available)}"
-    return own, f"{of_node}, which {memory.ranks} ranks share" if memory.ranks > 1 else of_node
+    return part_of_host(available, of, chosen.share, common_bytes(sources, weights))
 
 
 def check_ranks(directory: Path, config: EngineConfig) -> None:
@@ -343,11 +323,6 @@ def _published(directory: Path, length: int | None) -> Checkpoint:
             f"has {why}"
         )
     return replace(checkpoint, config=checkpoint.config.at_length(length))
-
-
-def _range(numbers: set[int]) -> str:
-    few = sorted({min(numbers), max(numbers)})
-    return " to ".join(map(str, few))
 
 
 def load_engine(
@@ -409,8 +384,10 @@ def _filled(prepared: Prepared, config: EngineConfig) -> tuple[Decoder, MemoryPl
     """The model with its weights, and the plan as it fits beside them."""
     model = prepared.decoder
     if not model.norm.weight.is_meta:  # an engine was made of this before
-        ranks = prepared.decoder.ranks
-        model = decoder_of(model.config, model.ops, model.dtype, device="meta", ranks=ranks)
+        host = None if model.host is None else model.host.again()
+        model = decoder_of(model.config, model.ops, model.dtype, "meta", model.ranks, host)
+    if model.ranks is not None:
+        model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))
     with told_of_memory(prepared.plan, prepared.device):
         prepared.loader.fill(model)
     specs = model.config.caches(prepared.dtype, prepared.kv_dtype)
@@ -432,8 +409,6 @@ def _load_runner(prepared: Prepared, config: EngineConfig, model: Decoder) -> Ru
         num_states=0 if states is None else states.num_slots,
         key_offsets=key_offsets(model) if prepared.kv_dtype == torch.int8 else (),
     )
-    if model.ranks is not None:
-        model.ranks.join(Alone(exchange_spec(prepared), model.ranks.rank))
     rows = replace(step_rows(config), sequences=config.max_num_seqs, context=plan.max_model_len)
     with told_of_memory(plan, prepared.device):
         runner = Runner(model, cache, prepared.device, rows, prepared.workspace)
@@ -478,11 +453,24 @@ def _torch_threads(prepared: Prepared, config: EngineConfig) -> int | None:
     Beside the kernels, which have threads of their own, a little of sampling is torch's: a second
     pool that spins for it costs both dearly on few cores.
     """
+    host = prepared.decoder.host
+    if host is not None and host.ops.own_threads:
+        return 1
     if prepared.device.type != "cpu":
         return None
     if prepared.ops.own_threads:
         return 1
     return config.threads or default_threads()
+
+
+def _device(target: Target, config: EngineConfig, share: ExpertShare | None) -> torch.device:
+    device = target.device(config.device, 1 if share is None else share.ranks)
+    if config.device_experts is not None and device.type == "cpu":
+        raise ConfigError(
+            "experts may lie in the host's memory beside a CUDA device, and torch finds none: all "
+            "of the model is computed in the host's memory; leave --experts out"
+        )
+    return device
 
 
 def weights_name(directory: Path) -> str:
@@ -491,9 +479,11 @@ def weights_name(directory: Path) -> str:
 
 
 def _fingerprint(prepared: Prepared) -> str:
-    """Names weights, configuration and kernels, and keys and values that are codes; `-approx`
-    where batch mates may change a bit (promise P1 is off)."""
+    """Names weights, configuration and kernels, keys and values that are codes, and which experts
+    the host computes; `-approx` where batch mates may change a bit (promise P1 is off)."""
     name = f"fp_{fingerprint(prepared.checkpoint)}_{prepared.ops.name}_{dtype_name(prepared.dtype)}"
     if prepared.kv_dtype == torch.int8:
         name += "_kv-int8"
+    if prepared.decoder.host is not None:
+        name += f"_{placement_name(prepared.decoder.host)}"
     return name if prepared.batch_invariant else f"{name}-approx"

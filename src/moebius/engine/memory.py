@@ -10,6 +10,7 @@ from typing import NamedTuple
 from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.disk_memory import disk_memory
+from moebius.engine.host_plan import HostPlan
 from moebius.engine.plan_words import human_bytes
 from moebius.engine.weight_bytes import WeightBytes
 from moebius.errors import ConfigError, MemoryPlanError
@@ -56,6 +57,9 @@ class MemoryPlan:
     the blocks. `chunk` is the most tokens of a sequence that one step computes: a window holds them
     beside its own.
 
+    host is what lies in the host's memory, beside a device with memory of its own that computes
+    with it.
+
     grammars is what a large vocabulary takes in the host's memory once a request is held to one; 0
     where that is another memory than the cache's. disk is what a KV cache on disk takes of it.
 
@@ -85,6 +89,7 @@ class MemoryPlan:
     capped: str = ""
     graphs: int = 0
     """Of the workspace, what captured steps take on a CUDA device."""
+    host: HostPlan | None = None
 
     @property
     def groups(self) -> CacheGroups:
@@ -339,6 +344,7 @@ def plan_memory(
     available_of: str = "",
     step: StepMemory = _UNKNOWN,
     ranks: int = 1,
+    least: int = 0,
 ) -> MemoryPlan:
     """Divide `available` bytes.
 
@@ -352,7 +358,7 @@ def plan_memory(
     kv_dtype: what keys and values are held in; None: as they are computed.
 
     The cache's default is the smaller of what max_num_seqs sequences of max_model_len can use and
-    half of what is left after weights and workspace.
+    half of what is left after weights and workspace, or `least`, as far as that goes.
     """
     wanted = engine.max_model_len
     length = _length(model, wanted)
@@ -380,7 +386,7 @@ def plan_memory(
         capped=model.capped,
         graphs=graphs,
     )
-    budget = _cache_budget(plan, engine.kv_cache_memory_bytes)
+    budget = _cache_budget(plan, engine.kv_cache_memory_bytes, least)
     plan = _divided(plan, budget, whole=wanted is not None)
     return _with_room_for_one(plan, budget, shorter=wanted is None)
 
@@ -425,8 +431,9 @@ def _divided(plan: MemoryPlan, budget: int, *, whole: bool) -> MemoryPlan:
     return replace(plan, num_slots=slots, num_blocks=blocks)
 
 
-def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
-    """Bytes for the cache with its states: what is wanted, or the default.
+def _cache_budget(plan: MemoryPlan, wanted: int | None, least: int) -> int:
+    """Bytes for the cache with its states: what is wanted, or the default, which is `least` or more
+    where there is room.
 
     Raises MemoryPlanError where there is less.
     """
@@ -435,27 +442,38 @@ def _cache_budget(plan: MemoryPlan, wanted: int | None) -> int:
     of = f" (left of {plan.available_of})" if plan.available_of else ""
     left = plan.left
     if left <= 0:
-        fewer = "use fewer --ranks (each has copies), " if weights.near else ""
-        if weights.experts and not weights.cold:
-            fewer += "let experts stay on disk with --mmap-cold, "
         disk = ""
         if plan.disk:
             disk = f", with what a KV cache on disk takes of it ({human_bytes(plan.disk)}),"
-            fewer += "lower --kv-cache-disk-bytes, "
         raise MemoryPlanError(
             f"weights ({weights.parts}) and workspace ({human_bytes(plan.workspace)}){disk} need "
             f"more than the {available} available{of}; lower --max-num-batched-tokens, keep the "
-            f"checkpoint's --dtype, {fewer}or free memory"
+            f"checkpoint's --dtype, {_remedies(plan)}or free memory"
         )
     if wanted is None:
         useful = plan.max_num_seqs * plan.most_blocks(plan.max_model_len) * plan.cache.block
-        return min(useful + plan.states, left // 2)
+        return min(useful + plan.states, max(left // 2, min(least, left)))
     if wanted > left:
         raise MemoryPlanError(
             f"--kv-cache-memory-bytes {wanted} ({human_bytes(wanted)}) is more than the "
             f"{human_bytes(left)} that weights and workspace leave of {available}{of}; lower it"
         )
     return wanted
+
+
+def _remedies(plan: MemoryPlan) -> str:
+    """What else would make weights take less; each with a comma behind it."""
+    weights = plan.weights
+    found = "use fewer --ranks (each has copies), " if weights.near else ""
+    if plan.device != "cpu" and weights.routed:
+        rest = weights.total - weights.routed
+        found += (
+            f"compute experts in the host's memory with --experts cpu ({human_bytes(rest)} of "
+            "weights are left here) or some of them with --experts-on-gpu auto, "
+        )
+    if weights.experts and not weights.cold:
+        found += "let experts stay on disk with --mmap-cold, "
+    return found + ("lower --kv-cache-disk-bytes, " if plan.disk else "")
 
 
 def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> MemoryPlan:
@@ -475,6 +493,15 @@ def _with_room_for_one(plan: MemoryPlan, budget: int, *, shorter: bool) -> Memor
         raise MemoryPlanError(
             f"one sequence of {plan.max_model_len:,} tokens needs {human_bytes(needed)} of KV "
             f"cache, but it has {human_bytes(plan.kv_cache)} ({plan.kv_tokens:,} tokens); lower "
-            f"--max-model-len or raise --kv-cache-memory-bytes to {needed + plan.states}"
+            f"--max-model-len or {_more_cache(plan, needed + plan.states)}"
         )
     return replace(plan, max_model_len=longest, lowered_from=plan.max_model_len)
+
+
+def _more_cache(plan: MemoryPlan, needed: int) -> str:
+    """How a plan comes to so many bytes of cache."""
+    raised = f"raise --kv-cache-memory-bytes to {needed}"
+    if needed <= plan.left or plan.device == "cpu" or not plan.weights.routed:
+        return raised
+    short = human_bytes(needed - plan.left)
+    return f"free {short} for more of it, with --experts cpu or fewer --experts-on-gpu"

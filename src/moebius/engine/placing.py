@@ -41,11 +41,6 @@ def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE)
     if config.expert_placement in ("linear", "balanced"):
         return Placement.linear(model.experts, config.ranks, spare, nodes)
     path = Path(config.expert_placement)
-    if not path.is_file():
-        raise ConfigError(
-            f"expert_placement is {config.expert_placement!r}, which is no file; use linear, "
-            "balanced, or a file with loads"
-        )
     loads = read_loads(path, model.experts)
     placed = Placement.balanced(loads, config.ranks, spare=spare, nodes=nodes)
     linear = Placement.linear(model.experts, config.ranks, spare, nodes).imbalance(loads)
@@ -64,9 +59,14 @@ def start_placement(directory: Path, config: EngineConfig, nodes: Nodes = ALIKE)
 def read_loads(path: Path, experts: Mapping[int, int]) -> dict[int, list[int]]:
     """How many (token, choice) pairs each expert of each layer got.
 
-    experts: how many the model's layers have. Raises ConfigError for what are no such loads, or
-    another model's.
+    experts: how many the model's layers have. Raises ConfigError for what is no file, are no such
+    loads, or another model's.
     """
+    if not path.is_file():
+        raise ConfigError(
+            f"expert_placement is {str(path)!r}, which is no file; use linear, balanced, or a file "
+            "with loads"
+        )
     rows = read_json(path).get("layers")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(

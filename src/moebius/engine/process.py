@@ -245,8 +245,9 @@ def _run(channel: Channel, pulse: Pulse, far: bool) -> int:
 
 
 def _load(channel: Channel, launch: wire.Launch, far: bool) -> Service:
+    from moebius.engine.expert_share import ExpertShare
     from moebius.engine.in_process import InProcessClient
-    from moebius.engine.load import ExpertShare, exchange_spec, load_engine, prepare
+    from moebius.engine.load import exchange_spec, load_engine, prepare
     from moebius.engine.member import Member
     from moebius.engine.place import place
     from moebius.engine.rank import RankEngine

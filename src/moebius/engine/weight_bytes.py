@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from moebius.engine.config import EngineConfig
 from moebius.engine.plan_words import human_bytes, node_names
@@ -18,7 +19,8 @@ class WeightBytes:
 
     `repacked` of those copied are codes and scales in another order than the files'; `split` are
     heads' matrices that were taken out of one (kv_b_proj), and widened. stored is the
-    dtype that most of them have in the files. moving is room for experts that come before others
+    dtype that most of them have in the files. routed are of the experts that routers choose from,
+    however they are held. moving is room for experts that come before others
     go, and for as many as a rank may come to hold. near are copied as they are, to the `nodes` of
     memory that a rank is bound to; `common` of these are of weights that every rank has. experts
     are the mapped ones that routers choose from, and `largest_layer` those of the layer with most:
@@ -38,6 +40,7 @@ class WeightBytes:
     cold: bool = False
     repacked: int = 0
     split: int = 0
+    routed: int = 0
 
     @property
     def total(self) -> int:
@@ -102,6 +105,7 @@ def count_weights(
         split=sum(weight.nbytes for weight in weights if weight.split),
         moving=0 if ranks is None else _moving_bytes(sources, weights, ranks, config),
         cold=config.mmap_cold,
+        routed=_routed_bytes(sources, weights),
     )
     if found.cold and not found.experts:
         raise ConfigError(
@@ -109,6 +113,19 @@ def count_weights(
             "they lie in its files; leave it out"
         )
     return found
+
+
+def in_memory(
+    sources: Sequence[Source], weights: Sequence[PlannedWeight], *, on_host: bool
+) -> tuple[list[Source], list[PlannedWeight]]:
+    """Those in the host's memory beside a device, or the others."""
+    chosen = [weight.on_host == on_host for weight in weights]
+    return list(compress(sources, chosen)), list(compress(weights, chosen))
+
+
+def _routed_bytes(sources: Sequence[Source], weights: Sequence[PlannedWeight]) -> int:
+    pairs = zip(sources, weights, strict=True)
+    return sum(weight.nbytes for source, weight in pairs if source.expert is not None)
 
 
 def _mapped_experts(sources: Sequence[Source], weights: Sequence[PlannedWeight]) -> Counter[int]:

@@ -14,6 +14,7 @@ from moebius.models.config import LayerSpec, ModelConfig, Norms
 from moebius.moe.beside import feed_forward
 from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.layer import FeedForward
+from moebius.moe.on_host import HostExperts
 from moebius.moe.ranks import ExpertRank
 from moebius.moe.router import Router, Routing
 from moebius.nn.linear import Changes, Embedding, Linear, ParameterModule, RMSNorm
@@ -35,7 +36,9 @@ class Stream(NamedTuple):
 class Layer(ParameterModule):
     """What a LayerSpec describes. Its parts are named as in published checkpoints of Llama."""
 
-    def __init__(self, spec: LayerSpec, place: Place, ranks: ExpertRank | None = None) -> None:
+    def __init__(
+        self, spec: LayerSpec, place: Place, shares: ExpertRank | HostExperts | None = None
+    ) -> None:
         super().__init__()
         self.ops = place.ops
         self.multiplier = spec.residual_multiplier
@@ -57,8 +60,8 @@ class Layer(ParameterModule):
             self.mixer_output_norm = norm("pre", "parallel", "behind-mlp")
         if spec.feed_forward is not None:
             self.post_attention_layernorm = norm("post", "parallel")
-            dispatch = ranks.dispatcher(place.ops, place.layer) if ranks else LocalDispatcher()
-            held = ranks.held(place.layer) if ranks else None
+            dispatch = shares.dispatcher(place.ops, place.layer) if shares else LocalDispatcher()
+            held = shares.held(place.layer) if shares else None
             self.mlp = feed_forward(spec.feed_forward, place, dispatch, held)
             self.mlp_output_norm = norm("pre", "parallel")
 
@@ -102,7 +105,8 @@ class Decoder(nn.Module):
     """Embedding, layers, norm and vocabulary projection (absent when tied to the embedding).
 
     Built on `device` with uninitialised parameters of `dtype`, for moebius.models.store.load or
-    moebius.train.initial to fill. `ranks` is this one's part where several share the experts.
+    moebius.train.initial to fill. `ranks` is this one's part where several share the experts, and
+    `host` says which of them lie in the host's memory, where `device` has one of its own.
     """
 
     def __init__(
@@ -112,13 +116,16 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         ranks: ExpertRank | None = None,
+        host: HostExperts | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.ops = ops
-        if ranks is not None:
-            ranks.require(config.experts)
+        shares = host if ranks is None else ranks
+        if shares is not None:
+            shares.require(config.experts)
         self.ranks = ranks
+        self.host = host
         self.dtype = dtype
         """What is computed in: biases have it, matrices may be stored in another, and norms'
         weights are as ModelConfig.norm says."""
@@ -126,7 +133,7 @@ class Decoder(nn.Module):
         with torch.device(device):
             self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size, dtype=dtype)
             self.layers = nn.ModuleList(
-                Layer(spec, replace(place, layer=number), ranks)
+                Layer(spec, replace(place, layer=number), shares)
                 for number, spec in enumerate(config.layers)
             )
             self.norm = _stream_norm(place)

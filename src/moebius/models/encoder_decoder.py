@@ -15,6 +15,7 @@ from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder, Layer, Stream
 from moebius.moe.dispatch import Dispatcher
 from moebius.moe.experts import Experts
+from moebius.moe.on_host import HostExperts
 from moebius.moe.ranks import ExpertRank
 from moebius.moe.router import Routing
 from moebius.nn.linear import RMSNorm
@@ -67,8 +68,9 @@ class EncoderDecoder(Decoder):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         ranks: ExpertRank | None = None,
+        host: HostExperts | None = None,
     ) -> None:
-        super().__init__(config, ops, dtype, device, ranks)
+        super().__init__(config, ops, dtype, device, ranks, host)
         with torch.device(device):
             norm_dtype = self.norm.weight.dtype
             self.encoder_norm = RMSNorm(ops, config.hidden_size, config.norm_eps, dtype=norm_dtype)
@@ -125,10 +127,11 @@ def decoder_of(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     ranks: ExpertRank | None = None,
+    host: HostExperts | None = None,
 ) -> Decoder:
     """The module of a configuration: see Decoder."""
     kind = EncoderDecoder if config.encoder_layers else Decoder
-    return kind(config, ops, dtype, device, ranks)
+    return kind(config, ops, dtype, device, ranks, host)
 
 
 def packed_past(model: Decoder, row_length: int, document_ids_T: Tensor | None) -> PackedPast:

@@ -48,7 +48,7 @@ class SchedulerConfig:
 
 def _check_type(field: Field[Any], value: object) -> None:
     """ConfigError for a switch that is no bool, a count that is no integer of 1 or more, and a time
-    that is no number."""
+    that is no number; a word or a count is for the record itself to check."""
     kind = get_args(field.type)[0]  # what is Annotated
     kinds = get_args(kind) or (kind,)
     if bool in kinds:
@@ -56,7 +56,7 @@ def _check_type(field: Field[Any], value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if float in kinds and not number:
         raise ConfigError(f"{field.name} is {value!r}; it must be a number")
-    if int not in kinds or (value is None and NoneType in kinds):
+    if int not in kinds or str in kinds or (value is None and NoneType in kinds):
         return
     if not (number and isinstance(value, int)):
         raise ConfigError(f"{field.name} is {value!r}; it must be an integer")

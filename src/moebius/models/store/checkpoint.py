@@ -26,6 +26,7 @@ from moebius.models.store.composed import composed, is_stored
 from moebius.models.store.kinds import open_model
 from moebius.models.store.plan import PlannedWeight, planned_weight
 from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor
+from moebius.moe.on_host import HostExperts
 from moebius.moe.ranks import ExpertRank
 
 log = logging.getLogger(__name__)
@@ -92,24 +93,28 @@ class Checkpoint:
         sources: Sequence[Source] | None = None,
         *,
         near: bool = False,
+        host: HostExperts | None = None,
     ) -> list[PlannedWeight]:
         """How each parameter is held on `device` by a model that computes in `dtype`.
 
         formats: those of matrices that the backend reads where they lie (Ops.formats), besides
         `dtype` itself. sources: of the parameters in question, None for all. near: what could be
-        mapped is copied as it is. Loads none; loading holds each as this says.
+        mapped is copied as it is. host: of the experts in the host's memory, which are held as on a
+        CPU. Loads none; loading holds each as this says.
         """
         found: list[PlannedWeight] = []
+        places = {False: (device, formats)}
+        if host is not None:
+            places[True] = ("cpu", host.formats)
         # Experts' matrices are thousands, and as many as a layer has lie in one tensor.
-        alike: dict[tuple[str, tuple[int, ...], bool], PlannedWeight] = {}
+        alike: dict[tuple[str, tuple[int, ...], bool, bool], PlannedWeight] = {}
         for source in self.sources if sources is None else sources:
-            kind = (source.name, source.shape, source.float32)
-            if kind in alike:
-                found.append(alike[kind].named(source.parameter))
-                continue
-            stored = self.tensors[source.name]
-            alike[kind] = planned_weight(source, stored, dtype, device, formats, near=near)
-            found.append(alike[kind])
+            away = host is not None and source.expert is not None and host.holds(*source.expert)
+            kind = (source.name, source.shape, source.float32, away)
+            if kind not in alike:
+                stored = self.tensors[source.name]
+                alike[kind] = planned_weight(source, stored, dtype, *places[away], near=near)
+            found.append(alike[kind].named(source.parameter, on_host=away))
         return found
 
 

@@ -22,6 +22,7 @@ from moebius.models.store.plan import PlannedWeight
 from moebius.models.store.sending import Sender, sender_to
 from moebius.models.store.tensors import NUMBER_BYTES, StoredTensor
 from moebius.moe.experts import Experts
+from moebius.moe.on_host import HostExperts
 from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
@@ -44,17 +45,19 @@ def load_decoder(
     *,
     mapped: bool = True,
     ranks: ExpertRank | None = None,
+    host: HostExperts | None = None,
 ) -> Decoder:
     """A decoder with a checkpoint's weights, which computes in `dtype` on `device`.
 
     ranks: where its experts are spread over several ranks, the one whose share is to be loaded.
+    host: where some of them lie in the host's memory beside the device's, which these are.
     The other arguments and what is raised are as in Loader.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     device = torch.device(device)
     ops = ops or select_ops(device, dtype)
-    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks)
+    decoder = decoder_of(checkpoint.config, ops, dtype, device="meta", ranks=ranks, host=host)
     Loader(checkpoint, device, mapped=mapped).fill(decoder)
     return decoder
 
@@ -93,7 +96,8 @@ class Loader:
     that is computed in, or are matrices in a format that the backend reads in place: loading copies
     nothing and processes share the pages. All others are copied as that dtype;
     Checkpoint.plan_weights says which. Mapped weights cannot be written and take no gradient;
-    mapped=False copies all of them, for training.
+    mapped=False copies all of them, for training. Experts in the host's memory beside another
+    device are mapped too, and it holds copies of the rest.
 
     A rank that shares experts with others reads and holds its own alone. near: it has copies of
     what would be mapped, too, in memory of its own, and no file stays mapped for them. cold: mapped
@@ -135,13 +139,23 @@ class Loader:
         """
         sources = self.checkpoint.sources_at(decoder.ranks)
         _check_all_have_a_source(decoder, sources)
-        whole = decoder.ranks is None and not self._cold
+        whole = decoder.ranks is None and decoder.host is None and not self._cold
         files = (self._ahead or MappedFiles()) if whole else self._parts
         self._ahead = None
         for module in decoder.modules():
             if isinstance(module, Experts):
                 module.on_disk = self._cold
         self._put(decoder, self._values(decoder, sources, files, _COPYING))
+        if decoder.host is not None:
+            self._release_copied(decoder, sources)
+
+    def _release_copied(self, decoder: Decoder, sources: Sequence[Source]) -> None:
+        """Give back the pages of what a device has copies of; the host's experts stay mapped in
+        the same files."""
+        planned = self._planned(decoder, sources)
+        copied = [source for source, plan in zip(sources, planned, strict=True) if not plan.mapped]
+        for file, spans in self._spans(copied).items():
+            self._parts.release(file, spans)
 
     def fill_some(self, decoder: Decoder, wanted: Callable[[str], bool]) -> None:
         """Give values to the parameters of a decoder on meta whose names are `wanted`."""
@@ -222,7 +236,7 @@ class Loader:
         dtype = dtype_name(decoder.dtype)
         formats = decoder.ops.formats(decoder.dtype) if self._mapped else frozenset[str]()
         return self.checkpoint.plan_weights(
-            dtype, self.device.type, formats, sources, near=self._near
+            dtype, self.device.type, formats, sources, near=self._near, host=decoder.host
         )
 
     def _values(
@@ -258,8 +272,9 @@ class Loader:
 
         def convert(index: int) -> Weight:
             source, weight = values[index]
-            wanted = planned[index][1].format
-            return _converted(weight, source, wanted, self._send)
+            plan = planned[index][1]
+            send = _stay if plan.on_host else self._send
+            return _converted(weight, source, plan.format, send)
 
         with ThreadPoolExecutor(threads) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
@@ -341,6 +356,9 @@ def _scattered(files: _Files, source: Source, stored: StoredTensor, format: Form
     entry = files.view(stored, format.dtype, (source.entry or 0) * math.prod(shape), shape)
     rows = entry.t() if source.transposed else entry
     return rows[slice(*source.rows)]
+
+
+_stay = sender_to(torch.device("cpu"))
 
 
 def _converted(weight: Weight, source: Source, wanted: str, send: Send) -> Weight:

@@ -23,6 +23,7 @@ class PlannedWeight:
     count    numbers, however many bytes they take
     split    the heads' part of a tensor that has more of each: in plain numbers, whatever it is
              stored as
+    on_host  in the host's memory, beside a device that has the rest in its own
     """
 
     name: str
@@ -32,11 +33,12 @@ class PlannedWeight:
     nbytes: int
     near: bool = False
     split: bool = False
+    on_host: bool = False
 
-    def named(self, name: str) -> "PlannedWeight":
+    def named(self, name: str, *, on_host: bool = False) -> "PlannedWeight":
         """The same of another parameter."""
         held = (self.mapped, self.format, self.count, self.nbytes, self.near, self.split)
-        return PlannedWeight(name, *held)
+        return PlannedWeight(name, *held, on_host)
 
     @property
     def repacked(self) -> bool:
