@@ -29,7 +29,7 @@ from moebius.request.engine_request import EngineRequest
 from moebius.request.hashes import BlockHasher
 from moebius.request.params import ServingLimits
 
-VERSION = 7
+VERSION = 8
 """Another one whenever a record that crosses gets or loses a field, or a field changes its type:
 else a process of another release would take one thing for another (tests/engine/test_wire.py)."""
 HEARTBEAT_SECONDS = 0.25
