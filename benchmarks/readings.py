@@ -23,7 +23,7 @@ from llama_server import LlamaServer
 
 from moebius.bench.quality import Figures, RowModel
 from moebius.engine.config import EngineConfig
-from moebius.engine.memory import PROMPT_LOGIT_ROWS
+from moebius.engine.step_memory import PROMPT_LOGIT_ROWS
 
 # The smallest number of float32, as a logarithm: what a server says of a probability of 0.
 LEAST = math.log(1.4e-45)

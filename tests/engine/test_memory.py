@@ -22,15 +22,9 @@ from moebius.engine.cache_sizes import CacheSizes
 from moebius.engine.config import EngineConfig
 from moebius.engine.dtypes import choose_dtype
 from moebius.engine.load import load_engine, prepare
-from moebius.engine.memory import (
-    MemoryPlan,
-    StepMemory,
-    exchange_bytes,
-    plan_memory,
-    sampling_bytes,
-    workspace_bytes,
-)
+from moebius.engine.memory import MemoryPlan, plan_memory
 from moebius.engine.plan_words import human_bytes
+from moebius.engine.step_memory import StepMemory, exchange_bytes, sampling_bytes, workspace_bytes
 from moebius.engine.weight_bytes import WeightBytes
 from moebius.errors import ConfigError, MemoryPlanError
 from moebius.models.config import LayerSpec, ModelConfig
@@ -216,7 +210,7 @@ MEASURED = """
 import gc, json, sys
 from tokenizers import Tokenizer as Backend
 import llguidance, llguidance.numpy
-from moebius.engine.memory import grammar_bytes
+from moebius.engine.step_memory import grammar_bytes
 from moebius.text.masks import Vocabulary
 from moebius.text.tokenizer import Tokenizer
 

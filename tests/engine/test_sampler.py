@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from moebius.engine import sampler
-from moebius.engine.memory import sampling_bytes
 from moebius.engine.sampler import Sampled, uniform
+from moebius.engine.step_memory import sampling_bytes
 from moebius.errors import EngineError, NumericalError
 from moebius.ops import Ops, select_ops
 from moebius.ops.cpu import CpuOps

@@ -13,7 +13,7 @@ from gpu_kernels.compiling import launches
 from gpu_kernels.conftest import DEVICE
 from gpu_kernels.test_attention import Drawn
 from moebius.engine.config import EngineConfig
-from moebius.engine.memory import workspace_bytes
+from moebius.engine.step_memory import workspace_bytes
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.moe.config import FeedForwardConfig
 from moebius.nn.attention import GQA

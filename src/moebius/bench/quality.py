@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moebius.engine.config import EngineConfig
 from moebius.engine.load import load_engine, prepare
-from moebius.engine.memory import PROMPT_LOGIT_ROWS
 from moebius.engine.prepared import Prepared
+from moebius.engine.step_memory import PROMPT_LOGIT_ROWS
 from moebius.errors import ConfigError, NumericalError
 from moebius.inspect.corpus import Document
 from moebius.ops.steps import StepInputs

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from moebius.engine.config import EngineConfig
-from moebius.engine.memory import logit_rows
 from moebius.engine.runner import Runner
+from moebius.engine.step_memory import logit_rows
 from moebius.engine.trace import TraceWriter
 from moebius.models.config import ModelConfig
 from moebius.ops.steps import StepInputs

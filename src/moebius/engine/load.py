@@ -42,18 +42,14 @@ from moebius.engine.kv_cache import (
     scratch_states,
     state_bytes,
 )
-from moebius.engine.memory import (
-    MemoryPlan,
-    grammar_bytes,
-    logit_rows,
-    plan_memory,
-)
+from moebius.engine.memory import MemoryPlan, plan_memory
 from moebius.engine.moves import ExpertMoves
 from moebius.engine.place import NodeMemory
 from moebius.engine.prepared import Prepared
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
+from moebius.engine.step_memory import grammar_bytes, graph_bytes, logit_rows
 from moebius.engine.target import HERE, Target
 from moebius.engine.trace import TraceWriter
 from moebius.engine.weight_bytes import common_bytes, count_weights, in_memory
@@ -149,7 +145,7 @@ def _planned(
     device = _device(target, config, share)
     dtype = choose_dtype(config.dtype, checkpoint.dtype, device.type)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
-    ops = _ops(checkpoint, config, device, dtype)
+    ops = _ops(checkpoint, config, device, dtype, here=target.device_memory is None)
     check_served(checkpoint.config, dtype, ops, kv_dtype)
     chosen = _Chosen(
         checkpoint, config, target, ops, device, dtype, kv_dtype, share=share, quantized=quantized
@@ -184,12 +180,15 @@ def _beside_host(chosen: _Chosen, wanted: int | Literal["auto"]) -> Prepared:
 
 
 def _device_sizes(chosen: _Chosen, order: ExpertOrder) -> list[int]:
-    """Bytes of 0, 1, 2, ... experts of each layer on the device."""
+    """Bytes that 0, 1, 2, ... experts of each layer take of the device."""
     checkpoint = chosen.checkpoint
     formats = chosen.ops.formats(chosen.dtype)
     dtype = dtype_name(chosen.dtype)
     weights = checkpoint.plan_weights(dtype, chosen.device.type, formats)
-    return order.sizes(checkpoint.sources, weights)
+    sizes = order.sizes(checkpoint.sources, weights)
+    # With all of them there, steps are captured.
+    sizes[-1] += graph_bytes(checkpoint.config, chosen.config)
+    return sizes
 
 
 def _prepared(
@@ -228,7 +227,10 @@ def _prepared(
         cache=_cache_sizes(specs, chosen.ops, config.block_size),
         available=available,
         available_of=available_of,
-        step=workspace.memory,
+        # What calls the host between two operations is not captured.
+        step=workspace.memory._replace(
+            captured=device.type == "cuda" and host is None and ranks is None
+        ),
         ranks=1 if chosen.share is None else chosen.share.ranks,
         least=least,
     )
@@ -278,14 +280,19 @@ def _workspace(decoder: Decoder, config: EngineConfig, kv_dtype: torch.dtype) ->
 
 
 def _ops(
-    checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    here: bool = True,
 ) -> Ops:
     """Where there are matrices whose products have the same bits on every processor, all others'
     are to have them too."""
     blocks = {each.name for each in BLOCK_FORMATS}
     some = any(tensor.format in blocks for tensor in checkpoint.tensors.values())
     ordered = config.activations == "int8" and some
-    return select_ops(device, dtype, config.threads, config.activations, ordered=ordered)
+    return select_ops(device, dtype, config.threads, config.activations, ordered=ordered, here=here)
 
 
 def _threads(config: EngineConfig) -> int:

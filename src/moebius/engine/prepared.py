@@ -7,8 +7,9 @@ import torch
 from moebius import machine
 from moebius.engine.drafting import why_not
 from moebius.engine.host_experts import batch_invariant
-from moebius.engine.memory import MemoryPlan, exchange_bytes
+from moebius.engine.memory import MemoryPlan
 from moebius.engine.plan_words import human_bytes
+from moebius.engine.step_memory import exchange_bytes
 from moebius.engine.workspace import Workspace
 from moebius.models.decoder import Decoder
 from moebius.models.store import Checkpoint, PlannedWeight

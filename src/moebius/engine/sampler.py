@@ -30,8 +30,8 @@ from torch import Tensor
 from moebius.engine.client import TokenLogprob
 from moebius.engine.devices import is_lost
 from moebius.engine.faults import failure, say
-from moebius.engine.memory import SAMPLED_IDS
 from moebius.engine.restriction import Restriction
+from moebius.engine.step_memory import SAMPLED_IDS
 from moebius.errors import ConstraintError, MoebiusError, NumericalError, frames
 from moebius.ops import LOWEST, Shaping
 from moebius.ops.sampling import ALL_BANNED, SamplerOps

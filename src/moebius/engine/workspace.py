@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moebius.engine.kv_cache import KVCache
-from moebius.engine.memory import StepMemory
 from moebius.engine.shared_head import SharedHead
+from moebius.engine.step_memory import StepMemory
 from moebius.errors import ConfigError
 from moebius.models.config import ModelConfig
 from moebius.models.decoder import Decoder

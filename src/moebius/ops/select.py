@@ -20,12 +20,14 @@ def select_ops(
     activations: Activations = "int8",
     *,
     ordered: bool = False,
+    here: bool = True,
 ) -> Ops:
     """The fastest backend for weights of `dtype` on `device`.
 
     threads: of a CPU's; None for all that we may use. activations: what they become where they meet
     quantised weights, if the backend quantises any: plain PyTorch does not. ordered: what it
-    computes has the bits of every processor as far as its operations can have them.
+    computes has the bits of every processor as far as its operations can have them. here: the
+    device is in this machine; of one that is not, a model can be planned for.
     MOEBIUS_CPU_ISA=reference asks for plain PyTorch. Raises ConfigError for an instruction set that
     is not there. Kernels on a CUDA device promise nothing before they were proven there
     (moebius.engine.proof).
@@ -34,7 +36,7 @@ def select_ops(
     if os.environ.get("MOEBIUS_CPU_ISA") == "reference":
         return ReferenceOps()
     if device.type == "cuda":
-        return _on_cuda(device)
+        return _on_cuda(device, here)
     if device.type != "cpu":
         return ReferenceOps()
     try:
@@ -49,13 +51,15 @@ def select_ops(
     return CpuOps(threads, activations=activations, ordered=ordered)
 
 
-def _on_cuda(device: torch.device) -> Ops:
-    reason = why_not(device)
+def _on_cuda(device: torch.device, here: bool) -> Ops:
+    reason = why_not(device if here else None)
     if reason:
         log.warning("plain PyTorch serves, much slower and not batch invariant: %s", reason)
         return ReferenceOps()
     from moebius.ops.triton.captured import CapturedOps
 
+    if not here:
+        return CapturedOps()
     major, minor = torch.cuda.get_device_capability(device)
     return CapturedOps(chip=f"sm_{major}{minor}")
 

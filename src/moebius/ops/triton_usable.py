@@ -11,9 +11,10 @@ LEAST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16 products and asynchronous copies."""
 
 
-def why_not(device: torch.device) -> str:
-    """Why kernels in Triton cannot serve `device`, in a line; empty where they can."""
-    reason = _of_card(device) or _of_triton()
+def why_not(device: torch.device | None) -> str:
+    """Why kernels in Triton cannot serve `device`, in a line; empty where they can. None: some
+    device that is not here."""
+    reason = (device is not None and _of_card(device)) or _of_triton()
     if reason:
         return reason
     try:

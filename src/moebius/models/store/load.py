@@ -271,10 +271,7 @@ class Loader:
             values.append((source, weight))
 
         def convert(index: int) -> Weight:
-            source, weight = values[index]
-            plan = planned[index][1]
-            send = _stay if plan.on_host else self._send
-            return _converted(weight, source, plan.format, send)
+            return self._brought(*values[index], planned[index][1])
 
         with ThreadPoolExecutor(threads) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
@@ -282,6 +279,11 @@ class Loader:
         if isinstance(self._send, Sender):
             self._send.finish()
         return values
+
+    def _brought(self, source: Source, weight: Weight, plan: PlannedWeight) -> Weight:
+        """A copy where it is to be."""
+        send = _stay if plan.on_host else self._send
+        return _converted(weight, source, plan.format, send)
 
     def _put(self, decoder: Decoder, values: Iterable[tuple[Source, Weight]]) -> None:
         modules = dict(decoder.named_modules())
