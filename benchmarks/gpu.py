@@ -11,9 +11,8 @@ valid at any moment.
                   moebius.ops.triton.tiles; only where STAGES names it
     checkpoint    the model's random weights, written to the folder of temporary files
     proof         what the engine proves of its kernels at start: cold, and with all compiled
-    prefill       a prompt of 2,048 tokens
-    decode        tokens after a prompt of 128, for one request and for 32 at once
-    graphs        the same decoding with CUDA graphs and without, and the host's time for a step
+    graphs        tokens after a prompt of 128, of one request and of 32, with CUDA graphs and
+                  without, and the host's time for a step
     one_answer    promise P1: tokens and log-probabilities alone, in batches, in chunks, after
                   preemptions, with graphs and without, compared by their bits
 
@@ -273,56 +272,6 @@ def generate(
     return wall
 
 
-def prefill(stage: Stage) -> None:
-    prompt = 128 if stage.small else 2048
-    repetitions = 1 if stage.small else 7
-    with load(stage) as llm:
-        walls: list[float] = []
-        for turn in range(repetitions + 1):
-            wall = generate(stage, llm, requests=1, prompt=prompt, output=1, seed=f"prefill-{turn}")
-            if turn:  # the first is the warm-up
-                walls.append(wall)
-                stage.keep(
-                    prompt=prompt,
-                    seconds=walls,
-                    tokens_per_second=prompt / statistics.median(walls),
-                )
-
-
-def decode(stage: Stage) -> None:
-    """Time per token: what `output` tokens take beyond what one takes, of the same prompts."""
-    prompt = 8 if stage.small else 128
-    output = 4 if stage.small else 128
-    repetitions = 1 if stage.small else 3
-    sizes = stage.sizes
-    used = sizes.layers * (sizes.attention + sizes.router + sizes.top_k * sizes.expert) + sizes.head
-    stage.keep(prompt=prompt, output=output, bytes_per_token_alone=2 * used)
-    with load(stage) as llm:
-        for requests in (1, 4 if stage.small else 32):
-            firsts: list[float] = []
-            wholes: list[float] = []
-            for turn in range(repetitions + 1):
-                shape = {
-                    "requests": requests,
-                    "prompt": prompt,
-                    "seed": f"decode-{requests}-{turn}",
-                }
-                first = generate(stage, llm, output=1, **shape)
-                whole = generate(stage, llm, output=output, **shape)
-                if turn:
-                    firsts.append(first)
-                    wholes.append(whole)
-                    spans = zip(firsts, wholes, strict=True)
-                    rates = [requests * (output - 1) / (whole - first) for first, whole in spans]
-                    of = {
-                        "one_token_s": firsts,
-                        "all_tokens_s": wholes,
-                        "tokens_per_second": rates,
-                        "median": statistics.median(rates),
-                    }
-                    stage.keep(**{f"requests_{requests}": of})
-
-
 @contextmanager
 def without_graphs() -> Iterator[None]:
     """Within it no step is captured."""
@@ -420,8 +369,6 @@ STAGES = {
         tiles,
         checkpoint,
         proof,
-        prefill,
-        decode,
         graphs,
         one_answer,
     )

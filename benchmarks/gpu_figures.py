@@ -7,6 +7,9 @@ record, OUT/STAGE.json, after every figure.
               tokens a second of 1, 8, 64 and 256 sequences, and the share of the bytes' roofline;
               prompts of 2,048 and 16,384 tokens, and the share of the matrix peak; 256 requests of
               1,000 tokens in and out; where a step's time goes, kernel by kernel
+    host-qwen3-30b
+              tokens a second of 1 and 8 sequences with all experts in the host's memory, and with
+              as many on the card as leave room (--experts)
     peers-m2  32 requests of 128 tokens in and out: here, by transformers' continuous batching, and
               by its generate() on one batch
 
@@ -93,7 +96,7 @@ class Measured:
         return seconds(work, self.stage.device)
 
 
-def load(stage: Stage, name: str) -> Measured:
+def load(stage: Stage, name: str, **options: Any) -> Measured:
     """A model of drawn weights, as the engine would have one from files."""
     from moebius import LLM, __version__
 
@@ -109,6 +112,7 @@ def load(stage: Stage, name: str) -> Measured:
         max_num_seqs=8 if stage.small else max(BATCHES),
         enable_prefix_caching=False,
         **({"kv_cache_memory_bytes": 2**24} if stage.small else {}),
+        **options,
     )
     wall = time.perf_counter() - start
     runner = llm.client._engine.runner  # nothing that serves reaches into its weights
@@ -137,7 +141,17 @@ def figures(stage: Stage, name: str) -> None:
         closed_loop(measured)
 
 
-def decode(measured: Measured, requests: int) -> None:
+def beside_host(stage: Stage, name: str) -> None:
+    """What experts in the host's memory cost. A file's holes are zeros there, whose products take
+    as long on a CPU."""
+    for experts in ("cpu", "auto"):
+        with load(stage, name, experts=experts, max_num_seqs=8).llm as llm:
+            measured = Measured(stage, card_model(name, stage.small), llm)
+            for requests in (1, 8):
+                decode(measured, requests, f"{experts}_")
+
+
+def decode(measured: Measured, requests: int, prefix: str = "") -> None:
     """Time per step: what `output` tokens take beyond what one takes, of as many prompts."""
     context = 16 if measured.stage.small else CONTEXT
     output = 4 if measured.stage.small else DECODED
@@ -152,7 +166,7 @@ def decode(measured: Measured, requests: int) -> None:
     floor = step_bytes(model.sizes, model.stored, [Chunk(1, context + output // 2)] * requests)
     measured.stage.keep(
         **{
-            f"decode_{requests}": {
+            f"{prefix}decode_{requests}": {
                 "step_s": steps,
                 "tokens_per_second": requests / step,
                 "bytes_per_step": floor,
@@ -304,6 +318,7 @@ STAGES: dict[str, tuple[Callable[[Stage, str], None], str]] = {
     "figures-m2": (figures, "m2"),
     "figures-qwen3-30b": (figures, "qwen3-30b"),
     "figures-gpt-oss-20b": (figures, "gpt-oss-20b"),
+    "host-qwen3-30b": (beside_host, "qwen3-30b"),
     "peers-m2": (peers, "m2"),
 }
 

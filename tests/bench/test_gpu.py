@@ -38,43 +38,22 @@ def gpu(
     return done.returncode, records, done.stdout + done.stderr
 
 
-@pytest.mark.exhaustive
-def test_a_rehearsal_measures_prefill_and_decode(tmp_path: Path) -> None:
-    stages = ("checkpoint", "prefill", "decode")
-    code, records, said = gpu(
-        tmp_path, " ".join(f"{stage}:120" for stage in stages), "--device", "cpu", "--small"
-    )
-    assert code == 0, said
-    assert set(records) == set(stages) and all(record["finished"] for record in records.values())
-    prefill, decode = records["prefill"], records["decode"]
-    assert prefill["tokens_per_second"] == prefill["prompt"] / prefill["seconds"][0]
-    # Counted by hand: 2 layers of attention, router and two experts of the four, and the head; two bytes each.
-    layer = 64 * 16 * (4 + 2 + 2 + 4) + 64 * 4 + 2 * 3 * 64 * 32
-    assert decode["bytes_per_token_alone"] == 2 * (2 * layer + 64 * 4096)
-    for requests in (1, 4):
-        found = decode[f"requests_{requests}"]
-        # Other work may have made the longer run the shorter one: a rate may be negative here.
-        assert found["one_token_s"][0] > 0 and found["all_tokens_s"][0] > 0
-        beyond = found["all_tokens_s"][0] - found["one_token_s"][0]
-        assert found["median"] == pytest.approx(requests * (decode["output"] - 1) / beyond)
-
-
 def test_a_stage_that_fails_or_is_stopped_leaves_a_record_and_the_next_one_runs(
     tmp_path: Path,
 ) -> None:
     """There are no weights to decode with; and nothing can import torch in a hundredth of a second."""
     code, records, said = gpu(
-        tmp_path, "decode:120 prefill:0.01 environment:120", "--device", "cpu", "--small"
+        tmp_path, "graphs:120 one_answer:0.01 environment:120", "--device", "cpu", "--small"
     )
     assert code == 1
-    assert "run the stage checkpoint first" in said and "prefill: stopped at its limit" in said
-    assert not records["decode"]["finished"] and records["environment"]["finished"]
+    assert "run the stage checkpoint first" in said and "one_answer: stopped at its limit" in said
+    assert not records["graphs"]["finished"] and records["environment"]["finished"]
     assert records["environment"]["torch"] == torch.__version__
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_cuda_device_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
-    code, records, said = gpu(tmp_path, "environment:120 decode:120")
+    code, records, said = gpu(tmp_path, "environment:120 graphs:120")
     assert code == 2 and not records
     assert (
         said.count(
@@ -88,6 +67,6 @@ def test_a_python_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
-    code, records, said = gpu(tmp_path, "environment:120 decode:120", python=str(bare))
+    code, records, said = gpu(tmp_path, "environment:120 graphs:120", python=str(bare))
     assert code == 2 and not records
     assert said.count("has no torch; name a Python that has: PYTHON=PROGRAM") == 1
