@@ -8,7 +8,7 @@ import torch
 from moebius import machine
 from moebius.engine.plan_words import human_bytes
 from moebius.engine.rank_device import require_devices
-from moebius.errors import ConfigError, in_one_line
+from moebius.errors import ConfigError
 
 if TYPE_CHECKING:
     from moebius.models.decoder import Decoder
@@ -36,8 +36,8 @@ def _why_no_cuda() -> str:
     """In torch's own words: a driver that is too old, or a build without CUDA."""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:
-        return in_one_line(error)
+    except Exception as error:  # of several kinds, whose first sentence says what is wrong
+        return " ".join(str(error).split()).partition(". ")[0]
     return "it counts none"
 
 
