@@ -263,7 +263,7 @@ def test_sizes_that_are_none(tiny: Path, words: list[str], said: str) -> None:
 def test_without_a_size_a_card_has_to_be_here(tiny: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ConfigError, match=r"finds no CUDA device.* where --memory says how much"):
+    with pytest.raises(ConfigError, match=r"finds no CUDA device.* where --memory says its size"):
         prepare(tiny, EngineConfig(device="cuda"))
 
 

@@ -98,7 +98,7 @@ def test_rotation() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("heads", "half", "size"), [(1, 1, 2), (5, 6, 12), (3, 8, 21)])
+@pytest.mark.parametrize(("heads", "half", "size"), [(1, 1, 2), (5, 6, 12), (3, 8, 21), (2, 0, 5)])
 def test_rotary(heads: int, half: int, size: int, interleaved: bool, dtype: torch.dtype) -> None:
     angles = torch.randn(4, half, device=DEVICE)
     rotation = Rotation(angles.cos(), angles.sin(), interleaved)

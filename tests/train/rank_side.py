@@ -73,6 +73,9 @@ def start(count: int, act: Callable[[int], Any]) -> list[int]:
 
 def _act(act: Callable[[int], Any], rank: int) -> None:
     code = 1
+    # torch makes its pool of threads anew in a forked process, at its first use: where two threads
+    # come to that at once, one of them finds none.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         act(rank)
         code = 0

@@ -43,7 +43,7 @@ def test_cuda_without_cuda_is_refused_as_serving_refuses_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     served = CliRunner().invoke(app, ["plan", "bundled", "--device", "cuda"])
     assert isinstance(served.exception, ConfigError)
-    assert refused(tmp_path, "--device", "cuda") == str(served.exception)
+    assert str(served.exception).startswith(refused(tmp_path, "--device", "cuda"))
 
 
 @pytest.mark.case("C17")

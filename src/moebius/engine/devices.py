@@ -8,7 +8,7 @@ import torch
 from moebius import machine
 from moebius.engine.plan_words import human_bytes
 from moebius.engine.rank_device import require_devices
-from moebius.errors import ConfigError
+from moebius.ops.cuda import no_cuda
 
 if TYPE_CHECKING:
     from moebius.models.decoder import Decoder
@@ -22,23 +22,11 @@ def choose_device(wish: str, ranks: int) -> torch.device:
     """
     has_cuda = torch.cuda.is_available()
     if wish == "cuda" and not has_cuda:
-        raise ConfigError(
-            f"--device cuda: torch finds no CUDA device ({_why_no_cuda()}); use --device cpu, or "
-            "mend what torch names; moebius plan needs none where --memory says how much it has"
-        )
+        raise no_cuda()
     device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_cuda) else "cpu")
     if ranks > 1 and device.type != "cpu":
         require_devices(ranks)
     return device
-
-
-def _why_no_cuda() -> str:
-    """In torch's own words: a driver that is too old, or a build without CUDA."""
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:  # of several kinds, whose first sentence says what is wrong
-        return " ".join(str(error).split()).partition(". ")[0]
-    return "it counts none"
 
 
 # How torch and Triton begin what they say of a failed call of CUDA.

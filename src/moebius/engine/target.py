@@ -11,6 +11,7 @@ import torch
 from moebius.engine.devices import available, choose_device
 from moebius.engine.plan_words import human_bytes
 from moebius.errors import ConfigError
+from moebius.ops.cuda import no_cuda
 
 # What a process takes of a CUDA device before it has allocated anything: the driver's context, and
 # modules of kernels. Assumed, for a device that is not here; of one that is, free memory is asked.
@@ -34,6 +35,8 @@ class Target:
                     "cuda, or --host-memory for the host's"
                 )
             return torch.device("cuda")
+        if wish == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"{no_cuda()}; moebius plan needs none where --memory says its size")
         return choose_device(wish, ranks)
 
     def available(self, device: torch.device) -> tuple[int, str]:

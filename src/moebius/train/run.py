@@ -29,6 +29,7 @@ from moebius.inspect.run import write_report
 from moebius.models.decoder import Decoder
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
+from moebius.ops.cuda import no_cuda
 from moebius.train.corpus import Corpus, reads_below
 from moebius.train.data import PreparedData, holds_run, prepare, prepared
 from moebius.train.evaluate import routers
@@ -122,10 +123,7 @@ def _device(wish: str) -> torch.device:
     if wish != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", _local_rank(torch.cuda.device_count()))
     if wish == "cuda":
-        raise ConfigError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build "
-            "of torch"
-        )
+        raise no_cuda()
     return torch.device("cpu")
 
 

@@ -120,7 +120,7 @@ def _store(
         eps,
         WEIGHT_WIDE=norm_C.dtype == torch.float32,
         INTERLEAVED=rotation.interleaved,
-        HALF=triton.next_power_of_2(half),
+        HALF=triton.next_power_of_2(max(half, 1)),
         BLOCK=triton.next_power_of_2(len(norm_C)),
     )
 
@@ -142,7 +142,7 @@ def _turn(q_THN: Tensor, rotation: Rotation, factors_T: Tensor | None) -> None:
         HEATED=factors_T is not None,
         INTERLEAVED=rotation.interleaved,
         HEADS=_HEADS,
-        HALF=triton.next_power_of_2(half),
+        HALF=triton.next_power_of_2(max(half, 1)),
         BLOCK=triton.next_power_of_2(size),
     )
 

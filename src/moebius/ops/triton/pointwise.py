@@ -124,6 +124,8 @@ class PointwiseOps(ReferenceOps):
             return super().rotary(x_THN, rotation)
         rows, heads, size = x_THN.shape
         half = rotation.cos_TR.shape[-1]
+        if not half:  # a head that knows no positions
+            return x_THN.clone()
         if x_THN.stride(2) != 1:
             x_THN = x_THN.contiguous()
         out = x_THN.new_empty(x_THN.shape)
