@@ -20,6 +20,7 @@ from moebius.engine.constraints import Constraints
 from moebius.engine.engine import Engine
 from moebius.engine.kv_cache import KVCache, lay_out
 from moebius.engine.runner import Runner
+from moebius.engine.steps_ahead import NO_STEPS_AHEAD, DeviceStepsAhead
 from moebius.models.config import LayerSpec, ModelConfig
 from moebius.models.decoder import Decoder
 from moebius.models.key_offsets import key_offsets
@@ -205,6 +206,8 @@ class Schedule:
     taken every few blocks.
 
     guesser: what makes drafts, where the model's requests can have any; None: there are none.
+
+    ahead: the next step begins while this one's tokens are still to be read.
     """
 
     block_size: int
@@ -216,6 +219,7 @@ class Schedule:
     rounds: int
     kv_dtype: torch.dtype | None = None
     guesser: Callable[[], Guesser] | None = None
+    ahead: bool = False
 
     @property
     def states(self) -> StateSpec:
@@ -347,7 +351,10 @@ def build(decoder: Decoder, schedule: Schedule) -> Engine:
     if schedule.guesser is not None and scheduler.pool.states is None:
         config = scheduler.config
         scheduler = DraftingScheduler(config, scheduler.pool, FREE, 2048, schedule.guesser)
-    return Engine(runner, scheduler, info, constraints=constraints(info))
+    ahead = (
+        DeviceStepsAhead(runner, scheduler, info.block_size) if schedule.ahead else NO_STEPS_AHEAD
+    )
+    return Engine(runner, scheduler, info, constraints=constraints(info), ahead=ahead)
 
 
 def constraints(info: EngineInfo) -> Constraints:

@@ -74,9 +74,9 @@ def test_a_line_cut_short_by_a_crash_ends_the_replay(trace: Path) -> None:
         ("no json\n{}\n", "line 1: not JSON"),
         ("[1]\n", "no trace event"),
         ("[" * 100_000, "line 1: not JSON"),
-        ('{"event":"start","version":7}\n', "not as this version writes it"),
+        ('{"event":"start","version":8}\n', "not as this version writes it"),
         (
-            '{"event":"start","version":7,"scheduler":{"of_tomorrow":1},"pool":{},"groups":{}}\n',
+            '{"event":"start","version":8,"scheduler":{"of_tomorrow":1},"pool":{},"groups":{}}\n',
             "not as this version writes it",
         ),
     ],

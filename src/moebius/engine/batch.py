@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moebius.engine.prompt_reading import read_by_encoder
 from moebius.engine.prompt_scores import PromptRows
@@ -29,8 +30,12 @@ def build_batch(
     requests: Mapping[str, Request],
     block_size: int,
     device: torch.device | str = "cpu",
+    drawn: Tensor | None = None,
 ) -> Batch:
-    """Translate a plan; what is sampled comes in its order."""
+    """Translate a plan; what is sampled comes in its order.
+
+    drawn: the tokens of a plan of one a request that only the device knows.
+    """
     token_ids: list[list[int]] = []
     starts: list[int] = []
     tables: list[tuple[array[int], ...]] = []
@@ -42,7 +47,8 @@ def build_batch(
     for request_id, start, num_tokens, samples, blocks, _, drafts in chunks:
         request = requests[request_id]
         stop = start + num_tokens
-        token_ids.append([*request.tokens(start, stop), *drafts])
+        known = request.tokens(start, stop) if drawn is None else (0,)
+        token_ids.append([*known, *drafts])
         starts.append(start)
         tables.append(blocks)
         if request.params.prompt_logprobs is not None:
@@ -64,6 +70,7 @@ def build_batch(
         device,
         others=by_group[1:],
         states=_states(chunks),
+        drawn=drawn,
     )
     if reading is not None:
         reading.join(inputs, block_size)

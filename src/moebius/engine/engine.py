@@ -26,6 +26,7 @@ from moebius.engine.outputs import Outputs
 from moebius.engine.prompt_scores import PromptRows, score
 from moebius.engine.runner import Runner
 from moebius.engine.sampler import Sampled, not_finite
+from moebius.engine.steps_ahead import NO_STEPS_AHEAD, StepsAhead
 from moebius.engine.tier import NO_TIER, Tier
 from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
@@ -59,6 +60,7 @@ class Engine:
         *,
         trace: TraceWriter | None = None,
         tier: Tier = NO_TIER,
+        ahead: StepsAhead = NO_STEPS_AHEAD,
         torch_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,6 +73,7 @@ class Engine:
         self._constraints = constraints or Constraints(None, info.limits.vocab_size, info.eos_ids)
         self._trace = Tracing(trace)
         self._tier = tier
+        self._ahead = ahead
         self._torch_threads = TorchThreads(torch_threads)
         self._counters = Counters(clock(), tier.stats)
         self._outputs = Outputs(self._counters)
@@ -127,9 +130,7 @@ class Engine:
         if not plan.chunks:
             return []
         try:
-            self._constraints.fill(plan, self.scheduler.requests)
-            batch = self._execute(plan)
-            results = self._sample(batch)
+            results = self._compute(plan)
         except PeerError:  # not the step's fault: it is made again in the group's next epoch
             self._roll_back(plan)
             raise
@@ -141,6 +142,21 @@ class Engine:
             self._roll_back(plan)
             raise
         return self._update(plan, results)
+
+    def _compute(self, plan: StepPlan) -> _Results:
+        """The plan's tokens; what was computed ahead of it is not computed again."""
+        results = _Results()
+        rest = self._ahead.rest(plan)
+        if rest.chunks:
+            self._constraints.fill(rest, self.scheduler.requests)
+            batch = self._execute(rest)
+            if not self._ahead.draw(rest, batch):
+                results = self._sample(batch)
+        self._counters.computed(plan.num_tokens)
+        drawn, failed = accepted(*self._ahead.finish(plan, self._trace))
+        results.sampled |= drawn
+        results.failed |= failed
+        return results
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap, and safe to call while another thread steps."""
@@ -174,7 +190,6 @@ class Engine:
         """The plan's tokens through the model, and the batch that they make."""
         batch = build_batch(plan, self.scheduler.requests, self.info.block_size, self.runner.device)
         self.runner.execute(batch.inputs)
-        self._counters.computed(plan.num_tokens)
         return batch
 
     def _sample(self, batch: Batch) -> _Results:
@@ -242,6 +257,7 @@ class Engine:
         return [self._fail(chunk.request_id, cause) for chunk in plan.chunks]
 
     def _roll_back(self, plan: StepPlan) -> None:
+        self._ahead.drop(plan)
         self.scheduler.rollback(plan)
         self._trace.record(TraceWriter.rollback)
 

@@ -50,6 +50,7 @@ from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
 from moebius.engine.step_memory import grammar_bytes, graph_bytes, logit_rows
+from moebius.engine.steps_ahead import steps_ahead
 from moebius.engine.target import HERE, Target
 from moebius.engine.trace import TraceWriter
 from moebius.engine.weight_bytes import common_bytes, count_weights, in_memory
@@ -379,7 +380,8 @@ def load_engine(
     constraints = constraints_of_model(directory, info, prepared.threads, tokenizer)
     ranks = runner.model.ranks
     tier = disk_tier(scheduler, runner.cache, store, model, alone=ranks is None)
-    made: Callable[..., Engine] = Engine
+    ahead = steps_ahead(runner, scheduler, plan.block_size)
+    made: Callable[..., Engine] = partial(Engine, ahead=ahead)
     if ranks is not None:
         moves = ExpertMoves(prepared.loader, runner.model)
         made = partial(RankEngine, use=ranks.join, moves=moves)

@@ -103,6 +103,43 @@ def sample(
         ]
 
 
+def drawn_by_device(request: Request) -> bool:
+    """Whether a device draws a request's next tokens from their logits alone: the most likely id,
+    or one of the whole vocabulary. All else needs the host between two steps."""
+    params = request.params
+    if params.plain:
+        return request.asked.constraint is None and not params.allowed_token_ids
+    held = request.asked.constraint is not None or params.allowed_token_ids or params.shapes_logits
+    return (
+        not held
+        and params.logprobs is None
+        and (params.greedy or _num_candidates(params) == 0)
+        and len(request.output_ids) >= params.min_tokens
+    )
+
+
+def choose(
+    logits_LV: Tensor, requests: Sequence[Request], positions: Sequence[int], ops: SamplerOps
+) -> Tensor:
+    """As `sample`, for requests that are `drawn_by_device`, without waiting: (L,) int64.
+
+    positions: of each row's next token; so a request may have tokens that are not known yet.
+    """
+    heats = [0.0 if each.params.greedy else _temperature(each.params) for each in requests]
+    uniforms = [
+        uniform(request.asked.seed, position) if heat else 0.0
+        for request, position, heat in zip(requests, positions, heats, strict=True)
+    ]
+    return ops.choose(logits_LV, heats, uniforms)
+
+
+def outcome(request: Request, chosen: int) -> Sampled | MoebiusError:
+    """What `choose` brought a request."""
+    row = _Row(0, request, None)
+    row.take(chosen)
+    return row.outcome
+
+
 def _sample_alone(
     logits_1V: Tensor, request: Request, restriction: Restriction | None, ops: SamplerOps
 ) -> Sampled | MoebiusError:
@@ -159,7 +196,7 @@ class _Row:
 
     @property
     def temperature(self) -> float:
-        return max(self.params.temperature, _COLDEST)
+        return _temperature(self.params)
 
     @property
     def uniform(self) -> float:
@@ -168,10 +205,7 @@ class _Row:
     @property
     def num_candidates(self) -> int:
         """How many of the most likely ids a draw looks at first; 0 where it looks at all."""
-        if self.params.top_k > 0:
-            return self.params.top_k
-        nucleus = self.params.top_p < 1.0 or self.params.min_p > 0.0
-        return _NUCLEUS_CANDIDATES if nucleus else 0
+        return _num_candidates(self.params)
 
     def take(self, token_id: int) -> None:
         """What the backend drew: an id, or what stands for none."""
@@ -195,6 +229,17 @@ class _Row:
             "and min_tokens",
             param="allowed_token_ids" if self.params.allowed_token_ids else None,
         )
+
+
+def _temperature(params: SamplingParams) -> float:
+    return max(params.temperature, _COLDEST)
+
+
+def _num_candidates(params: SamplingParams) -> int:
+    if params.top_k > 0:
+        return params.top_k
+    nucleus = params.top_p < 1.0 or params.min_p > 0.0
+    return _NUCLEUS_CANDIDATES if nucleus else 0
 
 
 def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T]]:

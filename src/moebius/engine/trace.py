@@ -28,7 +28,7 @@ from moebius.schedule.scheduler import Chunk, StepPlan
 from moebius.schedule.tiered_drafts import TieredDraftingScheduler
 from moebius.schedule.tiers import Piece, TieredScheduler
 
-VERSION = 7
+VERSION = 8
 _OUR_TRACES = begins_with(b'{"event":"start","version":')
 _POOL = ("num_blocks", "block_size", "enable_prefix_caching")
 _REQUEST = ("id", "max_tokens", "arrival", "priority", "deadline", "generation_start")
@@ -75,6 +75,9 @@ class TraceWriter:
 
     def plan(self, now: float, plan: StepPlan) -> None:
         self._write(event="plan", now=now, **plan_record(plan, self._rename))
+
+    def following(self) -> None:
+        self._write(event="following")
 
     def update(self, tokens: Mapping[str, Sequence[int]]) -> None:
         self._write(event="update", tokens={id: self._rename(ids) for id, ids in tokens.items()})
@@ -195,10 +198,8 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
                 difference = _difference(plan, record)
                 if difference is not None:
                     return ReplayReport(steps, requests, difference)
-            case "update" if plan is not None:
-                scheduler.update(plan, record["tokens"])
-            case "rollback" if plan is not None:
-                scheduler.rollback(plan)
+            case "following" | "update" | "rollback" if plan is not None:
+                _go_on(scheduler, plan, record)
             case "abort":
                 scheduler.abort(record["id"], FinishReason(record["reason"]))
             case "fail":
@@ -210,6 +211,17 @@ def _replay(lines: Iterator[dict[str, Any]], path: str | Path) -> ReplayReport:
                     f"{path}: a line with the event {other!r} where none of the kind can stand"
                 )
     return ReplayReport(steps, requests)
+
+
+def _go_on(scheduler: TieredScheduler, plan: StepPlan, record: dict[str, Any]) -> None:
+    """What became of a plan."""
+    match record["event"]:
+        case "following":
+            scheduler.following(plan)
+        case "update":
+            scheduler.update(plan, record["tokens"])
+        case "rollback":
+            scheduler.rollback(plan)
 
 
 def _fetch(scheduler: TieredScheduler, record: dict[str, Any]) -> None:

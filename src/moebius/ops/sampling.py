@@ -94,6 +94,23 @@ class SamplerOps(ABC):
         Temperatures are rounded to float32; sums are float64.
         """
 
+    def choose(
+        self, logits_LV: Tensor, temperatures: Sequence[float], uniforms: Sequence[float]
+    ) -> Tensor:
+        """Of all rows what `argmax` finds where the temperature is 0, and else what `draw` draws:
+        (L,) int64 beside the logits. A backend whose device works by itself does not wait for it.
+        """
+        found = torch.empty(len(logits_LV), dtype=torch.int64)
+        greedy = [row for row, heat in enumerate(temperatures) if heat == 0]
+        others = [row for row, heat in enumerate(temperatures) if heat != 0]
+        if greedy:
+            found[greedy] = torch.tensor(self.argmax(logits_LV, greedy))
+        if others:
+            heats = [temperatures[row] for row in others]
+            drawn = self.draw(logits_LV, others, heats, [uniforms[row] for row in others])
+            found[others] = torch.tensor(drawn)
+        return found.to(logits_LV.device)
+
     @abstractmethod
     def log_softmax_top_k(
         self,

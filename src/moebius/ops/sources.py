@@ -89,7 +89,8 @@ class StepSource(Source[StepInputs, Step]):
 
     def arrays(self, given: StepInputs) -> "Sequence[array[int]]":
         slots = [given.of(group).slot_mapping_host for group in self._groups]
-        return [given.input_ids_host, given.positions_host, *slots]
+        ids = given.input_ids_host if given.drawn is None else array("q", given.drawn.tolist())
+        return [ids, given.positions_host, *slots]
 
     def sequences(self, given: StepInputs) -> StepInputs:
         return given

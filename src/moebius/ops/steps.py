@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moebius.ops.transfer import send
 from moebius.ops.weights import Weight, planes_of
 
 Pair = tuple[Tensor, Tensor]
@@ -111,6 +112,8 @@ class StepInputs:
 
     first_keys (B,) int32: the positions before which a sequence's rows see none; None for 0.
     whole: rows see all of the seq_lens tokens, wherever they are themselves.
+    drawn (T,) int64: the token ids, where the device knows them before the host does, whose own are
+    zeros then.
     """
 
     device: torch.device | str
@@ -129,6 +132,7 @@ class StepInputs:
     states: StateInputs | None = None
     first_keys_host: "array[int] | None" = None
     whole: bool = False
+    drawn: Tensor | None = None
 
     @classmethod
     def build(
@@ -141,6 +145,7 @@ class StepInputs:
         *,
         others: Sequence[Sequence[Sequence[int]]] = (),
         states: StateInputs | None = None,
+        drawn: Tensor | None = None,
     ) -> "StepInputs":
         """From each sequence's new tokens, the position of the first of them, and its blocks.
 
@@ -173,6 +178,7 @@ class StepInputs:
             array("i", seq_lens),
             *_table(block_ids or ()),
             states=states,
+            drawn=drawn,
         )
         step.others = tuple(
             replace(
@@ -193,7 +199,7 @@ class StepInputs:
 
     @cached_property
     def input_ids(self) -> Tensor:
-        return self._tensor(self.input_ids_host)
+        return self._tensor(self.input_ids_host) if self.drawn is None else self.drawn
 
     @cached_property
     def positions(self) -> Tensor:
@@ -210,7 +216,7 @@ class StepInputs:
     def _tensor(self, values: "array[int]") -> Tensor:
         dtype = torch.int64 if values.typecode == "q" else torch.int32
         host = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-        return host.to(self.device)
+        return send(host, self.device)
 
 
 def _slots(

@@ -196,6 +196,15 @@ class DraftingScheduler(Scheduler):
         """Requests whose guesser is not asked before a step of this number."""
         self._least: dict[int, float] = {}
 
+    def following(self, plan: StepPlan) -> tuple[Chunk, ...]:
+        """Nothing where the next plan may have drafts, which begin with the token that is drawn."""
+        if self._least_share(len(plan.chunks)) <= 1.0:
+            asked_at = self._step + 1
+            for chunk in plan.chunks:
+                if self._resting.get(chunk.request_id, asked_at) <= asked_at:
+                    return ()
+        return super().following(plan)
+
     def rollback(self, plan: StepPlan) -> None:
         self.drafted.clear()
         super().rollback(plan)

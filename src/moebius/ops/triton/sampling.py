@@ -14,6 +14,7 @@ from moebius.ops.capability import Operation
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.routing import top_k
 from moebius.ops.sampling import Shaping, TopK
+from moebius.ops.transfer import send_numbers
 from moebius.ops.triton.kernels import sampling as kernels
 
 OPERATIONS = frozenset({Operation.SAMPLING})
@@ -28,13 +29,7 @@ _CHANGES = 256
 class SamplingOps(ReferenceOps):
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
         asked = _Rows(logits_LV, range(len(logits_LV)) if rows is None else rows)
-        found_R = asked.ids()
-        if len(found_R):
-            known = asked.parts(None)
-            kernels.best[(len(found_R),)](
-                known.largest, known.ids, found_R, asked.count, PARTS=asked.padded
-            )
-        return found_R.tolist()
+        return _best(asked).tolist()
 
     def draw(
         self,
@@ -43,27 +38,22 @@ class SamplingOps(ReferenceOps):
         temperatures: Sequence[float],
         uniforms: Sequence[float],
     ) -> list[int]:
-        asked = _Rows(logits_LV, rows)
-        heats_R = asked.numbers(temperatures, torch.float32)
-        uniforms_R = asked.numbers(uniforms, torch.float64)
-        found_R = asked.ids()
-        if len(found_R):
-            known = asked.parts(heats_R)
-            kernels.draw[(len(found_R),)](
-                logits_LV,
-                asked.rows_R,
-                heats_R,
-                uniforms_R,
-                known.largest,
-                known.sums,
-                found_R,
-                asked.vocab,
-                asked.count,
-                PART=_PART,
-                PARTS=asked.padded,
-                num_warps=_PART_WARPS,
-            )
-        return found_R.tolist()
+        return _drawn(_Rows(logits_LV, rows), temperatures, uniforms).tolist()
+
+    def choose(
+        self, logits_LV: Tensor, temperatures: Sequence[float], uniforms: Sequence[float]
+    ) -> Tensor:
+        greedy = [row for row, heat in enumerate(temperatures) if heat == 0]
+        others = [row for row, heat in enumerate(temperatures) if heat != 0]
+        best = _Rows(logits_LV, greedy)
+        drawing = _Rows(logits_LV, others)
+        found_L = torch.empty(len(logits_LV), dtype=torch.int64, device=logits_LV.device)
+        if greedy:
+            found_L[best.rows_R] = _best(best)
+        if others:
+            heats = [temperatures[row] for row in others]
+            found_L[drawing.rows_R] = _drawn(drawing, heats, [uniforms[row] for row in others])
+        return found_L
 
     def log_softmax_top_k(
         self,
@@ -154,13 +144,13 @@ class _Rows:
         self.vocab = logits_LV.shape[1]
         self.count = triton.cdiv(self.vocab, _PART)
         self.padded = triton.next_power_of_2(self.count)
-        self.rows_R = torch.tensor(rows, dtype=torch.int64, device=logits_LV.device)
+        self.rows_R = send_numbers(rows, torch.int64, logits_LV.device)
 
     def numbers(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """One of each row, on the device."""
         if len(values) != len(self.rows_R):
             raise ValueError(f"{len(values)} parameters for {len(self.rows_R)} rows")
-        return torch.tensor(values, dtype=dtype, device=self.rows_R.device)
+        return send_numbers(values, dtype, self.rows_R.device)
 
     def ids(self) -> Tensor:
         """Room for what is found, one of each row."""
@@ -186,6 +176,39 @@ class _Rows:
             num_warps=_PART_WARPS,
         )
         return known
+
+
+def _best(asked: _Rows) -> Tensor:
+    found_R = asked.ids()
+    if len(found_R):
+        known = asked.parts(None)
+        kernels.best[(len(found_R),)](
+            known.largest, known.ids, found_R, asked.count, PARTS=asked.padded
+        )
+    return found_R
+
+
+def _drawn(asked: _Rows, temperatures: Sequence[float], uniforms: Sequence[float]) -> Tensor:
+    heats_R = asked.numbers(temperatures, torch.float32)
+    uniforms_R = asked.numbers(uniforms, torch.float64)
+    found_R = asked.ids()
+    if len(found_R):
+        known = asked.parts(heats_R)
+        kernels.draw[(len(found_R),)](
+            asked.logits_LV,
+            asked.rows_R,
+            heats_R,
+            uniforms_R,
+            known.largest,
+            known.sums,
+            found_R,
+            asked.vocab,
+            asked.count,
+            PART=_PART,
+            PARTS=asked.padded,
+            num_warps=_PART_WARPS,
+        )
+    return found_R
 
 
 def _require_inside(what: str, values: Sequence[int], count: int) -> None:

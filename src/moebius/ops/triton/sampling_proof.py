@@ -27,7 +27,7 @@ def sampling_failure(ops: CheckedOps, logits_LV: Tensor) -> str:
 
 def _failure(ops: CheckedOps, logits_LV: Tensor) -> str:
     rows = range(len(logits_LV))
-    for draw in (_best, _drawn, _shaped, _ranked, _top):
+    for draw in (_best, _drawn, _chosen, _shaped, _ranked, _top):
         together = draw(ops, logits_LV.clone(), rows)
         wanted = draw(ops.reference, logits_LV.clone(), rows)
         what = draw.__name__.strip("_")
@@ -66,6 +66,14 @@ def _drawn(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
     heats = [0.5 + row % 3 for row in rows]
     uniforms = [(0.37 * (row + 1)) % 1 for row in rows]
     found: list[int] = ops.draw(logits_LV, rows, heats, uniforms)
+    return found
+
+
+def _chosen(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
+    """Of these rows alone, some of them greedy."""
+    heats = [0.5 * (row % 3) for row in rows]
+    uniforms = [(0.37 * (row + 1)) % 1 for row in rows]
+    found: list[int] = ops.choose(logits_LV[list(rows)], heats, uniforms).tolist()
     return found
 
 

@@ -128,6 +128,8 @@ class StaticInputs:
                 table = _numbers(own.block_table_host, np.int32).reshape(rows, own.max_blocks)
                 tables[group, :rows, : own.max_blocks] = table
         self._free[self._turn] = self._card.send(host, self.flat)
+        if step.drawn is not None:
+            self.columns[0, :rows].copy_(step.drawn)
 
 
 def _columns_of(numbers: NDArray[Any], shape: Shape) -> NDArray[Any]:
