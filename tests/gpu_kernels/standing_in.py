@@ -65,7 +65,7 @@ class HostRead(Exception):
 class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _CALLS and not _inside_interpreter():
+        if name in _CALLS and not inside_interpreter():
             raise HostRead(f"torch's {name}")
         return func(*args, **(kwargs or {}))
 
@@ -76,12 +76,12 @@ class _Dispatched(TorchDispatchMode):
         by_mask = name in ("index", "index_put", "index_put_") and any(
             isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
         )
-        if (name in READS | BRINGS or by_mask) and not _inside_interpreter():
+        if (name in READS | BRINGS or by_mask) and not inside_interpreter():
             raise HostRead(f"torch's {name}{' with a mask' if by_mask else ''}")
         return func(*args, **(kwargs or {}))
 
 
-def _inside_interpreter() -> bool:
+def inside_interpreter() -> bool:
     """Whether Triton's interpreter asks, which stands for the device itself."""
     frame = sys._getframe(2)
     while frame is not None:

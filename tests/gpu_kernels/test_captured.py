@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,32 @@ def test_mixed_batches_have_the_bits_that_they_have_without_graphs(
     assert seen[0].rounds == seen[1].rounds
     assert seen[0].preemptions == seen[1].preemptions > 0
     assert card.replays > 5, "steps and logits"
+
+
+def test_graphs_that_go_on_with_tokens_the_host_has_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole engines again, each step begun ahead: captured ones find their tokens on the card."""
+    save_tiny(tmp_path, "llama", num_hidden_layers=1, max_position_embeddings=256)
+    asked = [
+        Wish(
+            str(i),
+            (i, 7),
+            SamplingParams(temperature=float(i % 2), ignore_eos=True, max_tokens=4 + i % 3),
+            i,
+        )
+        for i in range(5)
+    ]
+    schedule = Schedule(4, 11, 8, 24, True, (0, 0, 0, 0, 2), 1)
+    rows = StepRows(24, 8, sequences=8, context=256)
+    monkeypatch.setattr(random_schedules, "Runner", partial(Runner, rows=rows))
+    card = StandIn()
+    ahead = answers(
+        load_decoder(tmp_path, FLOAT32, ops=CapturedOps(card)), asked, replace(schedule, ahead=True)
+    )
+    plain = answers(load_decoder(tmp_path, FLOAT32, ops=CheckedOps()), asked, schedule)
+    assert ahead.rounds == plain.rounds
+    assert card.replays > 5
 
 
 def test_what_would_write_for_rows_that_are_not_there_is_not_captured(tmp_path: Path) -> None:

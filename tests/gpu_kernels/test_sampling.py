@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpu_kernels.compiling import assert_compile, launches
 from gpu_kernels.conftest import DEVICE
+from gpu_kernels.standing_in import inside_interpreter
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.sampling import LOWEST, Shaping
 from moebius.ops.triton import TritonOps, sampling
@@ -78,6 +81,36 @@ def test_draws_take_only_what_has_weight() -> None:
     even = torch.zeros(4, 64, device=DEVICE)
     uniforms = [0.0, 0.25, 0.499, 1 - 2.0**-53]
     assert OPS.draw(even, range(4), [1.0] * 4, uniforms) == [0, 16, 31, 63]
+
+
+class Unread(TorchFunctionMode):
+    """Within it the host asks for no value of a tensor, which is to wait for the device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = getattr(func, "__name__", "") in ("tolist", "item", "cpu", "numpy", "__bool__")
+        assert not read or inside_interpreter()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_what_is_chosen_is_what_is_drawn_and_nobody_waits_for_it(vocab: int) -> None:
+    logits = tied(6, vocab)
+    logits[2, 1:2] = torch.nan
+    logits[3] = LOWEST
+    heats = [0.0, 0.7, 0.0, 1.3, 0.0, 3.0]
+    uniforms = [0.0, 0.9, 0.0, 0.5, 0.0, 0.2]
+    best = OPS.argmax(logits)
+    drawn = OPS.draw(logits, range(6), [heat or 1.0 for heat in heats], uniforms)
+    expected = [drawn[row] if heat else best[row] for row, heat in enumerate(heats)]
+    with Unread():
+        chosen = [OPS.choose(logits, heats, uniforms)]
+    chosen.append(ReferenceOps.choose(OPS, logits, heats, uniforms))
+    for one in chosen:
+        assert one.dtype == torch.int64 and one.tolist() == expected
+    assert OPS.choose(logits[:2], [0.0, 0.0], [0.0] * 2).tolist() == best[:2]
+    assert OPS.choose(logits[:0], [], []).tolist() == []
 
 
 @pytest.mark.usefixtures("short_parts")
