@@ -21,14 +21,17 @@ def check_pool(
     pool: BlockPool,
     requests: Collection[Request],
     drafted: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ahead: Collection[str] = (),
 ) -> None:
     """Recompute everything from the tables of all unfinished requests; AssertionError names the
-    invariant. drafted: what a step that is under way verifies behind their tokens."""
+    invariant. drafted: what a step that is under way verifies behind their tokens. ahead: who has a
+    block for one token more."""
     holders = Counter(chain.from_iterable(t for request in requests for t in request.tables))
     del holders[NO_BLOCK]
     check_places(pool, holders)
     for request in requests:
-        _check_tables(pool, request, holders, len(drafted.get(request.id, ())))
+        more = len(drafted.get(request.id, ())) + (request.id in ahead)
+        _check_tables(pool, request, holders, more)
     if pool.states is not None:
         _check_states(pool, requests)
     unfinished = {id(request) for request in requests}
@@ -62,18 +65,16 @@ def check_places(places: Places, holders: Mapping[int, int]) -> None:
     assert not any(place in by_place for place in places._free), "I4: a free block kept its hash"
 
 
-def _check_tables(
-    pool: BlockPool, request: Request, holders: Mapping[int, int], drafts: int
-) -> None:
+def _check_tables(pool: BlockPool, request: Request, holders: Mapping[int, int], more: int) -> None:
     computed = request.num_computed_tokens
-    entries = pool.blocks_for(computed + drafts)
+    entries = pool.blocks_for(computed + more)
     running = request.status is RequestStatus.RUNNING
     assert len(request.tables) == len(pool.groups.blocks) * (running or bool(request.tables)), (
         "I6: a group has no table"
     )
     for group, table in enumerate(request.tables):
         assert len(table) == entries, (
-            f"I6: {len(table)} blocks hold {computed} tokens and {drafts} drafts"
+            f"I6: {len(table)} blocks hold {computed} tokens and {more} more"
         )
         passed = request.num_passed[group]
         assert list(table[:passed]) == [NO_BLOCK] * passed and NO_BLOCK not in table[passed:], (
@@ -121,11 +122,11 @@ def _check_queue(queue: WaitingQueue, waiting: Collection[Request]) -> None:
     )
 
 
-def check_books(scheduler: Scheduler) -> None:
+def check_books(scheduler: Scheduler, ahead: Collection[str] = ()) -> None:
     """Recompute the books from the requests; AssertionError names the broken invariant, by its
-    number in schedule/checker.py."""
+    number in schedule/checker.py. ahead: as in check_pool."""
     drafted = scheduler.drafted if isinstance(scheduler, DraftingScheduler) else {}
-    check_pool(scheduler.pool, scheduler.requests.values(), drafted)
+    check_pool(scheduler.pool, scheduler.requests.values(), drafted, ahead)
     queue, requests = scheduler._waiting, scheduler.requests.values()
     running = [r for r in requests if r.status is RequestStatus.RUNNING]
     waiting = [r for r in requests if r.status is not RequestStatus.RUNNING]

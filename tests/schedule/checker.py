@@ -17,6 +17,7 @@ I12  when all is quiet, pool, queue and states equal the start
 I13  snapshots are taken where docs/prefix-cache.md says, and nowhere else; each can be found once
      its step was computed; the one of least use is evicted first, and none without need; a hit is
      the longest that there is
+I14  what is computed ahead of a plan is what the plan then wants of that request
 
 Counts alone do not see wrong content, so this keeps an oracle: it remembers what was truly written
 to each block and to each slot of a state, and computes every expected prefix hash and every
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, takewhile
@@ -40,6 +41,7 @@ from moebius.schedule.drafts import DraftingScheduler
 from moebius.schedule.groups import NO_BLOCK, GroupSpec
 from moebius.schedule.request import Request, RequestStatus
 from moebius.schedule.scheduler import Chunk, Scheduler, StepPlan
+from schedule.ahead_watch import AheadWatch
 from schedule.books import check_books
 from schedule.snapshot_watch import SnapshotWatch
 from schedule.turn_watch import TurnWatch
@@ -143,6 +145,7 @@ class Checker:
         self._sharers: Counter[bytes] = Counter()
         self._snapshots = SnapshotWatch(self)
         self._turns = TurnWatch(self.broken)
+        self.ahead = AheadWatch(scheduler, self.broken)
         # Until when requests wait at most for a prefix that another tier has.
         self.fetching: dict[str, float] = {}
 
@@ -384,20 +387,43 @@ class Checker:
                 return
         self.broken("I7", f"{waiting.request.id} waits for a prefix that nobody computes")
 
-    def computed(self, plan: StepPlan) -> dict[str, int]:
-        """The step ran: read all tables, then write all chunks. Returns what the last position of
-        each chunk holds."""
-        for chunk in plan.chunks:
+    def computed(self, plan: StepPlan, covered: Collection[str] = ()) -> dict[str, int]:
+        """The step ran: read all tables, then write all chunks, but for those of requests that are
+        `covered`: these were written before. Returns what the last position of each chunk holds."""
+        chunks = [chunk for chunk in plan.chunks if chunk.request_id not in covered]
+        for chunk in chunks:
             self._read(chunk)
-        self._load_states(plan)
+        self._load_states(chunks)
+        self._write_all(chunks)
+        self._advance_states(chunks)
+        self._save_states(plan)
+        return {c.request_id: self.tracks[c.request_id].values[c.end - 1] for c in plan.chunks}
+
+    def computed_ahead(
+        self, plan: StepPlan, chunks: Sequence[Chunk], tokens: Mapping[str, int]
+    ) -> None:
+        """The step behind the plan ran, with its tokens: read and written before they are known."""
+        self.ahead.begun(plan, chunks)
+        self._snapshots.followed()
+        for chunk in chunks:
+            values = self.tracks[chunk.request_id].values
+            values.append(advance(values[-1], tokens[chunk.request_id]))
+            self._read(chunk)
+        self._write_all(chunks)
+        for chunk in chunks:
+            self.tracks[chunk.request_id].values.pop()
+            if chunk.states is not None:
+                value = self._states[chunk.states.slot]
+                assert value is not None
+                self._states[chunk.states.slot] = advance(value, tokens[chunk.request_id])
+
+    def _write_all(self, chunks: Sequence[Chunk]) -> None:
         holders = Counter(
             chain.from_iterable(t for r in self.tracks.values() for t in r.request.tables)
         )
         cached = {block for found in self.pool.cached for block in found.values()}
-        for chunk in plan.chunks:
+        for chunk in chunks:
             self._write(chunk, holders, cached)
-        self._save_states(plan)
-        return {c.request_id: self.tracks[c.request_id].values[c.end - 1] for c in plan.chunks}
 
     def held(self, group: int | None, place: int) -> Held:
         """What a block holds, or, without a group, a slot of states."""
@@ -456,21 +482,21 @@ class Checker:
                 self._groups[block] = group
                 self._writers[block] = lineage
 
-    def _load_states(self, plan: StepPlan) -> None:
+    def _load_states(self, chunks: Sequence[Chunk]) -> None:
         """Slots are cleared and snapshots copied in, in whatever order; then each sequence finds
         the state behind its tokens so far."""
         states, writers = self._states, self._state_writers
-        for chunk in plan.chunks:
+        for chunk in chunks:
             if (chunk.states is None) != (self.pool.states is None):
                 self.broken("I6", f"{chunk.request_id} has no slot for its state, or needs none")
             if chunk.states is not None and not chunk.start:
                 states[chunk.states.slot] = _origin(self.tracks[chunk.request_id].request)
                 writers[chunk.states.slot] = frozenset()
-        for chunk in reversed(plan.chunks):
+        for chunk in reversed(chunks):
             if chunk.states is not None and chunk.states.restore is not None:
                 states[chunk.states.slot] = states[chunk.states.restore]
                 writers[chunk.states.slot] = writers[chunk.states.restore]
-        for chunk in plan.chunks:
+        for chunk in chunks:
             if chunk.states is None:
                 continue
             track = self.tracks[chunk.request_id]
@@ -482,17 +508,19 @@ class Checker:
                     f"{chunk.request_id} behind {chunk.start} tokens",
                 )
 
-    def _save_states(self, plan: StepPlan) -> None:
-        """Each sequence's state takes in the chunk's tokens, one by one; then snapshots are
-        taken."""
-        states = self._states
-        for chunk in plan.chunks:
+    def _advance_states(self, chunks: Sequence[Chunk]) -> None:
+        """Each sequence's state takes in the chunk's tokens, one by one."""
+        for chunk in chunks:
             if chunk.states is not None:
-                value = states[chunk.states.slot]
+                value = self._states[chunk.states.slot]
                 request = self.tracks[chunk.request_id].request
                 for token in request.tokens(chunk.start, chunk.end):
                     value = advance(value, token)
-                states[chunk.states.slot] = value
+                self._states[chunk.states.slot] = value
+
+    def _save_states(self, plan: StepPlan) -> None:
+        """Snapshots are taken."""
+        states = self._states
         for chunk in plan.chunks:
             if chunk.states is not None and chunk.states.save is not None:
                 if chunk.end % self.pool.block_size:
@@ -502,6 +530,7 @@ class Checker:
 
     def rolled_back(self, plan: StepPlan) -> None:
         """The step failed, after `rollback`: whatever it was to write is garbage now."""
+        self.ahead.rolled_back(plan)
         size = self.pool.block_size
         for chunk in plan.chunks:
             track = self.tracks.get(chunk.request_id)
@@ -589,7 +618,7 @@ class Checker:
         """I1 to I6 by recount, I4 by content, and no cached block derives from a request whose
         numbers went wrong."""
         try:
-            check_books(self.scheduler)
+            check_books(self.scheduler, self.ahead.requests)
         except AssertionError as error:
             invariant, _, message = str(error).partition(": ")
             self.broken(invariant, message)

@@ -16,6 +16,7 @@ from moebius.schedule.places import Entry
 from moebius.schedule.request import RequestStatus
 from moebius.schedule.scheduler import Scheduler
 from schedule import (
+    seeded_ahead_bugs,
     seeded_draft_bugs,
     seeded_snapshot_bugs,
     seeded_source_bugs,
@@ -25,6 +26,7 @@ from schedule.seeding import BUGS, bug
 
 __all__ = [
     "BUGS",
+    "seeded_ahead_bugs",
     "seeded_draft_bugs",
     "seeded_snapshot_bugs",
     "seeded_source_bugs",

@@ -6,7 +6,8 @@ configuration (tiny pools, blocks of 1 to 16 tokens, chunking on or off, the lay
 models: windows, recurrent states with few slots, both; slots a request; prompts that an encoder
 reads) and workload (shared
 prefixes, turns of chats, tenants, owners, priorities, deadlines, aborts in every state, failed steps,
-numerical failures, several tokens a step, drafts of every kind), ending when all is drained. A violation names the invariant, the episode's seed and the step,
+numerical failures, several tokens a step, drafts of every kind, steps that begin before the tokens
+of the ones before are known), ending when all is drained. A violation names the invariant, the episode's seed and the step,
 and comes again from that seed.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -63,6 +64,7 @@ class Stats:
     computed_tokens: int = 0
     drafts: int = 0
     right_drafts: int = 0
+    covered: int = 0
 
     def add(self, other: Stats) -> None:
         for f in fields(self):
@@ -209,6 +211,8 @@ class Episode:
         self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest)] for _ in range(3)]
         self.done: list[str] = []
         # Of its own, so that what else happens does not depend on it.
+        self.ahead_rng = Random(f"ahead {seed}")
+        self.ahead = self.ahead_rng.random() < 0.25
         self.owners = Owners(Random(f"owners {seed}"))
         self.turns: list[Request] = []
 
@@ -265,6 +269,7 @@ class Episode:
         self._maybe_abort()
         plan = scheduler.plan(self.now)
         checker.planned(plan, self.now)
+        covered = checker.ahead.planned(plan)
         checker.books()
         self.stats.expired += len(plan.expired)
         self.stats.prefix_waits += sum(
@@ -272,22 +277,36 @@ class Episode:
         )
         if plan.chunks and rng.random() < self.mood.rollback:
             self._maybe_abort()
-            scheduler.rollback(plan)
-            checker.rolled_back(plan)
-            self.stats.rollbacks += 1
+            self._roll_back(plan)
         else:
-            self._compute(plan)
+            self._compute(plan, covered)
         checker.books()
 
-    def _compute(self, plan: StepPlan) -> None:
-        values = self.checker.computed(plan)
+    def _roll_back(self, plan: StepPlan) -> None:
+        self.scheduler.rollback(plan)
+        self.checker.rolled_back(plan)
+        self.stats.rollbacks += 1
+
+    def _compute(self, plan: StepPlan, covered: Collection[str]) -> None:
+        values = self.checker.computed(plan, covered)
+        self.stats.covered += len(covered)
+        ahead: dict[str, int] | None = None
+        drawing = all(chunk.samples and not chunk.drafts for chunk in plan.chunks)
+        if self.ahead and plan.chunks and drawing:
+            ahead = self._compute_ahead(plan, values)
+            self.checker.books()
+            if self.ahead_rng.random() < self.mood.rollback:
+                self._roll_back(plan)
+                return
         self._maybe_abort()
         if plan.chunks and self.rng.random() < self.mood.failure:
             first = plan.chunks[0]  # others may have read what it has computed
             self._fail(self.rng.choice((first, *plan.chunks)).request_id)
-        drawn = {
-            chunk.request_id: self._draw(chunk, values) for chunk in plan.chunks if chunk.samples
-        }
+        drawn: dict[str, list[int]] = (
+            {id: [token] for id, token in ahead.items() if id in self.checker.tracks}
+            if ahead is not None
+            else {c.request_id: self._draw(c, values) for c in plan.chunks if c.samples}
+        )
         self.stats.drafts += sum(len(chunk.drafts) for chunk in plan.chunks)
         finished = self.scheduler.update(plan, drawn)
         self.checker.updated(plan, drawn, finished)
@@ -304,6 +323,15 @@ class Episode:
             slots = [chunk.states for chunk in plan.chunks if chunk.states is not None]
             self.stats.snapshots += sum(one.save is not None for one in slots)
             self.stats.restores += sum(one.restore is not None for one in slots)
+
+    def _compute_ahead(self, plan: StepPlan, values: dict[str, int]) -> dict[str, int]:
+        """The step behind this one, of the tokens that this one draws, which are returned."""
+        tracks = self.checker.tracks
+        tokens = {
+            id: draw(tracks[id].secret, value, self.mood.vocab) for id, value in values.items()
+        }
+        self.checker.computed_ahead(plan, self.scheduler.following(plan), tokens)
+        return tokens
 
     def _draw(self, chunk: Chunk, values: dict[str, int]) -> list[int]:
         """One token, now and then several or none; from what the cache holds and from the request's

@@ -281,6 +281,14 @@ class SnapshotWatch:
         self._odd |= new
         self._known = set(found)
 
+    def followed(self) -> None:
+        """What follows a plan took blocks, and what derives from these is gone; nothing else."""
+        found = self._found()
+        cached = self._checker.pool.cached
+        if any(all(one in blocks for blocks in cached) for one in self._known - found.keys()):
+            self._checker.broken("I13", "a snapshot went for what follows a plan")
+        self._known &= found.keys()
+
     def withdrawn(self) -> None:
         """A request has failed: what derives from it is gone."""
         self._known &= self._found().keys()

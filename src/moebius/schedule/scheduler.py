@@ -185,14 +185,14 @@ class Scheduler:
         return StepPlan(self._step, chunks, tuple(step.preempted), expired, waiting, moved)
 
     def following(self, plan: StepPlan) -> tuple[Chunk, ...]:
-        """One more token of each request that draws one in this plan and has a block for it: what
-        the next plan will want of it, unless the drawn token ends the request."""
+        """Of a plan whose chunks all draw: one more token of each request that has a block for it,
+        which is what the next plan will want of it, unless the drawn token ends the request."""
         chunks = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
             length = chunk.end + 1
             ends = len(request.output_ids) + 1 >= request.max_tokens or length >= self.max_model_len
-            if chunk.samples and not ends and self.pool.extend(request, length):
+            if not ends and self.pool.extend(request, length):
                 states = chunk.states and chunk.states._replace(restore=None, save=None)
                 chunks.append(Chunk(request.id, chunk.end, 1, True, request.tables, states))
         return tuple(chunks)
