@@ -19,7 +19,7 @@ import moebius
 from moebius.engine import steps_ahead
 from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
-from moebius.engine.sampler import choose, drawn_by_device, sample
+from moebius.engine.sampler import draw_of, drawn_from_logits, outcome, sample
 from moebius.engine.trace import TraceWriter, replay
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
@@ -62,6 +62,8 @@ def plain(wish: Wish, rng: random.Random) -> Wish:
     """What a device draws by itself."""
     params = SamplingParams(
         temperature=rng.choice((0.0, 0.7, 1.3)),
+        top_k=rng.choice((0, 0, 3)),
+        top_p=rng.choice((1.0, 1.0, 0.8)),
         max_tokens=rng.choice((1, 2, 3, 8, 40)),
         min_tokens=rng.choice((0, 0, 1)),
         ignore_eos=True,
@@ -200,7 +202,7 @@ def test_a_step_is_handed_over_before_the_last_ones_tokens_are_read(order: list[
 
 def test_what_needs_the_host_is_computed_as_it_was(order: list[str]) -> None:
     engine = engine_of(2)
-    engine.add(request_of(wish_of("top", top_k=5), engine))
+    engine.add(request_of(wish_of("top", logprobs=1), engine))
     run(engine)
     assert order == ["step"] * 12
 
@@ -340,23 +342,30 @@ def test_numbers_that_are_not_finite_end_their_request_alone(
 def test_what_a_device_draws_is_what_the_sampler_draws() -> None:
     """For each of the kinds, at the position that a request's next token has."""
     one = engine_of(0)
-    kinds = ({"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 1}, {"temperature": 1e-30})
+    kinds: tuple[dict[str, object], ...] = (
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"top_k": 1},
+        {"temperature": 1e-30},
+        {"top_k": 5, "top_p": 0.9},
+        {"top_p": 0.5},
+        {"min_p": 0.2},
+    )
     requests = [
         request_of(wish_of(str(number), **params), one) for number, params in enumerate(kinds)
     ]
-    assert all(map(drawn_by_device, requests))
+    assert all(map(drawn_from_logits, requests))
     logits_LV = torch.randn(len(requests), 300, generator=torch.Generator().manual_seed(0))
-    ends = [request.num_tokens for request in requests]
-    drawn = choose(logits_LV, requests, ends, one.runner.ops).tolist()
-    assert drawn == [each.token_id for each in sample(logits_LV, requests, one.runner.ops)]  # type: ignore[union-attr]
+    ops = one.runner.ops
+    draws = [draw_of(request, ops, request.num_tokens) for request in requests]
+    chosen = ops.choose(logits_LV, draws).tolist()
+    drawn = [outcome(each, token) for each, token in zip(requests, chosen, strict=True)]
+    assert drawn == sample(logits_LV, requests, ops)
 
 
 @pytest.mark.parametrize(
     "params",
     [
-        {"top_p": 0.9},
-        {"top_k": 3},
-        {"min_p": 0.1},
         {"logprobs": 0},
         {"min_tokens": 2},
         {"logit_bias": {3: 1.0}},
@@ -370,13 +379,50 @@ def test_what_a_device_draws_is_what_the_sampler_draws() -> None:
 )
 def test_what_a_device_does_not_draw_by_itself(params: dict[str, object]) -> None:
     request = request_of(wish_of("w", **params), engine_of(0))
-    assert not drawn_by_device(request)
+    assert not drawn_from_logits(request)
 
 
 def test_what_is_held_to_a_grammar_is_not_either() -> None:
     wish = next(wish for wish in wishes(9, 300, random.Random(0)) if wish.constraint is not None)
     held = replace(wish_of("w", temperature=0.0), constraint=wish.constraint)
-    assert not drawn_by_device(request_of(held, engine_of(0)))
+    assert not drawn_from_logits(request_of(held, engine_of(0)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "params", "drawn"),
+    [
+        ("", {"top_k": 5}, True),
+        ("", {"top_k": 300}, False),
+        ("", {"top_p": 0.9}, True),
+        ("qwen3_next", {"top_k": 5, "top_p": 0.9}, True),
+        ("qwen3_next", {"top_p": 0.9}, False),
+    ],
+    ids=str,
+)
+def test_which_candidates_a_device_draws_from(
+    model_type: str, params: dict[str, object], drawn: bool, order: list[str]
+) -> None:
+    """No more than it looks at first; and of a model with states, which cannot be taken back,
+    none that may turn out to be too few."""
+    one = build(decoder(model_type), AHEAD)
+    one.add(request_of(wish_of("w", **params), one))
+    run(one)
+    assert ("ahead" in order) == drawn
+
+
+def test_a_draw_that_needs_more_candidates_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, order: list[str]
+) -> None:
+    """By the host, once; others keep what was computed ahead of theirs."""
+    params: dict[str, object] = {"temperature": 3.0, "top_p": 0.95}
+    expected = {f"r{i}": alone(f"r{i}", **params) for i in range(3)}
+    order.clear()
+    monkeypatch.setattr(type(decoder().ops), "first_look", 32)
+    one = engine_of(3, **params)
+    found = run(one)
+    assert {id: tokens(outputs) for id, outputs in found.items()} == expected
+    assert order.count("step") > 2 and order.count("ahead") > 5
+    assert one.scheduler.drained
 
 
 def test_a_trace_has_what_was_begun_ahead(tmp_path: Path) -> None:

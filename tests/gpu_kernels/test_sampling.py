@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from gpu_kernels.compiling import assert_compile, launches
 from gpu_kernels.conftest import DEVICE
 from gpu_kernels.standing_in import inside_interpreter
+from moebius.ops.draws import Draw
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.sampling import LOWEST, Shaping
+from moebius.ops.sampling import ALL_BANNED, LOWEST, NOT_FINITE, UNDECIDED, Shaping
 from moebius.ops.triton import TritonOps, sampling
 from moebius.ops.triton.kernels import sampling as kernels
 
@@ -99,18 +100,69 @@ def test_what_is_chosen_is_what_is_drawn_and_nobody_waits_for_it(vocab: int) -> 
     logits = tied(6, vocab)
     logits[2, 1:2] = torch.nan
     logits[3] = LOWEST
-    heats = [0.0, 0.7, 0.0, 1.3, 0.0, 3.0]
-    uniforms = [0.0, 0.9, 0.0, 0.5, 0.0, 0.2]
-    best = OPS.argmax(logits)
-    drawn = OPS.draw(logits, range(6), [heat or 1.0 for heat in heats], uniforms)
-    expected = [drawn[row] if heat else best[row] for row, heat in enumerate(heats)]
+    draws = [
+        Draw(0.0, 0.0),
+        Draw(0.7, 0.9),
+        Draw(0.0, 0.0),
+        Draw(1.3, 0.5),
+        Draw(0.9, 0.4, 3, whole=True),
+        Draw(3.0, 0.2, 5, top_p=0.4),
+    ]
+    expected = [
+        *OPS.argmax(logits, [0]),
+        *OPS.draw(logits, [1], [0.7], [0.9]),
+        *OPS.argmax(logits, [2]),
+        *OPS.draw(logits, [3], [1.3], [0.5]),
+        *OPS.draw_candidates(logits, [4, 5], draws[4:]),
+    ]
     with Unread():
-        chosen = [OPS.choose(logits, heats, uniforms)]
-    chosen.append(ReferenceOps.choose(OPS, logits, heats, uniforms))
+        chosen = [OPS.choose(logits, draws)]
+    chosen.append(ReferenceOps.choose(OPS, logits, draws))
     for one in chosen:
         assert one.dtype == torch.int64 and one.tolist() == expected
-    assert OPS.choose(logits[:2], [0.0, 0.0], [0.0] * 2).tolist() == best[:2]
-    assert OPS.choose(logits[:0], [], []).tolist() == []
+    assert OPS.choose(logits[:2], [draws[0]] * 2).tolist() == OPS.argmax(logits[:2])
+    assert OPS.choose(logits[:0], []).tolist() == []
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_draws_from_candidates(vocab: int) -> None:
+    """Beside plain PyTorch's numbers and numpy: with what top_k, top_p and min_p leave, ties, and
+    more candidates than there are."""
+    rng = random.Random(vocab)
+    logits = tied(40, vocab)
+    logits[7] = LOWEST
+    logits[8] = -200.0
+    logits[8, vocab // 2] = 0.0
+    draws = [
+        Draw(
+            temperature=rng.choice((1e-20, 0.3, 0.9, 2.5)),
+            uniform=rng.choice((0.0, rng.random(), 1 - 2.0**-53)),
+            width=rng.choice((1, 2, 7, 64)),
+            whole=rng.random() < 0.5,
+            top_p=rng.choice((1.0, 0.9, 0.5, 1e-9)),
+            min_p=rng.choice((0.0, 0.05, 1.0)),
+        )
+        for _ in range(40)
+    ]
+    drawn = OPS.draw_candidates(logits, range(40), draws)
+    assert drawn == REF.draw_candidates(logits, range(40), draws)
+    assert drawn[7] == ALL_BANNED
+    assert (UNDECIDED in drawn) == (vocab > 7)
+    alone = [OPS.draw_candidates(logits, [row], [draw])[0] for row, draw in enumerate(draws)]
+    assert alone == drawn
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_a_row_that_is_not_finite_draws_no_candidate() -> None:
+    logits = tied(3, 100)
+    logits[1, 4] = torch.inf
+    few, many = Draw(0.9, 0.5, 20, top_p=0.9), Draw(0.9, 0.5, 90, whole=True)
+    drawn = OPS.draw_candidates(logits, [1, 1, 0, 2], [few, many, many, few])
+    assert drawn[:2] == [NOT_FINITE] * 2
+    assert drawn[2:] == REF.draw_candidates(logits, [0, 2], [many, few])
+    with pytest.raises(ValueError, match="more than 64 candidates"):
+        OPS.choose(logits, [few, many, few])
 
 
 @pytest.mark.usefixtures("short_parts")

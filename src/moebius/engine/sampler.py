@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius.engine.client import TokenLogprob
@@ -33,27 +31,23 @@ from moebius.engine.faults import failure, say
 from moebius.engine.restriction import Restriction
 from moebius.engine.step_memory import SAMPLED_IDS
 from moebius.errors import ConstraintError, MoebiusError, NumericalError, frames
-from moebius.ops import LOWEST, Shaping
-from moebius.ops.sampling import ALL_BANNED, SamplerOps
+from moebius.ops import Shaping
+from moebius.ops.draws import Draw
+from moebius.ops.sampling import ALL_BANNED, UNDECIDED, SamplerOps
 from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 
 log = logging.getLogger(__name__)
 
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-Ids = NDArray[np.int64]
 _T = TypeVar("_T")
 
-# Enough candidates for most top-p draws; when their mass does not reach top_p, eight times as many
-# are taken.
-_NUCLEUS_CANDIDATES = 256
 # Below, every difference of float32 logits is beyond exp's range: greedy, but for exact ties.
 _COLDEST = 1e-20
 # Below, ids that were there before are beyond exp's range from all others. A float32 still holds
 # their logits.
 _LEAST_REPETITION = 1e-20
 _FREE = Restriction()
+_GREEDY = Draw(temperature=0.0, uniform=0.0)
 
 
 class Sampled(NamedTuple):
@@ -103,39 +97,40 @@ def sample(
         ]
 
 
-def drawn_by_device(request: Request) -> bool:
-    """Whether a device draws a request's next tokens from their logits alone: the most likely id,
-    or one of the whole vocabulary. All else needs the host between two steps."""
+def draw_of(request: Request, ops: SamplerOps, position: int | None = None) -> Draw:
+    """How a request's token at `position` is drawn; None: its next one."""
     params = request.params
-    if params.plain:
-        return request.asked.constraint is None and not params.allowed_token_ids
-    held = request.asked.constraint is not None or params.allowed_token_ids or params.shapes_logits
+    if params.greedy:
+        return _GREEDY
+    nucleus = params.top_p < 1.0 or params.min_p > 0.0
+    return Draw(
+        temperature=max(params.temperature, _COLDEST),
+        uniform=uniform(request.asked.seed, request.num_tokens if position is None else position),
+        width=params.top_k if params.top_k > 0 else ops.first_look if nucleus else 0,
+        whole=params.top_k > 0,
+        top_p=params.top_p,
+        min_p=params.min_p,
+    )
+
+
+def drawn_from_logits(request: Request) -> bool:
+    """Whether a request's next tokens are a matter of their logits and of its `draw_of` alone. Else
+    the host is needed between two steps."""
+    params = request.params
     return (
-        not held
+        request.asked.constraint is None
+        and not params.allowed_token_ids
+        and not params.shapes_logits
         and params.logprobs is None
-        and (params.greedy or _num_candidates(params) == 0)
         and len(request.output_ids) >= params.min_tokens
     )
 
 
-def choose(
-    logits_LV: Tensor, requests: Sequence[Request], positions: Sequence[int], ops: SamplerOps
-) -> Tensor:
-    """As `sample`, for requests that are `drawn_by_device`, without waiting: (L,) int64.
-
-    positions: of each row's next token; so a request may have tokens that are not known yet.
-    """
-    heats = [0.0 if each.params.greedy else _temperature(each.params) for each in requests]
-    uniforms = [
-        uniform(request.asked.seed, position) if heat else 0.0
-        for request, position, heat in zip(requests, positions, heats, strict=True)
-    ]
-    return ops.choose(logits_LV, heats, uniforms)
-
-
-def outcome(request: Request, chosen: int) -> Sampled | MoebiusError:
-    """What `choose` brought a request."""
-    row = _Row(0, request, None)
+def outcome(request: Request, chosen: int) -> Sampled | MoebiusError | None:
+    """What `SamplerOps.choose` brought a request; None where it is to be drawn by `sample`."""
+    if chosen == UNDECIDED:
+        return None
+    row = _Row(0, request, None, _GREEDY)
     row.take(chosen)
     return row.outcome
 
@@ -160,7 +155,7 @@ def _sample(
     if all(request.params.plain for request in requests) and not any(restrictions):
         return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
     rows = [
-        _Row(index, request, _shaping(request, restriction or _FREE))
+        _Row(index, request, _shaping(request, restriction or _FREE), draw_of(request, ops))
         for index, (request, restriction) in enumerate(zip(requests, restrictions, strict=True))
     ]
     for part in _parts(rows, lambda row: row.shaping.num_ids if row.shaping else 0):
@@ -177,7 +172,7 @@ class _Row:
 
     index     its place in logits_LV
     shaping   what its request asks for before temperature, if anything
-    width     how many of the most likely ids it draws from, where it is not all of them
+    draw      how its token is drawn
     token_id  what it drew; None where there is nothing: its logits are not finite, or
     banned    all of them are
     """
@@ -185,7 +180,7 @@ class _Row:
     index: int
     request: Request
     shaping: Shaping | None
-    width: int = 0
+    draw: Draw
     token_id: int | None = None
     banned: bool = False
     logprob: TokenLogprob | None = None
@@ -193,19 +188,6 @@ class _Row:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
-
-    @property
-    def temperature(self) -> float:
-        return _temperature(self.params)
-
-    @property
-    def uniform(self) -> float:
-        return uniform(self.request.asked.seed, self.request.num_tokens)
-
-    @property
-    def num_candidates(self) -> int:
-        """How many of the most likely ids a draw looks at first; 0 where it looks at all."""
-        return _num_candidates(self.params)
 
     def take(self, token_id: int) -> None:
         """What the backend drew: an id, or what stands for none."""
@@ -229,17 +211,6 @@ class _Row:
             "and min_tokens",
             param="allowed_token_ids" if self.params.allowed_token_ids else None,
         )
-
-
-def _temperature(params: SamplingParams) -> float:
-    return max(params.temperature, _COLDEST)
-
-
-def _num_candidates(params: SamplingParams) -> int:
-    if params.top_k > 0:
-        return params.top_k
-    nucleus = params.top_p < 1.0 or params.min_p > 0.0
-    return _NUCLEUS_CANDIDATES if nucleus else 0
 
 
 def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T]]:
@@ -278,11 +249,10 @@ def _shaping(request: Request, restriction: Restriction) -> Shaping | None:
 
 
 def _draw_each_kind(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
-    greedy = [row for row in rows if row.params.greedy]
-    drawing = [row for row in rows if not row.params.greedy]
-    _take_best(logits_LV, greedy, ops)
-    _draw_from_all(logits_LV, [row for row in drawing if row.num_candidates == 0], ops)
-    _draw_from_candidates(logits_LV, [row for row in drawing if row.num_candidates > 0], ops)
+    drawing = [row for row in rows if row.draw.temperature]
+    _take_best(logits_LV, [row for row in rows if not row.draw.temperature], ops)
+    _draw_from_all(logits_LV, [row for row in drawing if not row.draw.width], ops)
+    _draw_from_candidates(logits_LV, [row for row in drawing if row.draw.width], ops)
 
 
 def _indices(rows: Iterable[_Row]) -> list[int]:
@@ -299,8 +269,8 @@ def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None
 
 
 def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
-    temperatures = [row.temperature for row in rows]
-    uniforms = [row.uniform for row in rows]
+    temperatures = [row.draw.temperature for row in rows]
+    uniforms = [row.draw.uniform for row in rows]
     tokens = ops.draw(logits_LV, _indices(rows), temperatures, uniforms)
     for row, token in zip(rows, tokens, strict=True):
         row.take(token)
@@ -309,62 +279,18 @@ def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> 
 def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
     """Rows that saw too few candidates for their top_p or min_p take part in another round."""
     vocab = logits_LV.shape[-1]
-    for row in rows:
-        row.width = min(row.num_candidates, vocab)
     while rows:
         undecided: list[_Row] = []
-        for part in _parts(rows, lambda row: row.width):
-            undecided += _draw_part(logits_LV, part, ops)
+        for part in _parts(rows, lambda row: min(row.draw.width, vocab)):
+            draws = [row.draw for row in part]
+            drawn = ops.draw_candidates(logits_LV, _indices(part), draws)
+            for row, token in zip(part, drawn, strict=True):
+                row.take(token)
+                if token == UNDECIDED:
+                    undecided.append(row)
         for row in undecided:
-            row.width = min(8 * row.width, vocab)
+            row.draw = row.draw._replace(width=8 * row.draw.width)
         rows = undecided
-
-
-def _draw_part(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> list[_Row]:
-    """Draw each of the rows from its `width` most likely ids; those that need more of them."""
-    found = ops.log_softmax_top_k(
-        logits_LV, _indices(rows), [row.width for row in rows], [row.temperature for row in rows]
-    )
-    values = found.values.cpu().numpy()
-    ids = found.ids.cpu().numpy()
-    undecided: list[_Row] = []
-    stop = 0
-    for row, log_sum in zip(rows, found.log_sums_R.tolist(), strict=True):
-        start = stop
-        stop += row.width
-        if math.isnan(log_sum):
-            continue
-        if values[start] == LOWEST:
-            row.take(ALL_BANNED)
-            continue
-        row.token_id = _draw(row, values[start:stop], ids[start:stop], log_sum, logits_LV.shape[-1])
-        if row.token_id is None:
-            undecided.append(row)
-    return undecided
-
-
-def _draw(row: _Row, values_K: Float32, ids_K: Ids, log_sum: float, vocab: int) -> int | None:
-    """A draw from what top_k, top_p (nucleus: Holtzman et al., arXiv 1904.09751) and min_p leave.
-
-    values_K, ids_K: the most likely logits and their ids; None where more of them are needed.
-    log_sum: logsumexp(logits / temperature) over the whole vocabulary.
-    """
-    params = row.params
-    values: Float64 = values_K.astype(np.float64)
-    weights = np.exp((values - values[0]) / row.temperature)
-    # What is behind the last weighs no more than it.
-    if params.top_k > 0 or len(ids_K) == vocab or weights[-1] == 0:
-        total = weights.sum()
-    else:
-        # Between 1 and V, whatever the rounding of two large quotients leaves.
-        total = math.exp(min(max(log_sum - values[0] / row.temperature, 0.0), math.log(vocab)))
-    in_nucleus = np.cumsum(weights) - weights < params.top_p * total
-    kept = in_nucleus & (weights >= params.min_p * weights[0])
-    if kept[-1] and params.top_k <= 0 and len(ids_K) < vocab:
-        return None
-    cumulative = np.cumsum(weights[kept])
-    index = int(np.searchsorted(cumulative, row.uniform * cumulative[-1], side="right"))
-    return int(ids_K[min(index, len(cumulative) - 1)])
 
 
 def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: SamplerOps) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moebius.engine.batch import Batch, build_batch
 from moebius.engine.runner import Runner
-from moebius.engine.sampler import Sampled, choose, drawn_by_device, outcome
+from moebius.engine.sampler import Sampled, draw_of, drawn_from_logits, outcome
 from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
 from moebius.errors import MoebiusError
@@ -32,8 +32,8 @@ from moebius.ops.transfer import fetch, send_numbers
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
 
-Outcomes = tuple[list[Request], list[Sampled | MoebiusError]]
-"""Requests, and for each its token, or why it ends without one."""
+Outcomes = tuple[list[Request], list[Sampled | MoebiusError | None]]
+"""Requests, and for each its token, or why it ends without one; None: it is computed again."""
 
 
 class StepsAhead(Protocol):
@@ -115,9 +115,15 @@ class DeviceStepsAhead:
         """Of no plan yet."""
         self._due: dict[str, _Drawn] = {}
         """Of the plan under way."""
+        self._undecided: dict[str, int] = {}
+        """Requests, and how many tokens they had when their next one was not drawn here."""
+        self._goes_back = scheduler.pool.states is None
+        """Whether a token may turn out to be undecided: its request is computed again then."""
 
     def rest(self, plan: StepPlan) -> StepPlan:
         self._ahead = {id: known for id, known in self._ahead.items() if known.stands}
+        requests = self._scheduler.requests
+        self._undecided = {id: at for id, at in self._undecided.items() if id in requests}
         self._due = {}
         rest = []
         for chunk in plan.chunks:
@@ -135,7 +141,7 @@ class DeviceStepsAhead:
         """All or none: the host would wait for its own rows anyway."""
         if not all(chunk.samples and not chunk.drafts for chunk in rest.chunks):
             return False
-        if batch.prompts or not all(map(drawn_by_device, batch.sampled)):
+        if batch.prompts or not all(map(self._draws, batch.sampled)):
             return False
         ends = [request.num_tokens for request in batch.sampled]
         self._due.update(self._drawn(batch, ends))
@@ -145,13 +151,28 @@ class DeviceStepsAhead:
         if len(self._due) == len(plan.chunks):
             self._begin_following(plan, trace)
         due = self._due.values()
-        requests = [known.request for known in due]
-        return requests, [outcome(known.request, known.drawing.ids[known.row]) for known in due]
+        outcomes = [outcome(known.request, known.drawing.ids[known.row]) for known in due]
+        for known, found in zip(due, outcomes, strict=True):
+            if found is None:
+                self._ahead.pop(known.request.id, None)
+                self._undecided[known.request.id] = known.end
+        return [known.request for known in due], outcomes
 
     def drop(self, plan: StepPlan) -> None:
         self._due = {}
         for chunk in plan.chunks:
             self._ahead.pop(chunk.request_id, None)
+
+    def _draws(self, request: Request) -> bool:
+        """Whether the device draws a request's next token, and likely the one behind it."""
+        ops = self._runner.ops
+        draw = draw_of(request, ops)
+        return (
+            drawn_from_logits(request)
+            and draw.width <= ops.first_look
+            and (self._goes_back or draw.whole or not draw.width)
+            and self._undecided.get(request.id) != request.num_tokens
+        )
 
     def _begin_following(self, plan: StepPlan, trace: Tracing) -> None:
         chunks = self._scheduler.following(plan)
@@ -168,7 +189,11 @@ class DeviceStepsAhead:
     def _drawn(self, batch: Batch, ends: Sequence[int]) -> dict[str, _Drawn]:
         """Begin to draw the token at each row's end."""
         logits_LV = self._runner.logits(batch.sampled_rows)
-        drawing = _Drawing(choose(logits_LV, batch.sampled, ends, self._runner.ops))
+        ops = self._runner.ops
+        draws = [
+            draw_of(request, ops, end) for request, end in zip(batch.sampled, ends, strict=True)
+        ]
+        drawing = _Drawing(ops.choose(logits_LV, draws))
         return {
             request.id: _Drawn(request, end, request.num_preemptions, drawing, row)
             for row, (request, end) in enumerate(zip(batch.sampled, ends, strict=True))

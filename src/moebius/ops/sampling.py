@@ -4,6 +4,7 @@ Each names the rows that it is about, so that rows with other wishes stay where 
 copied, and none pays for another's.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,11 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moebius.ops.draws import Draw, draw_from_candidates
+
 # In place of minus infinity, which means a broken model.
 LOWEST = torch.finfo(torch.float32).min
 # In place of an id, where none is drawn: a logit is NaN or infinite, or all are LOWEST.
 NOT_FINITE = -1
 ALL_BANNED = -2
+# In place of an id, where a draw needs to look at more candidates.
+UNDECIDED = -3
 # An id that is looked up takes up to 64 bytes, one of a row that is copied 4: a word of 32 ids.
 _WORD_IDS = 2
 # Rows whose vocabulary is widened to float64 at a time.
@@ -73,7 +78,12 @@ class SamplerOps(ABC):
     """The part of `Ops` from logits (L, V) to tokens.
 
     logits_LV is float32, V the vocabulary; ties go to the lowest id everywhere.
+
+    first_look: how many candidates a draw looks at first where it does not say how many there are:
+    enough for most; eight times as many where they were not.
     """
+
+    first_look = 256
 
     @abstractmethod
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
@@ -94,21 +104,46 @@ class SamplerOps(ABC):
         Temperatures are rounded to float32; sums are float64.
         """
 
-    def choose(
-        self, logits_LV: Tensor, temperatures: Sequence[float], uniforms: Sequence[float]
-    ) -> Tensor:
-        """Of all rows what `argmax` finds where the temperature is 0, and else what `draw` draws:
-        (L,) int64 beside the logits. A backend whose device works by itself does not wait for it.
-        """
+    def draw_candidates(
+        self, logits_LV: Tensor, rows: Sequence[int], draws: Sequence[Draw]
+    ) -> list[int]:
+        """Of each of `rows` an id from its most likely ones, as its Draw says, whose width is not
+        0; NOT_FINITE, or ALL_BANNED, or UNDECIDED where that needs more of them."""
+        vocab = logits_LV.shape[-1]
+        widths = [min(draw.width, vocab) for draw in draws]
+        found = self.log_softmax_top_k(
+            logits_LV, rows, widths, [draw.temperature for draw in draws]
+        )
+        values = found.values.cpu().numpy()
+        ids = found.ids.cpu().numpy()
+        drawn: list[int] = []
+        stop = 0
+        for draw, width, log_sum in zip(draws, widths, found.log_sums_R.tolist(), strict=True):
+            start = stop
+            stop += width
+            if math.isnan(log_sum):
+                drawn.append(NOT_FINITE)
+            elif values[start] == LOWEST:
+                drawn.append(ALL_BANNED)
+            else:
+                own = slice(start, stop)
+                id = draw_from_candidates(draw, values[own], ids[own], log_sum, vocab)
+                drawn.append(UNDECIDED if id is None else id)
+        return drawn
+
+    def choose(self, logits_LV: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """Of all rows what `argmax`, `draw` or `draw_candidates` gives, whichever a row's Draw asks
+        for: (L,) int64 beside the logits. A device that works by itself is not waited for."""
+        greedy = [row for row, draw in enumerate(draws) if not draw.temperature]
+        free = [row for row, draw in enumerate(draws) if draw.temperature and not draw.width]
+        narrow = [row for row, draw in enumerate(draws) if draw.temperature and draw.width]
+        heats = [draws[row].temperature for row in free]
+        uniforms = [draws[row].uniform for row in free]
         found = torch.empty(len(logits_LV), dtype=torch.int64)
-        greedy = [row for row, heat in enumerate(temperatures) if heat == 0]
-        others = [row for row, heat in enumerate(temperatures) if heat != 0]
-        if greedy:
-            found[greedy] = torch.tensor(self.argmax(logits_LV, greedy))
-        if others:
-            heats = [temperatures[row] for row in others]
-            drawn = self.draw(logits_LV, others, heats, [uniforms[row] for row in others])
-            found[others] = torch.tensor(drawn)
+        found[greedy] = torch.tensor(self.argmax(logits_LV, greedy), dtype=torch.int64)
+        found[free] = torch.tensor(self.draw(logits_LV, free, heats, uniforms), dtype=torch.int64)
+        drawn = self.draw_candidates(logits_LV, narrow, [draws[row] for row in narrow])
+        found[narrow] = torch.tensor(drawn, dtype=torch.int64)
         return found.to(logits_LV.device)
 
     @abstractmethod

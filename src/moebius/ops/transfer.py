@@ -16,7 +16,11 @@ def send(host: Tensor, device: torch.device | str) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def send_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def send_numbers(
+    values: Sequence[float] | Sequence[Sequence[float]],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
     """Numbers of the host as a tensor on the device."""
     return send(torch.tensor(values, dtype=dtype), device)
 

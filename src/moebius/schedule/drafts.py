@@ -198,11 +198,10 @@ class DraftingScheduler(Scheduler):
 
     def following(self, plan: StepPlan) -> tuple[Chunk, ...]:
         """Nothing where the next plan may have drafts, which begin with the token that is drawn."""
-        if self._least_share(len(plan.chunks)) <= 1.0:
-            asked_at = self._step + 1
-            for chunk in plan.chunks:
-                if self._resting.get(chunk.request_id, asked_at) <= asked_at:
-                    return ()
+        asked_at = self._step + 1
+        rests = all(self._resting.get(c.request_id, 0) > asked_at for c in plan.chunks)
+        if not rests and self._least_share(len(plan.chunks)) <= 1.0:
+            return ()
         return super().following(plan)
 
     def rollback(self, plan: StepPlan) -> None:

@@ -16,7 +16,15 @@ from moebius.ops.triton.experts import TritonExperts
 from moebius.ops.triton.linear import TritonLinear
 
 METHODS = {each: (each.value,) for each in OWN if each != Operation.SAMPLING} | {
-    Operation.SAMPLING: ("argmax", "draw", "choose", "log_softmax_top_k", "ranks", "shaped")
+    Operation.SAMPLING: (
+        "argmax",
+        "draw",
+        "draw_candidates",
+        "choose",
+        "log_softmax_top_k",
+        "ranks",
+        "shaped",
+    )
 }
 """What is called of each operation that has kernels of ours."""
 _REFERENCE = ReferenceOps()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius.ops.capability import Operation
+from moebius.ops.draws import Draw
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.routing import top_k
 from moebius.ops.sampling import Shaping, TopK
@@ -27,6 +28,8 @@ _CHANGES = 256
 
 
 class SamplingOps(ReferenceOps):
+    first_look = _MOST_LOOKED_FOR
+
     def argmax(self, logits_LV: Tensor, rows: Sequence[int] | None = None) -> list[int]:
         asked = _Rows(logits_LV, range(len(logits_LV)) if rows is None else rows)
         return _best(asked).tolist()
@@ -40,19 +43,38 @@ class SamplingOps(ReferenceOps):
     ) -> list[int]:
         return _drawn(_Rows(logits_LV, rows), temperatures, uniforms).tolist()
 
-    def choose(
-        self, logits_LV: Tensor, temperatures: Sequence[float], uniforms: Sequence[float]
-    ) -> Tensor:
-        greedy = [row for row, heat in enumerate(temperatures) if heat == 0]
-        others = [row for row, heat in enumerate(temperatures) if heat != 0]
-        best = _Rows(logits_LV, greedy)
-        drawing = _Rows(logits_LV, others)
+    def draw_candidates(
+        self, logits_LV: Tensor, rows: Sequence[int], draws: Sequence[Draw]
+    ) -> list[int]:
+        """A row with many candidates is drawn on the host, whoever else is there."""
+        found = [0] * len(rows)
+        few = [at for at, draw in enumerate(draws) if draw.width <= _MOST_LOOKED_FOR]
+        many = [at for at, draw in enumerate(draws) if draw.width > _MOST_LOOKED_FOR]
+        for some, draw in ((few, _few_drawn), (many, super().draw_candidates)):
+            if some:
+                drawn = draw(logits_LV, [rows[at] for at in some], [draws[at] for at in some])
+                for at, token in zip(some, drawn, strict=True):
+                    found[at] = token
+        return found
+
+    def choose(self, logits_LV: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """Raises ValueError for a row with more candidates than `first_look`."""
+        if max((draw.width for draw in draws if draw.temperature), default=0) > self.first_look:
+            raise ValueError(f"more than {self.first_look} candidates are for draw_candidates")
         found_L = torch.empty(len(logits_LV), dtype=torch.int64, device=logits_LV.device)
+        greedy = [row for row, draw in enumerate(draws) if not draw.temperature]
+        free = [row for row, draw in enumerate(draws) if draw.temperature and not draw.width]
+        narrow = [row for row, draw in enumerate(draws) if draw.temperature and draw.width]
         if greedy:
-            found_L[best.rows_R] = _best(best)
-        if others:
-            heats = [temperatures[row] for row in others]
-            found_L[drawing.rows_R] = _drawn(drawing, heats, [uniforms[row] for row in others])
+            asked = _Rows(logits_LV, greedy)
+            found_L[asked.rows_R] = _best(asked)
+        if free:
+            asked = _Rows(logits_LV, free)
+            heats = [draws[row].temperature for row in free]
+            found_L[asked.rows_R] = _drawn(asked, heats, [draws[row].uniform for row in free])
+        if narrow:
+            asked = _Rows(logits_LV, narrow)
+            found_L[asked.rows_R] = _drawn_from_few(asked, [draws[row] for row in narrow])
         return found_L
 
     def log_softmax_top_k(
@@ -63,21 +85,13 @@ class SamplingOps(ReferenceOps):
         temperatures: Sequence[float] | None = None,
     ) -> TopK:
         asked = _Rows(logits_LV, rows)
-        heats_R = asked.numbers(
-            [1.0] * len(rows) if temperatures is None else temperatures, torch.float32
-        )
+        heats = [1.0] * len(rows) if temperatures is None else temperatures
         counts = [min(count, asked.vocab) for count in counts]
-        counts_R = asked.numbers(counts, torch.int64)
-        log_sums_R = torch.empty(len(rows), dtype=torch.float64, device=logits_LV.device)
-        if len(rows):
-            known = asked.parts(heats_R)
-            kernels.log_sum[(len(rows),)](
-                known.largest, known.sums, heats_R, log_sums_R, asked.count, PARTS=asked.padded
-            )
+        log_sums_R = _log_sums(asked, heats)
         # Which ids are the largest is no matter of rounding: either way finds the same.
         if max(counts, default=0) > _MOST_LOOKED_FOR:
             return TopK(log_sums_R, *_top_k_by_torch(asked, counts))
-        return TopK(log_sums_R, *_top_k(asked, counts, counts_R))
+        return TopK(log_sums_R, *_top_k(asked, counts, asked.numbers(counts, torch.int64)))
 
     def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
         asked = _Rows(logits_LV, rows)
@@ -208,6 +222,46 @@ def _drawn(asked: _Rows, temperatures: Sequence[float], uniforms: Sequence[float
             PARTS=asked.padded,
             num_warps=_PART_WARPS,
         )
+    return found_R
+
+
+def _log_sums(asked: _Rows, temperatures: Sequence[float]) -> Tensor:
+    heats_R = asked.numbers(temperatures, torch.float32)
+    log_sums_R = torch.empty(len(heats_R), dtype=torch.float64, device=heats_R.device)
+    if len(heats_R):
+        known = asked.parts(heats_R)
+        kernels.log_sum[(len(heats_R),)](
+            known.largest, known.sums, heats_R, log_sums_R, asked.count, PARTS=asked.padded
+        )
+    return log_sums_R
+
+
+def _few_drawn(logits_LV: Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+    return _drawn_from_few(_Rows(logits_LV, rows), draws).tolist()
+
+
+def _drawn_from_few(asked: _Rows, draws: Sequence[Draw]) -> Tensor:
+    """As draw_candidates, of up to _MOST_LOOKED_FOR candidates a row."""
+    counts = [min(draw.width, asked.vocab) for draw in draws]
+    counts_R = asked.numbers(counts, torch.int64)
+    log_sums_R = _log_sums(asked, [draw.temperature for draw in draws])
+    values, ids = _top_k(asked, counts, counts_R)
+    numbers = [
+        (draw.temperature, draw.uniform, draw.top_p, draw.min_p, draw.whole) for draw in draws
+    ]
+    numbers_R5 = send_numbers(numbers, torch.float64, log_sums_R.device)
+    found_R = asked.ids()
+    kernels.draw_of_top[(len(found_R),)](
+        values,
+        ids,
+        counts_R.cumsum(0) - counts_R,
+        counts_R,
+        log_sums_R,
+        numbers_R5,
+        found_R,
+        asked.vocab,
+        BLOCK=_MOST_LOOKED_FOR,
+    )
     return found_R
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebius.ops.draws import Draw
 from moebius.ops.sampling import Shaping
 from moebius.ops.triton.checked import CheckedOps
 from moebius.ops.triton.inspector import far_apart, same_bits, why
@@ -70,10 +71,20 @@ def _drawn(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
 
 
 def _chosen(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
-    """Of these rows alone, some of them greedy."""
-    heats = [0.5 * (row % 3) for row in rows]
-    uniforms = [(0.37 * (row + 1)) % 1 for row in rows]
-    found: list[int] = ops.choose(logits_LV[list(rows)], heats, uniforms).tolist()
+    """Of these rows alone, by each kind of draw."""
+    few = min(20, logits_LV.shape[1])
+    kinds = (
+        (0, False, 1.0, 0.0),
+        (0, True, 1.0, 0.0),
+        (few, True, 0.9, 0.01),
+        (few, False, 0.5, 0.0),
+    )
+    draws = []
+    for row in rows:
+        width, heated, top_p, min_p = kinds[row % 4]
+        heat = 0.5 + row % 3 if heated or width else 0.0
+        draws.append(Draw(heat, (0.37 * (row + 1)) % 1, width, heated, top_p, min_p))
+    found: list[int] = ops.choose(logits_LV[list(rows)], draws).tolist()
     return found
 
 

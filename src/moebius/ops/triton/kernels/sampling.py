@@ -8,7 +8,7 @@ is not finite is NaN from there on.
 import triton
 import triton.language as tl
 
-from moebius.ops.sampling import ALL_BANNED, LOWEST, NOT_FINITE
+from moebius.ops.sampling import ALL_BANNED, LOWEST, NOT_FINITE, UNDECIDED
 from moebius.ops.triton.language import span
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -17,6 +17,7 @@ _NO_KEY = tl.constexpr(-(2**63))
 _LOWEST = tl.constexpr(LOWEST)
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _ALL_BANNED = tl.constexpr(ALL_BANNED)
+_UNDECIDED = tl.constexpr(UNDECIDED)
 
 
 @triton.jit
@@ -83,6 +84,41 @@ def draw(
     weights *= tl.exp(((own_top - top) / heat).to(tl.float64))
     inside = _first_above(before + tl.cumsum(weights, 0), weights, wanted, PART)
     tl.store(out + place, _drawn(part * PART + inside, top, broken))
+
+
+@triton.jit
+def draw_of_top(
+    values, ids, starts, counts, log_sums, numbers, out, size, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As moebius.ops.draws, from up to BLOCK candidates a row. `numbers` (rows, 5) float64:
+    temperature, uniform, top_p, min_p, and 1 where there are no other candidates."""
+    place = tl.program_id(0).to(tl.int64)
+    own = numbers + place * 5
+    heat = tl.load(own)
+    uniform = tl.load(own + 1)
+    top_p = tl.load(own + 2)
+    min_p = tl.load(own + 3)
+    count = tl.load(counts + place)
+    whole = (tl.load(own + 4) > 0) | (count == size)
+    at = tl.arange(0, BLOCK)
+    from_here = tl.load(starts + place) + at
+    x = tl.load(values + from_here, mask=at < count, other=-_INFINITY)
+    id = tl.load(ids + from_here, mask=at < count, other=0)
+    top = tl.max(x, 0)
+    weights = tl.exp((x.to(tl.float64) - top) / heat)
+    running = tl.cumsum(weights, 0)
+    last = tl.sum(tl.where(at == count - 1, weights, 0.0), 0)
+    log_sum = tl.load(log_sums + place)
+    most = tl.log(tl.full([], size, tl.float64))
+    behind = tl.minimum(tl.maximum(log_sum - top.to(tl.float64) / heat, 0.0), most)
+    total = tl.where(whole | (last == 0), tl.sum(weights, 0), tl.exp(behind))
+    kept = (at < count) & (running - weights < top_p * total) & (weights >= min_p)
+    number = tl.sum(kept.to(tl.int32), 0)
+    wanted = uniform * tl.max(tl.where(kept, running, 0.0), 0)
+    before = tl.sum((kept & (running <= wanted)).to(tl.int32), 0)
+    found = tl.sum(tl.where(at == tl.minimum(before, number - 1), id, 0), 0)
+    found = tl.where((number == count) & ~whole, _UNDECIDED, found)
+    tl.store(out + place, _drawn(found, top, log_sum != log_sum))
 
 
 @triton.jit
