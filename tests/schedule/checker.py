@@ -99,7 +99,7 @@ class Track:
     hashes    the prefix hashes of its full blocks
     expected  all tokens that it will ever draw, and with what reason it then ends
     start     where its next chunk has to begin; None while it does not run
-    blocks    how many blocks it held after the last plan
+    blocks    how many blocks it held after the last plan, and what follows that
     """
 
     request: Request
@@ -199,6 +199,9 @@ class Checker:
         self._check_chunks(plan)
         self._check_reasons(plan)
         self._snapshots.planned(plan)
+        self._count_blocks()
+
+    def _count_blocks(self) -> None:
         for track in self.tracks.values():
             request = track.request
             track.blocks = sum(map(len, request.tables)) - sum(request.num_passed)
@@ -405,6 +408,7 @@ class Checker:
         """The step behind the plan ran, with its tokens: read and written before they are known."""
         self.ahead.begun(plan, chunks)
         self._snapshots.followed()
+        self._count_blocks()
         for chunk in chunks:
             values = self.tracks[chunk.request_id].values
             values.append(advance(values[-1], tokens[chunk.request_id]))

@@ -323,3 +323,33 @@ def test_guesses_are_forgotten_with_their_requests() -> None:
         assert len(scheduler._guessers) == 1
         end()
         assert not scheduler._guessers
+
+
+class Nothing:
+    """Has no guess, and is not to be asked for the next two steps."""
+
+    share = 1.0
+    rest = 2
+
+    def guess(self, request: Request, most: int) -> Sequence[int]:
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("guesser", "costs", "follows"),
+    [
+        pytest.param(Sevens, FREE, False, id="drafts begin with the token that is drawn"),
+        pytest.param(Sevens, AS_ROWS, True, id="drafts do not pay"),
+        pytest.param(Nothing, FREE, True, id="nobody is asked in the next step"),
+    ],
+)
+def test_what_follows_a_plan_has_no_drafts(
+    guesser: type[Guesser], costs: StepCosts, follows: bool
+) -> None:
+    scheduler = make_scheduler(guesser, costs=costs)
+    for name in "ab":
+        scheduler.add(make_request(name, [1, 2, 3], max_tokens=20))
+    take(scheduler, {"a": [4], "b": [5]})
+    plan = scheduler.plan(0.0)
+    found = [(chunk.request_id, chunk.start) for chunk in scheduler.following(plan)]
+    assert found == ([("a", 4), ("b", 4)] if follows else [])

@@ -67,7 +67,7 @@ def test_episodes_follow_each_other_until_the_steps_are_done():
 @no_cover
 def test_a_request_that_does_not_end_is_a_violation():
     episode = Episode(2)
-    episode._compute = lambda plan: (
+    episode._compute = lambda plan, covered: (
         episode.scheduler.rollback(plan) or episode.checker.rolled_back(plan)
     )
     with pytest.raises(Violation, match="do not end") as violation:

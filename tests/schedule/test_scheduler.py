@@ -461,6 +461,58 @@ def test_a_step_that_drew_nothing_computes_its_last_position_again(prompt):
     assert request.output_ids == [5]
 
 
+def following(scheduler, plan):
+    return [(c.request_id, c.start, len(c.tables[0])) for c in scheduler.following(plan)]
+
+
+def test_what_follows_a_plan_is_what_the_next_one_wants():
+    """A token behind the one that is drawn, in a block that is taken now."""
+    scheduler = make_scheduler(seqs=2)
+    add(scheduler, make_request("a", [1, 2, 3]), make_request("b", [1] * 6, arrival=1.0))
+    plan = scheduler.plan(0.0)
+    assert following(scheduler, plan) == [("a", 3, 1), ("b", 6, 2)]
+    scheduler.update(plan, {"a": [7], "b": [7]})
+    plan = scheduler.plan(0.0)
+    assert following(scheduler, plan) == [("a", 4, 2), ("b", 7, 2)]
+    scheduler.update(plan, {"a": [8], "b": [8]})
+    check_books(scheduler, ahead=("a", "b"))
+    wanted = [(c.request_id, c.start, len(c.tables[0])) for c in scheduler.plan(0.0).chunks]
+    assert wanted == [("a", 4, 2), ("b", 7, 2)]
+
+
+def test_nobody_is_preempted_for_what_follows():
+    """Who has no block for it is not among it: the next plan decides who gets one."""
+    scheduler = make_scheduler(blocks=4)
+    for name, arrival in (("a", 0.0), ("b", 1.0)):
+        add(scheduler, make_request(name, [1, 2, 3], max_tokens=9, arrival=arrival))
+    seen = []
+    for token in range(10, 16):
+        plan = scheduler.plan(0.0)
+        seen = following(scheduler, plan)
+        scheduler.update(plan, {"a": [token], "b": [token]})
+        assert scheduler.preemptions == 0
+    assert [chunk.end for chunk in plan.chunks] == [8, 8] and seen == []
+    assert scheduler.plan(0.0).preempted == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "length"),
+    [({"max_tokens": 2}, 64), ({"max_tokens": 9}, 6)],
+    ids=["its own length", "the context"],
+)
+def test_nothing_follows_the_last_token(fields, length):
+    scheduler = make_scheduler(length=length)
+    add(scheduler, make_request("a", [1, 2, 3], **fields))
+    plan = scheduler.plan(0.0)
+    seen = []
+    while plan.chunks:
+        seen.append(following(scheduler, plan))
+        scheduler.update(plan, {"a": [7]})
+        plan = scheduler.plan(0.0)
+    assert [bool(chunks) for chunks in seen] == [True] * (len(seen) - 1) + [False]
+    assert scheduler.drained
+
+
 def test_full_blocks_are_published_when_their_step_is_over():
     scheduler = make_scheduler(size=4)
     add(scheduler, make_request("a", range(1, 10)))

