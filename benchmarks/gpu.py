@@ -12,7 +12,7 @@ valid at any moment.
     checkpoint    the model's random weights, written to the folder of temporary files
     proof         what the engine proves of its kernels at start: cold, and with all compiled
     graphs        tokens after a prompt of 128, of one request and of 32, with CUDA graphs and
-                  without, and the host's time for a step
+                  without, with steps that begin ahead and without, and the host's time for a step
     one_answer    promise P1: tokens and log-probabilities alone, in batches, in chunks, after
                   preemptions, with graphs and without, compared by their bits
 
@@ -282,6 +282,16 @@ def without_graphs() -> Iterator[None]:
 
 
 @contextmanager
+def without_steps_ahead() -> Iterator[None]:
+    """Within it no step begins before the host has read the tokens of the one before."""
+    from moebius.engine import load as loading
+    from moebius.engine.steps_ahead import NO_STEPS_AHEAD
+
+    with mock.patch.object(loading, "steps_ahead", lambda *args: NO_STEPS_AHEAD):
+        yield
+
+
+@contextmanager
 def timed_steps() -> Iterator[list[float]]:
     """Seconds that the host needs for a step until all of it is launched."""
     from moebius.engine.runner import Runner
@@ -302,7 +312,12 @@ def timed_steps() -> Iterator[list[float]]:
 def graphs(stage: Stage) -> None:
     prompt = 8 if stage.small else 128
     output = 4 if stage.small else 64
-    for name, way in (("with_graphs", nullcontext), ("without_graphs", without_graphs)):
+    ways: tuple[tuple[str, Any], ...] = (
+        ("with_graphs", nullcontext),
+        ("without_steps_ahead", without_steps_ahead),
+        ("without_graphs", without_graphs),
+    )
+    for name, way in ways:
         with way(), timed_steps() as steps, load(stage) as llm:
             for requests in (1, 4 if stage.small else 32):
                 shape = {"requests": requests, "prompt": prompt, "seed": f"graphs-{requests}"}
@@ -326,6 +341,10 @@ def one_answer(stage: Stage) -> None:
     }
     with load(stage) as llm:
         wanted = [answers(llm, [each])[0] for each in range(8)]
+        # What asks for log-probabilities waits for the host, and what does not begins ahead.
+        ahead = answers(llm, range(8), logprobs=None)
+    tokens_differ = sum(one[0] != other[0] for one, other in zip(ahead, wanted, strict=True))
+    stage.keep(**{"steps ahead": {"requests": len(wanted), "differ": tokens_differ}})
     for name, (way, options) in ways.items():
         options = options.copy()
         tokens = options.pop("kv_cache_tokens", None)
@@ -343,7 +362,7 @@ def cached_bytes(stage: Stage) -> int:
     return 2 * 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
 
 
-def answers(llm: Any, requests: Sequence[int]) -> list[Any]:
+def answers(llm: Any, requests: Sequence[int], logprobs: int | None = 2) -> list[Any]:
     """Tokens and log-probabilities of greedy requests and of drawn ones."""
     from moebius import SamplingParams
 
@@ -354,7 +373,14 @@ def answers(llm: Any, requests: Sequence[int]) -> list[Any]:
         prompts.append([ids.randrange(FIRST_ID, 4096) for _ in range(5 + 31 * each)])
         heat = float(each % 2)
         params.append(
-            SamplingParams(temperature=heat, seed=each, max_tokens=24, logprobs=2, ignore_eos=True)
+            SamplingParams(
+                temperature=heat,
+                top_k=20 * (each % 4 == 3),
+                seed=each,
+                max_tokens=24,
+                logprobs=logprobs,
+                ignore_eos=True,
+            )
         )
     outputs = [each.outputs[0] for each in llm.generate(prompts, params, progress=False)]
     return [(list(each.token_ids), each.logprobs) for each in outputs]
