@@ -23,7 +23,7 @@ from moebius.moe.ranks import ExpertRank
 from moebius.moe.router import Routing
 from moebius.moe.share import BatchShare
 from moebius.ops import Ops
-from moebius.ops.reference.experts import in_choices
+from moebius.ops.reference.choices import in_choices, to_experts
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
 
@@ -161,8 +161,7 @@ class TrainingDispatcher:
         top_k = ids_TK.shape[1]
         order_P = torch.argsort(ids_TK.reshape(-1), stable=True)
         counts = self._counts(ids_TK)
-        sent_P = order_P[: sum(counts.to)]
-        rows_PD = x_TD.index_select(0, sent_P.div(top_k, rounding_mode="floor"))
+        rows_PD = to_experts(x_TD, order_P, top_k, sum(counts.to))
         rows_RD = _all_to_all(rows_PD, self.ranks, counts.to, counts.from_)
         here_H = torch.arange(len(counts.here_NH[0])) + self.first
         ids_R = here_H.repeat(self.ranks.count).repeat_interleave(counts.here_NH.flatten())

@@ -121,6 +121,8 @@ def _device(wish: str) -> torch.device:
     if wish not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device is {wish!r}; use auto, cpu or cuda")
     if wish != "cpu" and torch.cuda.is_available():
+        # Before cuBLAS is used: then its sums have one order, run after run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return torch.device("cuda", _local_rank(torch.cuda.device_count()))
     if wish == "cuda":
         raise no_cuda()
@@ -303,7 +305,7 @@ def _evaluate(recipe: Recipe, out: Path, device: torch.device, ranks: Ranks) -> 
             )
         checkpoint = open_checkpoint(out)
         sharing = Sharing(ranks, checkpoint.config)
-        ops = TrainingOps(drops=not recipe.routing.dropless)
+        ops = TrainingOps(drops=not recipe.routing.dropless, device=device)
         dtype = getattr(torch, recipe.training.dtype)
         decoder = load_decoder(checkpoint, dtype, device, ops, ranks=sharing.experts)
         sharing.attach(decoder)
