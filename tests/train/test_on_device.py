@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
 
 from gpu_kernels.standing_in import HostRead, no_host_reads
 from moebius.errors import MemoryPlanError
 from moebius.moe.training import TrainingRouting
+from moebius.nn.rope import Rotary
 from moebius.train import experts as experts_module
 from moebius.train import run as run_module
 from moebius.train.data import PreparedData
@@ -136,10 +137,7 @@ def test_losses_are_those_of_the_other_path(
 
 @contextmanager
 def _reading_allowed() -> Iterator[None]:
-    from torch.overrides import DisableTorchFunction
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes(), DisableTorchFunction():
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
@@ -263,6 +261,15 @@ def test_host_and_device_never_meet(
         "moebius.train.masters._adamw", lambda masters, training: torch.optim.SGD(list(masters))
     )
     trainer = Trainer(changed(recipe, name), data, device="meta")
+    honest = Rotary.__call__
+
+    def call(self: Rotary, positions_T: Tensor) -> Any:
+        self._inverse_R = self._inverse_R.to(positions_T.device)
+        return honest(self, positions_T)
+
+    monkeypatch.setattr(Rotary, "__call__", call)
+    # There is no autocast for meta to turn off.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     batch = trainer._batches.batch(0)
     sums = StepSums(len(trainer._routers), trainer._num_experts, trainer.device)
     loads = trainer._loads(batch) if name == "drops" else None
