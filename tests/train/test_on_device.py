@@ -331,10 +331,7 @@ def test_a_card_without_kernels_trains_and_says_what_it_costs(
     assert experts_module.has_kernels(torch.device("cuda")) == (not reason)
     assert not experts_module.has_kernels(torch.device("cpu"))
     assert [record.getMessage() for record in caplog.records] == (
-        [
-            "experts are computed one after the other, and each layer waits for the device: "
-            + reason
-        ]
+        ["experts are computed one after the other, and each layer waits for the device: " + reason]
         if reason
         else []
     )
