@@ -38,7 +38,8 @@ def run(
     TensorBoard's events and models by `export`. A loss that is not finite or a full disk ends the
     run with NumericalError or StorageError and leaves the last checkpoint as it was, as do a device
     with too little memory, with MemoryPlanError, and a rank that is lost, with PeerError. SIGINT or
-    SIGTERM at any rank ends it with KeyboardInterrupt after the step and a checkpoint. Rank 0 writes, and what is given to be called is called there.
+    SIGTERM at any rank ends it with KeyboardInterrupt after the step and a checkpoint. Rank 0
+    writes, and what is given to be called is called there.
     """
     checkpoint = folder / "checkpoint.safetensors"
     ranks = trainer.ranks
