@@ -4,6 +4,7 @@ which nobody reads a value, and one on the meta device, where host and device ca
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from moebius.train import experts as experts_module
 from moebius.train import run as run_module
 from moebius.train.data import PreparedData
 from moebius.train.loop import run
+from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe
 from moebius.train.step import StepReport, StepSums
 from moebius.train.trainer import Trainer
@@ -314,6 +316,49 @@ def test_a_model_that_is_too_large_for_the_device_is_told_at_start(
         Trainer(recipe, data)
 
 
+def test_too_little_memory_to_measure_with_is_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else that computes on a device, the held-out text's scores among it."""
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+
+    monkeypatch.setattr(run_module, "_evaluate", full)
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny.toml"
+    with pytest.raises(
+        MemoryPlanError,
+        match=r"^measuring: the device's memory is too small \(CUDA out of memory\); lower ",
+    ):
+        run_module.main_from_recipe(recipe, tmp_path, evaluate_only=True, device="cpu")
+
+
+def _unset(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever it is set to meanwhile, afterwards it is as it was."""
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+
+
+def test_ranks_on_devices_meet_by_nccl_each_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told to torch, as no NCCL is here."""
+    told: dict[str, Any] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    _unset(monkeypatch, "TORCH_NCCL_BLOCKING_WAIT")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.update(current=device))
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, timeout, device_id: told.update(backend=backend, device_id=device_id),
+    )
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    device = torch.device("cuda", 1)
+    ranks = Ranks.join(device, 7.0)
+    assert (ranks.rank, ranks.count, ranks.device) == (1, 2, device)
+    assert told == {"current": device, "backend": "nccl", "device_id": device}
+    assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "1"
+
+
 def test_bytes_that_are_told_are_those_that_lie_there(recipe: Recipe, data: PreparedData) -> None:
     trainer = Trainer(recipe, data)
     trainer.step()
@@ -340,8 +385,6 @@ def test_a_card_without_kernels_trains_and_says_what_it_costs(
 def test_cublas_is_told_to_repeat_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    _unset(monkeypatch, "CUBLAS_WORKSPACE_CONFIG")
     assert run_module._device("auto") == torch.device("cuda", 0)
-    import os
-
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

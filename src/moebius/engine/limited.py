@@ -29,7 +29,8 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     outcome = _Outcome[T]()
     ended = threading.Event()
     context = contextvars.copy_context()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    device = torch.cuda.current_device() if started else None
     inference = torch.is_inference_mode_enabled()
     gradients = torch.is_grad_enabled()
 

@@ -165,7 +165,9 @@ class TrainingDispatcher:
         rows_RD = _all_to_all(rows_PD, self.ranks, counts.to, counts.from_)
         here_H = torch.arange(len(counts.here_NH[0])) + self.first
         ids_R = here_H.repeat(self.ranks.count).repeat_interleave(counts.here_NH.flatten())
-        self.ops.choices = RowsHere(self.ranks, counts.first, counts.total)
+        # Those of no expert are drawn for too where they are computed along.
+        total = self.ops.tokens.total(len(x_TD)) * top_k if self.ops.kernels else counts.total
+        self.ops.choices = RowsHere(self.ranks, counts.first, total)
         outputs_RD = experts.rows(rows_RD, ids_R.to(x_TD.device).unsqueeze(1)).squeeze(1)
         back_PD = _all_to_all(outputs_RD, self.ranks, counts.from_, counts.to)
         return self.ops.combine(in_choices(back_PD, order_P, top_k), routing.weights_TK)

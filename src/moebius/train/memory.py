@@ -13,7 +13,7 @@ def told_of_memory(device: torch.device, doing: str, taken: int, advice: str) ->
     """Within it too little memory of `device` is a MemoryPlanError.
 
     doing    what was begun
-    taken    bytes of weights, gradients and optimiser
+    taken    bytes of weights, gradients and optimiser; 0: not known
     advice   what would take less
     """
     try:
@@ -24,9 +24,9 @@ def told_of_memory(device: torch.device, doing: str, taken: int, advice: str) ->
         if device.type == "cuda":
             left, total = torch.cuda.mem_get_info(device)
             free = f"; {_gib(left)} of {_gib(total)} are free"
+        weights = f"; weights, gradients and optimiser take {_gib(taken)}" if taken else ""
         raise MemoryPlanError(
-            f"{doing}: the device's memory is too small ({first}{free}); weights, gradients and "
-            f"optimiser take {_gib(taken)}; {advice}"
+            f"{doing}: the device's memory is too small ({first}{free}){weights}; {advice}"
         ) from error
 
 

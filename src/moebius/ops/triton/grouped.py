@@ -77,7 +77,8 @@ def grouped_product(x_PI: Tensor, groups: Groups, matrices: Matrices) -> Tensor:
 
     Differentiable in the rows and in the matrices. Sums are in float32, in one order.
     """
-    out: Tensor = _Product.apply(x_PI, groups, matrices, *matrices.held)  # type: ignore[no-untyped-call]
+    given = (x_PI, groups, matrices, *matrices.held)
+    out: Tensor = _Product.apply(*given)  # type: ignore[no-untyped-call]
     return out
 
 
