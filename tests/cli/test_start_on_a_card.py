@@ -150,7 +150,24 @@ def test_more_ranks_than_devices(tiny_model: Path) -> None:
     assert "--ranks 2: each has a GPU of its own, and this host has 1" in said
 
 
-@pytest.mark.parametrize("driver", [None, TOO_OLD], ids=["full", "driver too old"])
+def test_training_that_finds_no_room(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {n} of some text.\n" for n in range(2000)))
+    recipe = (HERE.parents[1] / "recipes" / "tiny.toml").read_text()
+    files = f'[corpus.files]\ntext = "{text}"\n[tokenizer]\nvocab_size = 300\n'
+    start, rest = recipe.index("[corpus"), recipe.index("[model]")
+    (tmp_path / "recipe.toml").write_text(recipe[:start] + files + recipe[rest:])
+    out = str(tmp_path / "out")
+    command = ["train", str(tmp_path / "recipe.toml"), "--out", out, "--device", "cuda"]
+    code, lines = ended(command, CARD, free_port())
+    assert code == 2 and lines[-1].startswith(
+        "moebius: the model: the device's memory is too small (CUDA out of memory; 1.00 GiB of "
+        "2.00 GiB are free); weights, gradients and optimiser take 0."
+    )
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("driver", [None, TOO_OLD], ids=["no such device", "driver too old"])
 def test_training_ends_so_too(driver: str | None, tmp_path: Path) -> None:
     """A rank whose number has no device; a driver that does not start."""
     card = CARD | ({} if driver is None else {"driver": driver})

@@ -55,7 +55,20 @@ def _as_full(load: Any) -> None:
     load.Loader.fill = load.Loader.fill_some = fill
 
 
-CHANGES = {"torch": _as_card, "moebius.models.store.load": _as_full}
+def _as_full_trainer(trainer: Any) -> None:
+    import torch
+
+    def decoder(self: Any, config: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has")
+
+    trainer.Trainer._decoder = decoder
+
+
+CHANGES = {
+    "torch": _as_card,
+    "moebius.models.store.load": _as_full,
+    "moebius.train.trainer": _as_full_trainer,
+}
 
 
 class _Changed(Loader):
