@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Tests and measurements on a machine with one CUDA device, in at most seven minutes; and with STAGES=more what is left of
-# them, in as many again:
+# Tests and measurements on a machine with one CUDA device, in at most seven minutes; with STAGES=more what is left of
+# them, and with STAGES=train training's, in as many again:
 #
 #     [OUT=FOLDER] [PYTHON=PROGRAM] [WHEELS=FOLDER] [STAGES=...] benchmarks/gpu.sh [--device cpu --small]
 #
 # PYTHON is .venv's by default, or python3 where there is none.
 #
-# Stages come in the order of their worth. Each has its time limit and leaves OUT/STAGE.json (gpu.py and gpu_figures.py name
-# them), which says `"finished": false` where it was stopped; then the next begins. Returns 2 where nothing can be measured, else 1 if a stage did not finish.
+# Stages come in the order of their worth. Each has its time limit and leaves OUT/STAGE.json (gpu.py, gpu_figures.py and
+# gpu_training.py name them), which says `"finished": false` where it was stopped; then the next begins. Returns 2 where nothing can be measured, else 1 if a stage did not finish.
 #
 # Nothing is downloaded. What the machine's Python lacks comes from WHEELS, which gpu_wheels.py fills on a machine with a
 # package index. Without a CUDA device it ends at once; `--device cpu --small` rehearses the stages in seconds.
@@ -22,6 +22,7 @@ PACKAGES=build/gpu-packages
 # stage:seconds
 STAGES=${STAGES:-environment:25 checkpoint:50 proof:60 one_answer:70 figures-gpt-oss-20b:75 figures-m2:55 kernels:85}
 [ "$STAGES" = more ] && STAGES="figures-qwen3-30b:130 host-qwen3-30b:70 graphs:60 peers-m2:70 tests:60 tiles:30"
+[ "$STAGES" = train ] && STAGES="environment:25 training:150 grouped:60 claim-2:180"
 
 mkdir -p "$OUT" || exit
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
@@ -35,6 +36,7 @@ for stage in $STAGES; do
   echo "--- $name (at most ${stage#*:} s)"
   case $name in
     figures-* | host-* | peers-*) program=gpu_figures.py ;;
+    training | grouped | claim-*) program=gpu_training.py ;;
     *) program=gpu.py ;;
   esac
   timeout --kill-after=10 "${stage#*:}" "$PYTHON" "benchmarks/$program" "$name" --out "$OUT" "$@"

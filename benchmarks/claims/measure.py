@@ -5,11 +5,12 @@ Shape legend: S layers with a router, E experts, K experts a token, T tokens.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -200,14 +201,35 @@ def _limited(trainer: Trainer, factor: float) -> Iterator[None]:
             router.limits = limit
 
 
-def train_pair(seed: int, folder: Path, steps: int) -> dict[str, Any]:
+def train_pair(
+    seed: int,
+    folder: Path,
+    steps: int,
+    *,
+    device: str = "cpu",
+    width: int = PAIR_WIDTH,
+    training: Mapping[str, Any] = MappingProxyType({}),
+    curve_every: int = CURVE_EVERY,
+    told: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """Row 2: a mixture and its dense twin, wider than the others, trained in turn in one process,
-    five steps each."""
-    arms = {"dense": Run(experts=0, width=PAIR_WIDTH), "e8": Run(width=PAIR_WIDTH)}
+    five steps each.
+
+    training: what its recipes have of their own. told: hears the result so far, at each point of
+    the curves.
+    """
+    of_both = dict(training)
+    arms = {
+        "dense": Run(experts=0, width=width, training=of_both),
+        "e8": Run(width=width, training=of_both),
+    }
     trainers: dict[str, Trainer] = {}
     for name, run in arms.items():
         recipe = recipe_of(name, run, seed, folder / "corpus", steps)
-        trainers[name] = Trainer(recipe, _data(trainers) or prepare(recipe, folder / "data"))
+        data = _data(trainers) or prepare(recipe, folder / "data")
+        trainers[name] = Trainer(recipe, data, device=device)
+    wait = torch.cuda.synchronize if device == "cuda" else bool
+    result: dict[str, Any] = {"name": "pair", **facts(replace(arms["e8"]), seed, steps)}
     curves: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     while trainers["dense"].done < steps:
@@ -215,16 +237,14 @@ def train_pair(seed: int, folder: Path, steps: int) -> dict[str, Any]:
             start = time.perf_counter()
             for _ in range(5):
                 trainer.step()
+            wait()
             seconds[name].append((time.perf_counter() - start) / 5)
-            if trainer.done % CURVE_EVERY == 0:
+            if trainer.done % curve_every == 0:
                 point = {"step": trainer.done, "loss": losses(trainer, _CURVE_ROWS)["all"]}
                 curves[name].append(point)
-    return {
-        "name": "pair",
-        **facts(replace(arms["e8"]), seed, steps),
-        "curves": curves,
-        "step_seconds": seconds,
-    }
+        if curves["e8"] and trainers["e8"].done % curve_every == 0:
+            told({"curves": curves, "step_seconds": seconds})
+    return result | {"curves": curves, "step_seconds": seconds}
 
 
 def _data(trainers: dict[str, Trainer]) -> PreparedData | None:

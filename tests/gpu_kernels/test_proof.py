@@ -4,6 +4,8 @@ found, each by its own name, and fall back."""
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,15 @@ from torch import Tensor
 from covering import chosen
 from gpu_kernels.conftest import DEVICE
 from moebius.engine.kv_cache import KVCache
-from moebius.engine.proof import Proof, ProofSizes, Schedule, layers_of_each_kind, prove
+from moebius.engine.proof import (
+    LIMIT_SECONDS,
+    Proof,
+    ProofSizes,
+    Schedule,
+    layers_of_each_kind,
+    prove,
+    require_idle,
+)
 from moebius.engine.workspace import forward
 from moebius.errors import EngineError
 from moebius.models.decoder import Decoder
@@ -37,14 +47,18 @@ pytestmark = pytest.mark.usefixtures("sums_in_order")
 
 
 def proof_of(
-    directory: Path, ops: CheckedOps, dtype: torch.dtype = FLOAT32, sizes: ProofSizes = FEW
+    directory: Path,
+    ops: CheckedOps,
+    dtype: torch.dtype = FLOAT32,
+    sizes: ProofSizes = FEW,
+    limit: float = LIMIT_SECONDS,
 ) -> Proof:
     checkpoint = open_checkpoint(directory)
     name = str(dtype).removeprefix("torch.")
     weights = checkpoint.plan_weights(name, DEVICE, ops.formats(dtype), checkpoint.sources_at(None))
     decoder = decoder_of(checkpoint.config, ops, dtype, device="meta")
     loader = Loader(checkpoint, torch.device(DEVICE))
-    return prove(decoder, loader, weights, block_size=4, sizes=sizes)
+    return prove(decoder, loader, weights, block_size=4, sizes=sizes, limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -236,3 +250,62 @@ def test_a_schedule_has_every_row_twice_in_other_company(tmp_path: Path) -> None
     assert {1, 2, 4, 8, 16, 32, 64} <= batches
     chunks = {rows for step in schedule.steps for _, rows in step}
     assert {1, 63, 64, 65, 512} <= chunks
+
+
+def test_a_kernel_that_is_never_compiled_does_not_hold_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All fall back, and what is computed afterwards is nothing of the thread that hangs; once it
+    goes on it ends at its next operation, and changes nothing."""
+    save_tiny(tmp_path, "llama", vocab_size=300)
+    goes_on, ended = threading.Event(), threading.Event()
+    linear = TritonOps.linear
+    threads = []
+
+    def hangs(self: TritonOps, *args: Any) -> Tensor:
+        threads.append(threading.current_thread())
+        goes_on.wait(60)
+        ended.set()
+        return linear(self, *args)
+
+    monkeypatch.setattr(TritonOps, "linear", hangs)
+    ops = CheckedOps()
+    start = time.monotonic()
+    proof = proof_of(tmp_path, ops, limit=0.5)
+    assert time.monotonic() - start < 30 and threads[0] is not threading.current_thread()
+    assert not proof.holds and proof.reason.startswith(
+        "they were not proven within 0.5 s, when linear was looked at;"
+    )
+    assert f"kernels are not used on this card: {proof.reason}" in caplog.text
+    for operation in Operation:
+        found = ops.capability(Use(operation, FLOAT32))
+        assert found is None or (found.by == "reference" and not found.batch_invariant)
+    assert_computes_as_the_reference(tmp_path, ops)
+    failed = dict(ops.failed)
+    goes_on.set()
+    assert ended.wait(10)
+    threads[0].join(20)
+    assert not threads[0].is_alive() and len(threads) == 1
+    assert ops.failed == failed and ops._watch is None
+
+
+def test_a_kernel_that_never_ends_on_the_card_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever would be computed there waits for it."""
+
+    class Stream:
+        left = 2
+
+        def query(self) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+    busy = Stream()
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: busy)
+    require_idle(torch.device("cuda"), "linear", seconds=10)
+    assert busy.left == -1
+    busy.left = 10**6
+    with pytest.raises(EngineError, match=r"does not end, of linear; start with MOEBIUS_CPU_ISA"):
+        require_idle(torch.device("cuda"), "linear", seconds=0.1)
+    require_idle(torch.device("cpu"), "linear", seconds=0.0)

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from moebius.nn.spec import Place
 from moebius.ops.config import RouterConfig
 from moebius.train import start as begin
 from moebius.train.data import prepare
-from moebius.train.expert_parallel import TrainingDispatcher
+from moebius.train.expert_parallel import RowsHere, TrainingDispatcher
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import read_recipe
@@ -114,9 +115,16 @@ MEASURES = ("loss", "balance", "z", "grad_norm")
 
 
 def layer(
-    dispatch: Dispatcher, ops: TrainingOps, rows: slice, *, bias: bool, experts: list[int]
+    dispatch: Dispatcher,
+    ops: TrainingOps,
+    rows: slice,
+    *,
+    bias: bool,
+    experts: list[int],
+    kernels: bool = False,
 ) -> dict[str, Tensor]:
     """A layer's output and gradients, of some rows; only some experts are chosen."""
+    ops.kernels = kernels
     generator = torch.Generator().manual_seed(5)
     router = RouterConfig(EXPERTS, TOP_K)
     config = FeedForwardConfig(2 * SIZE, router, bias=bias)
@@ -142,14 +150,17 @@ def layer(
     return {name: x.detach() for name, x in found.items() if x is not None}
 
 
-LAYERS = {
+LAYERS: dict[str, dict[str, Any]] = {
     "grouped": {"bias": False, "experts": [0, 2, 3, 4, 5, 6]},
     "in turn": {"bias": True, "experts": list(range(EXPERTS))},
     "one rank's": {"bias": False, "experts": [0, 1, 2]},
     "one rank's in turn": {"bias": True, "experts": [0, 1, 2]},
 }
-"""Layers whose gradients are compared: with grouped products or without, and all experts that are
-chosen at rank 0."""
+if find_spec("triton") is not None:
+    LAYERS["by kernels"] = LAYERS["grouped"] | {"kernels": True}
+    LAYERS["by kernels, with biases"] = LAYERS["in turn"] | {"kernels": True}
+"""Layers whose gradients are compared: with grouped products or without, those of a card, in the
+interpreter, and all experts that are chosen at rank 0."""
 
 
 def local(name: str) -> dict[str, Tensor]:
@@ -178,6 +189,7 @@ def measure(folder: Path, rank: int) -> None:
     for name, case in LAYERS.items():
         ops = _ops()
         mine = slice(rank * rows, (rank + 1) * rows)
+        ops.tokens = RowsHere(ranks, mine.start, TOKENS)
         save_file(layer(_Here(ops, ranks), ops, mine, **case), folder / f"{name}-{size}-{rank}")
     for name, count in STEPS.items():
         trained = trainer(folder, name, ranks)

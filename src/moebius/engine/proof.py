@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moebius.engine.kv_cache import KVCache
+from moebius.engine.limited import Overdue, within
 from moebius.engine.plan_words import human_bytes
 from moebius.engine.workspace import forward, head
 from moebius.errors import EngineError, in_one_line
@@ -40,6 +41,10 @@ _BATCHES = (1, 2, 3, 4, 7, 8, 15, 16, 17, 32, 33, 64, 65, 128, 256)
 # Rows of the first step, which has all of them, whose logits are looked at.
 _LOGIT_ROWS = 64
 _STATE_BYTES = 2**30
+# Far more than compiling takes where nothing is wrong: a start must not be held for ever.
+LIMIT_SECONDS = 300.0
+# How long a card may go on with what was launched by then.
+IDLE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +99,29 @@ def prove(
     block_size: int,
     kv_dtype: torch.dtype | None = None,
     sizes: ProofSizes = ProofSizes(),
+    limit: float = LIMIT_SECONDS,
 ) -> Proof:
     """Let the operations of `decoder`, which has no memory, compute what it is made of, and fall
     back where their kernels fail. weights: how each parameter will be held.
 
-    Raises EngineError where a kernel has broken the card's context, which no process can mend.
+    limit: in seconds. What takes longer, as a kernel that is never compiled, is not waited for, and
+    all operations fall back. Raises EngineError where a kernel has broken the card's context, or
+    does not end on it, which no process can mend.
     """
     start = time.perf_counter()
     device = loader.device
     ops = own(decoder.ops, CheckedOps)
+    attempt = Attempt(decoder, ops.for_trial(), loader, weights, block_size, kv_dtype, sizes)
     try:
-        proof = _proved(decoder, ops, loader, weights, block_size, kv_dtype, sizes)
+        proof = within(limit, attempt.run)
+    except Overdue:
+        attempt.abandon()
+        require_idle(device, attempt.at)
+        proof = Proof(
+            reason=f"they were not proven within {limit:g} s, when {attempt.at} was looked at; "
+            "what was compiled stays for the next start, and MOEBIUS_CPU_ISA=reference asks for no "
+            "proof"
+        )
     except torch.AcceleratorError as error:
         raise EngineError(
             f"a kernel failed on this card and left it unusable: {in_one_line(error)}; start with "
@@ -114,7 +131,6 @@ def prove(
         free = human_bytes(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else "none"
         proof = Proof(reason=f"there is too little memory to prove them, {free} are left")
     finally:
-        ops.watched(None)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     proof.seconds = time.perf_counter() - start
@@ -126,22 +142,68 @@ def prove(
     return proof
 
 
-def _proved(
-    decoder: Decoder,
-    ops: CheckedOps,
-    loader: Loader,
-    weights: Sequence[PlannedWeight],
-    block_size: int,
-    kv_dtype: torch.dtype | None,
-    sizes: ProofSizes,
-) -> Proof:
-    if isinstance(decoder, EncoderDecoder):
-        return Proof(reason="an encoder's layers have not been proven on any")
-    model = _some_layers(decoder, ops, loader, weights)
-    schedule = Schedule.of(decoder, kv_dtype, sizes)
-    trial = Trial(model, schedule, loader.device, block_size, kv_dtype)
-    failed = trial.run()
-    return Proof(trial.operations, failed)
+class Attempt:
+    """A proof on a thread of its own, with operations that nobody else computes with.
+
+    at: what it is about.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ops: CheckedOps,
+        loader: Loader,
+        weights: Sequence[PlannedWeight],
+        block_size: int,
+        kv_dtype: torch.dtype | None,
+        sizes: ProofSizes,
+    ) -> None:
+        self._decoder = decoder
+        self._ops = ops
+        self._loader = loader
+        self._weights = weights
+        self._block_size = block_size
+        self._kv_dtype = kv_dtype
+        self._sizes = sizes
+        self._trial: Trial | None = None
+        self._abandoned = False
+
+    @property
+    def at(self) -> str:
+        operation = None if self._trial is None else self._trial.inspector.at
+        return "the model's layers" if operation is None else operation.value
+
+    def abandon(self) -> None:
+        """Let it end at its next operation, whenever that comes."""
+        self._abandoned = True
+        if self._trial is not None:
+            self._trial.inspector.abandoned = True
+
+    def run(self) -> Proof:
+        if isinstance(self._decoder, EncoderDecoder):
+            return Proof(reason="an encoder's layers have not been proven on any")
+        model = _some_layers(self._decoder, self._ops, self._loader, self._weights)
+        schedule = Schedule.of(self._decoder, self._kv_dtype, self._sizes)
+        device = self._loader.device
+        self._trial = Trial(model, schedule, device, self._block_size, self._kv_dtype)
+        self._trial.inspector.abandoned |= self._abandoned
+        failed = self._trial.run()
+        return Proof(self._trial.operations, failed)
+
+
+def require_idle(device: torch.device, at: str, seconds: float = IDLE_SECONDS) -> None:
+    """EngineError where the card does not come to an end of what it computes."""
+    if device.type != "cuda":
+        return
+    stream = torch.cuda.default_stream(device)
+    last = time.monotonic() + seconds
+    while not stream.query():
+        if time.monotonic() > last:
+            raise EngineError(
+                f"a kernel runs on this card and does not end, of {at}; start with "
+                "MOEBIUS_CPU_ISA=reference for plain PyTorch"
+            )
+        time.sleep(0.05)
 
 
 def _some_layers(
@@ -250,7 +312,7 @@ class Trial:
         )
         # Two places for everything: in order, and scattered.
         self._places = [list(range(each)), rng.sample(range(each, 2 * each), each)]
-        self._inspector = Inspector(sum(self._lengths))
+        self.inspector = Inspector(sum(self._lengths))
         self.operations: frozenset[Operation] = frozenset()
 
     def run(self) -> dict[Operation, str]:
@@ -259,17 +321,17 @@ class Trial:
         assert isinstance(ops, CheckedOps)
         whole = tuple(enumerate(self._lengths))
         logits_LV = self._step(ops, whole, [0] * len(whole), 0)
-        self._inspector.compare()
+        self.inspector.compare()
         computed = [0] * len(whole)
         for step in self._schedule.steps:
             self._step(ops, step, computed, 1)
             for sequence, rows in step:
                 computed[sequence] += rows
-        failed = dict(self._inspector.failed)
+        failed = dict(self.inspector.failed)
         reason = sampling_failure(ops, logits_LV[:8].contiguous())
         if reason:
             failed[Operation.SAMPLING] = reason
-        self.operations = frozenset(self._inspector.seen | {Operation.SAMPLING})
+        self.operations = frozenset(self.inspector.seen | {Operation.SAMPLING})
         return failed
 
     def _step(
@@ -288,12 +350,12 @@ class Trial:
         inputs = self._inputs(step, computed, place)
         if inputs.states is not None:
             self._cache.clear_states(inputs.states.cleared)
-        self._inspector.begin(rows, self._device)
-        ops.watched(self._inspector)
+        self.inspector.begin(rows, self._device)
+        ops.watched(self.inspector)
         try:
             hidden_TD = forward(self._model, self._cache, inputs)
             few = min(len(rows), _LOGIT_ROWS)
-            self._inspector.narrow(few)
+            self.inspector.narrow(few)
             return head(self._model, hidden_TD, torch.arange(few, device=self._device))
         finally:
             ops.watched(None)

@@ -38,7 +38,7 @@ def kept(
         if limits.second_policy == "random":
             noise_TK = share.drawn(share_TK, torch.Tensor.uniform_)
         kept_TK = share_TK > noise_TK * limits.second_threshold
-        kept_TK[:, 0] = True
+        kept_TK[:, 0].fill_(True)  # an assignment would bring it from the host
     factor = limits.capacity_factor if training else limits.eval_capacity_factor
     if factor is None:
         return kept_TK

@@ -113,19 +113,19 @@ def score(
         batch = whole if sharing is None else sharing.shard(whole)
         here = batch.to(device)
         count, width = here.input_RL.shape
-        past = PackedPast(width, here.document_RL)
+        past = PackedPast(width, here.document_RL, batch.document_RL)
         positions_T = torch.arange(width, device=device).repeat(count)
         hidden_TD, routings = decoder(here.input_RL.view(-1), positions_T, past)
         target_T = here.target_RL.reshape(-1)
-        nats = 0.0
+        nats = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(0, len(target_T), _LOGIT_ROWS):
             piece = slice(start, start + _LOGIT_ROWS)
             logits_LV = decoder.logits(hidden_TD[piece])
-            nats += float(F.cross_entropy(logits_LV, target_T[piece], reduction="sum"))
-        counts = [chosen_counts(routing)[0].double().cpu() for routing in present(routings)]
+            nats += F.cross_entropy(logits_LV, target_T[piece], reduction="sum")
+        counts = [chosen_counts(routing)[0].double() for routing in present(routings)]
         num_bytes = int(data.bytes_V[batch.target_RL].sum())
-        counts_SE = torch.stack(counts) if counts else 0
-        total += Score(nats, target_T.numel(), num_bytes, counts_SE)
+        counts_SE = torch.stack(counts).cpu() if counts else 0
+        total += Score(nats.item(), target_T.numel(), num_bytes, counts_SE)
     return total
 
 

@@ -23,7 +23,7 @@ from moebius.moe.ranks import ExpertRank
 from moebius.moe.router import Routing
 from moebius.moe.share import BatchShare
 from moebius.ops import Ops
-from moebius.ops.reference.experts import in_choices
+from moebius.ops.reference.choices import in_choices, to_experts
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import Ranks
 
@@ -161,12 +161,13 @@ class TrainingDispatcher:
         top_k = ids_TK.shape[1]
         order_P = torch.argsort(ids_TK.reshape(-1), stable=True)
         counts = self._counts(ids_TK)
-        sent_P = order_P[: sum(counts.to)]
-        rows_PD = x_TD.index_select(0, sent_P.div(top_k, rounding_mode="floor"))
+        rows_PD = to_experts(x_TD, order_P, top_k, sum(counts.to))
         rows_RD = _all_to_all(rows_PD, self.ranks, counts.to, counts.from_)
         here_H = torch.arange(len(counts.here_NH[0])) + self.first
         ids_R = here_H.repeat(self.ranks.count).repeat_interleave(counts.here_NH.flatten())
-        self.ops.choices = RowsHere(self.ranks, counts.first, counts.total)
+        # Those of no expert are drawn for too where they are computed along.
+        total = self.ops.tokens.total(len(x_TD)) * top_k if self.ops.kernels else counts.total
+        self.ops.choices = RowsHere(self.ranks, counts.first, total)
         outputs_RD = experts.rows(rows_RD, ids_R.to(x_TD.device).unsqueeze(1)).squeeze(1)
         back_PD = _all_to_all(outputs_RD, self.ranks, counts.from_, counts.to)
         return self.ops.combine(in_choices(back_PD, order_P, top_k), routing.weights_TK)

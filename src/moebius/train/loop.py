@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from moebius.errors import ConfigError, NumericalError, PeerError, StorageError
+from moebius.errors import (
+    ConfigError,
+    MemoryPlanError,
+    NumericalError,
+    PeerError,
+    StorageError,
+)
 from moebius.files import json_text
 from moebius.moe.health import dead_experts, load_entropy, load_share, max_violation
 from moebius.train.step import StepReport
@@ -30,9 +36,10 @@ def run(
 
     Writes metrics.jsonl and checkpoint.safetensors there and, where the recipe says so,
     TensorBoard's events and models by `export`. A loss that is not finite or a full disk ends the
-    run with NumericalError or StorageError and leaves the last checkpoint as it was, as does a rank
-    that is lost, with PeerError; SIGINT or SIGTERM at any rank ends it with KeyboardInterrupt after
-    the step and a checkpoint. Rank 0 writes, and what is given to be called is called there.
+    run with NumericalError or StorageError and leaves the last checkpoint as it was, as do a device
+    with too little memory, with MemoryPlanError, and a rank that is lost, with PeerError. SIGINT or
+    SIGTERM at any rank ends it with KeyboardInterrupt after the step and a checkpoint. Rank 0
+    writes, and what is given to be called is called there.
     """
     checkpoint = folder / "checkpoint.safetensors"
     ranks = trainer.ranks
@@ -46,7 +53,7 @@ def run(
     try:
         with _stop_signals() as asked:
             stopped = _steps(trainer, metrics, folder, checkpoint, asked, on_step, export)
-    except (NumericalError, OSError, StorageError, PeerError) as error:
+    except (MemoryPlanError, NumericalError, OSError, StorageError, PeerError) as error:
         kept = "there is no checkpoint yet"
         if checkpoint.exists():
             kept = "the checkpoint before is whole"

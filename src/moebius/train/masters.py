@@ -19,6 +19,11 @@ _MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
 _BLOCK = 4096
 
 
+def bytes_a_weight(dtype: torch.dtype) -> int:
+    """Of a copy in this dtype, its master, gradient and two moments, where it is trained."""
+    return dtype.itemsize + 4 * torch.float32.itemsize
+
+
 class Masters:
     """Every weight of a decoder in float32, and what changes those that are trained.
 
@@ -58,6 +63,12 @@ class Masters:
         self.optimizer = _adamw(trained.values(), training)
         self.round()
 
+    @property
+    def nbytes(self) -> int:
+        """Of copies, masters, gradients and moments, whether these are there yet or not."""
+        frozen = sum(x.nbytes + self._masters[name].nbytes for name, x in self.copies.items())
+        return frozen + 3 * self.gradient.nbytes
+
     @torch.no_grad()
     def round(self) -> None:
         """Make the copies what the masters are, rounded to the copies' dtype."""
@@ -66,11 +77,16 @@ class Masters:
 
     def take_gradients(self) -> None:
         """Add to `gradient` what a backward pass left at the copies, and clear it there."""
+        sums: list[Tensor] = []
+        parts: list[Tensor] = []
         for name, gradient in self._gradients.items():
             copy = self.copies[name]
             if copy.grad is not None:
-                gradient += copy.grad
+                sums.append(gradient)
+                parts.append(copy.grad)
             copy.grad = None
+        if parts:
+            torch._foreach_add_(sums, parts)
 
     def update(self, rate: float) -> None:
         """One step of AdamW along `gradient`."""

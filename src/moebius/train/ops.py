@@ -8,26 +8,34 @@ from torch import Tensor
 
 from moebius.moe.share import WHOLE_BATCH
 from moebius.ops import Pair, Rotation
-from moebius.ops.reference import ReferenceOps
+from moebius.train.experts import TrainedExpertOps
 
-# Rows whose logits exist at a time.
+# Rows whose logits exist at a time: at least so many, and on a GPU so many bytes of them.
 LOSS_ROWS = 512
+LOSS_BYTES = 2**28
 
 
-class TrainingOps(ReferenceOps):
+class TrainingOps(TrainedExpertOps):
     """Reference operations with a norm in one pass, and dropout while `training`.
 
     dropout          on what a part adds to the residual stream, and within dense feed-forwards
     expert_dropout   within experts behind a router
     drops            routers have a capacity
+    device           where it will be computed
     tokens, choices  which of a batch's tokens, and of the choices that experts compute, are here
     """
 
     name = "training"
 
     def __init__(
-        self, dropout: float = 0.0, expert_dropout: float = 0.0, *, drops: bool = False
+        self,
+        dropout: float = 0.0,
+        expert_dropout: float = 0.0,
+        *,
+        drops: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(device)
         self.drops = drops
         self.training = False
         self.tokens = WHOLE_BATCH
@@ -81,8 +89,11 @@ class _CrossEntropy(torch.autograd.Function):
         grad_x_TD = torch.empty_like(x_TD)
         grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_TD.device)
         total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
-        for start in range(0, len(x_TD), LOSS_ROWS):
-            rows = slice(start, start + LOSS_ROWS)
+        step = LOSS_ROWS
+        if x_TD.is_cuda:
+            step = max(step, LOSS_BYTES // (4 * len(weight_VD)))
+        for start in range(0, len(x_TD), step):
+            rows = slice(start, start + step)
             x_LD = x_TD[rows]
             target_L1 = target_T[rows].unsqueeze(1)
             logits_LV = (x_LD @ weight_VD.T).float()

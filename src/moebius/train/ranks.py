@@ -70,13 +70,17 @@ class Ranks:
             return cls(device=device)
         rank = os.environ.get("RANK", "?")
         backend = "gloo"
+        where_computed = None
         if device.type == "cuda":
             backend = "nccl"
+            where_computed = device
             torch.cuda.set_device(device)
             # A wait that the time limit ends raises an error, where else the process is aborted.
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            dist.init_process_group(
+                backend, timeout=timedelta(seconds=timeout), device_id=where_computed
+            )
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
             raise ConfigError(

@@ -42,6 +42,7 @@ from moebius.train.export import (
     would_replace,
 )
 from moebius.train.loop import Line, run
+from moebius.train.memory import told_of_memory
 from moebius.train.ops import TrainingOps
 from moebius.train.ranks import TIMEOUT, Ranks
 from moebius.train.recipe import Recipe, read_recipe
@@ -72,22 +73,21 @@ def main_from_recipe(
     """
     where = _device(device)
     ranks = Ranks.join(where, rank_timeout)
+    advice = "lower training.row_length, or measure with --evaluate-only --device cpu"
     try:
         recipe = ranks.together(lambda: _recipe(recipe_path, dense_twin=dense_twin))
         ranks.require_same(_facts(recipe, resume=resume, evaluate_only=evaluate_only))
-        if evaluate_only:
-            if resume or against is not None:
-                raise ConfigError(
-                    "--evaluate-only trains nothing and writes no card: it takes no --resume and "
-                    "no --against"
-                )
-            figures = _evaluate(recipe, out, where, ranks)
-        else:
-            ranks.together(lambda: _check_out(recipe, out, resume=resume))
-            shown = recipe_path.name
-            if recipe_path.is_relative_to(Path.cwd()):
-                shown = os.path.relpath(recipe_path)
-            figures = _train(recipe, shown, out, against, where, ranks)
+        with told_of_memory(where, "measuring", 0, advice):
+            if evaluate_only:
+                if resume or against is not None:
+                    raise ConfigError(
+                        "--evaluate-only trains nothing and writes no card: it takes no --resume "
+                        "and no --against"
+                    )
+                figures = _evaluate(recipe, out, where, ranks)
+            else:
+                ranks.together(lambda: _check_out(recipe, out, resume=resume))
+                figures = _train(recipe, _shown(recipe_path), out, against, where, ranks)
     except OSError as error:
         raise StorageError(
             f"{error.filename or out} cannot be written or read: {error.strerror or error}"
@@ -98,6 +98,11 @@ def main_from_recipe(
         return {}
     print(figures_table(figures))
     return figures
+
+
+def _shown(path: Path) -> str:
+    """What the card calls a recipe."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def _recipe(path: Path, *, dense_twin: bool) -> Recipe:
@@ -121,6 +126,8 @@ def _device(wish: str) -> torch.device:
     if wish not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device is {wish!r}; use auto, cpu or cuda")
     if wish != "cpu" and torch.cuda.is_available():
+        # Before cuBLAS is used: then its sums have one order, run after run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return torch.device("cuda", _local_rank(torch.cuda.device_count()))
     if wish == "cuda":
         raise no_cuda()
@@ -303,7 +310,7 @@ def _evaluate(recipe: Recipe, out: Path, device: torch.device, ranks: Ranks) -> 
             )
         checkpoint = open_checkpoint(out)
         sharing = Sharing(ranks, checkpoint.config)
-        ops = TrainingOps(drops=not recipe.routing.dropless)
+        ops = TrainingOps(drops=not recipe.routing.dropless, device=device)
         dtype = getattr(torch, recipe.training.dtype)
         decoder = load_decoder(checkpoint, dtype, device, ops, ranks=sharing.experts)
         sharing.attach(decoder)

@@ -25,7 +25,7 @@ class StepReport(NamedTuple):
     """What a step measured, before its update, over all its micro-batches. Losses in nats a token.
 
     counts (S, E): how many choices of each expert there were; dropped (S,): which share of them
-    found no room.
+    found no room. Both are on the CPU. finite: all of it is numbers.
     """
 
     loss: float
@@ -35,6 +35,7 @@ class StepReport(NamedTuple):
     learning_rate: float
     counts: Tensor
     dropped: Tensor
+    finite: bool = True
 
 
 class StepSums:
@@ -47,9 +48,9 @@ class StepSums:
     """
 
     def __init__(self, layers: int, experts: int, device: torch.device) -> None:
-        sizes = [len(Losses._fields), layers, layers * experts, 1]
-        self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.losses, self.dropped_S, counts, self.square = torch.split(self.vector, sizes)
+        self._sizes = [len(Losses._fields), layers, layers * experts, 1]
+        self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self.losses, self.dropped_S, counts, self.square = torch.split(self.vector, self._sizes)
         self.counts_SE = counts.view(layers, experts)
 
     def add(self, losses: Losses, routings: Sequence[Routing], parts: int) -> None:
@@ -59,11 +60,22 @@ class StepSums:
             self.dropped_S += _detached(map(_dropped_share, routings)) / parts
             self.counts_SE += torch.stack([chosen_counts(r)[0] for r in routings])
 
-    def report(self, grad_norm: float, learning_rate: float) -> StepReport:
-        loss, balance, z = self.losses.tolist()
-        counts_SE = self.counts_SE.cpu()
-        dropped_S = self.dropped_S.cpu()
-        return StepReport(loss, balance, z, grad_norm, learning_rate, counts_SE, dropped_S)
+    def report(self, grad_norm: Tensor, learning_rate: float) -> StepReport:
+        """All in one copy, for which the device is waited for."""
+        there = torch.cat((self.vector, grad_norm.double().reshape(1)))
+        here = there.cpu()
+        losses, dropped_S, counts, _, norm = torch.split(here, [*self._sizes, 1])
+        loss, balance, z = losses.tolist()
+        return StepReport(
+            loss,
+            balance,
+            z,
+            grad_norm=norm.item(),
+            learning_rate=learning_rate,
+            counts=counts.view(self.counts_SE.shape),
+            dropped=dropped_S,
+            finite=bool(torch.isfinite(here).all()),
+        )
 
 
 def _detached(values: Iterable[Tensor]) -> Tensor:

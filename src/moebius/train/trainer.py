@@ -28,12 +28,13 @@ from moebius.moe.router import Routing
 from moebius.nn.packed import PackedPast
 from moebius.train.data import Batch, Batches, PreparedData
 from moebius.train.evaluate import routers, scores
-from moebius.train.masters import SELECTION_BIAS, Masters, squared_norm
+from moebius.train.masters import SELECTION_BIAS, Masters, bytes_a_weight, squared_norm
+from moebius.train.memory import told_of_memory
 from moebius.train.ops import TrainingOps, cross_entropy
 from moebius.train.ranks import Ranks
 from moebius.train.recipe import Recipe
 from moebius.train.sharing import Sharing
-from moebius.train.start import start
+from moebius.train.start import Start, start
 from moebius.train.step import Losses, StepReport, StepSums
 from moebius.train.tables import TokenizerRecipe
 
@@ -77,6 +78,20 @@ class Trainer:
         begin = start(recipe, data)
         self.config_json = begin.config_json
         self.sharing = Sharing(self.ranks, begin.config)
+        bare = Decoder(begin.config, TrainingOps(), device="meta", ranks=self.sharing.experts)
+        numbers = sum(each.numel() for each in bare.parameters())
+        taken = numbers * bytes_a_weight(getattr(torch, training.dtype))
+        advice = "train a smaller model, or use more ranks, which share the experts"
+        with told_of_memory(self.device, "the model", taken, advice):
+            self._fill(begin)
+        self._batches = Batches(
+            data, recipe.mixture, training.rows_per_step, training.row_length, recipe.seed
+        )
+        self.done = 0
+        self.seconds = 0.0
+
+    def _fill(self, begin: Start) -> None:
+        """Make the decoder and its masters."""
         self.decoder = self._decoder(begin.config)
         self._routers = routers(self.decoder)
         self._num_experts = self._routers[0].config.num_experts if self._routers else 0
@@ -84,21 +99,18 @@ class Trainer:
         for name, copy in copies.items():
             copy.requires_grad_(self._is_trained(name))
         weights = begin.weights(self.sharing.experts)
+        training = self.recipe.training
         self.masters = Masters(copies, weights, training, self.device, self.sharing.is_own)
-        self._batches = Batches(
-            data, recipe.mixture, training.rows_per_step, training.row_length, recipe.seed
-        )
-        self.done = 0
-        self.seconds = 0.0
 
     def _decoder(self, config: ModelConfig) -> Decoder:
         routing = self.recipe.routing
         tuning = self.recipe.finetune
         drops = not routing.dropless or routing.second_policy != "all"
         if tuning is None:
-            ops = TrainingOps(drops=drops)
+            ops = TrainingOps(drops=drops, device=self.device)
         else:
-            ops = TrainingOps(tuning.dropout, tuning.expert_dropout, drops=drops)
+            dropout = tuning.dropout, tuning.expert_dropout
+            ops = TrainingOps(*dropout, drops=drops, device=self.device)
         dtype = getattr(torch, self.recipe.training.dtype)
         decoder = Decoder(config, ops, dtype, self.device, self.sharing.experts).train()
         ops.training = True
@@ -120,11 +132,21 @@ class Trainer:
         return routed == (part == "experts")
 
     def step(self) -> StepReport:
-        """One update.
+        """One update, which waits for the device once: to know that all is a number.
 
         Raises NumericalError naming step and layer, before anything changes, for a loss that is no
-        number.
+        number, and MemoryPlanError where a device has too little memory.
         """
+        training = self.recipe.training
+        rows = training.rows_per_step // self._parts
+        doing = f"step {self.done}, of micro-batches of {rows} rows of {training.row_length} tokens"
+        advice = (
+            "raise training.accumulation, or lower training.rows_per_step or training.row_length"
+        )
+        with told_of_memory(self.device, doing, self.masters.nbytes, advice):
+            return self._step()
+
+    def _step(self) -> StepReport:
         training = self.recipe.training
         batch = self._batches.batch(self.done)
         loads = None
@@ -137,25 +159,26 @@ class Trainer:
         sums.square += squared_norm(self.masters.own_gradient)
         self.ranks.all_reduce(self.masters.shared_gradient, sums.vector)
         norm = (squared_norm(self.masters.shared_gradient) + sums.square).sqrt().float()
-        if not (torch.isfinite(sums.vector).all() and torch.isfinite(norm)):
-            raise NumericalError(self._what_is_no_number(batch, sums.losses[0].item()))
-        gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
         rate = training.rate_at(self.done)
+        report = sums.report(norm, rate)
+        if not report.finite:
+            raise NumericalError(self._what_is_no_number(batch, report.loss))
+        gradient *= torch.clamp(training.clip_norm / (norm + 1e-6), max=1.0)
         self.masters.update(rate)
         self.masters.move_biases(sums.counts_SE, training.bias_rate)
         self.masters.round()
         self.done += 1
-        return sums.report(norm.item(), rate)
+        return report
 
     def _forward(self, batch: Batch, index: int) -> _Computed:
         """This rank's rows of micro-batch `index`, hidden states as the logits' product takes them,
         and routings."""
-        part = self.sharing.shard(batch.part(index, self.recipe.training.accumulation))
-        part = part.to(self.device)
+        here = self.sharing.shard(batch.part(index, self.recipe.training.accumulation))
+        part = here.to(self.device)
         seed = hashlib.sha256(f"{self.recipe.seed}/{self.done}/{index}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little", signed=True))
         rows, length = part.input_RL.shape
-        past = PackedPast(length, part.document_RL)
+        past = PackedPast(length, part.document_RL, here.document_RL)
         positions_T = torch.arange(length, device=self.device).repeat(rows)
         hidden_TD, routings = self.decoder(part.input_RL.reshape(-1), positions_T, past)
         divisor = self.decoder.config.logits_divisor

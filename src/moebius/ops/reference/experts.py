@@ -10,6 +10,7 @@ from torch import Tensor
 from moebius.ops.config import Activation, ActivationWord, ClampedSwiGLU, RouterConfig
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import PreparedExperts, StatePlan, own, same
+from moebius.ops.reference.choices import in_choices, to_experts
 from moebius.ops.reference.linear import widened_for
 from moebius.ops.reference.recurrent import ReferenceStatePlan
 from moebius.ops.reference.routing import count, route
@@ -124,11 +125,11 @@ class ExpertOps(Ops):
         num_experts = len(weights.gate_FD)
         flat_ids = ids_TK.reshape(-1)
         order = torch.argsort(flat_ids, stable=True)
-        chosen = order[: int((flat_ids < num_experts).sum())] if drops else order
-        rows_PD = x_TD.index_select(0, chosen.div(k, rounding_mode="floor") if k > 1 else chosen)
+        taken = int((flat_ids < num_experts).sum()) if drops else len(order)
+        rows_PD = to_experts(x_TD, order, k, taken)
         mask_PF = self.dropout_mask(rows_PD, weights.width, routed=True)
         if torch.is_grad_enabled() and _can_stack(weights, x_TD):
-            ends_H = _ends(flat_ids[chosen], weights)
+            ends_H = _ends(flat_ids[order[:taken]], weights)
             out_PD = _experts_stacked(rows_PD, ends_H, prepared, mask_PF)
         else:
             counts = torch.bincount(flat_ids, minlength=num_experts)[:num_experts].tolist()
@@ -139,19 +140,6 @@ class ExpertOps(Ops):
         """What fine-tuning multiplies the inner values of as many rows with, None for nothing:
         those of experts behind a router, or of a dense feed-forward."""
         return None
-
-
-def in_choices(out_PD: Tensor, order_P: Tensor, k: int) -> Tensor:
-    """Outputs of choices in the order in which they were taken, each in its place (T, K, D).
-
-    order_P: all choices in that order; those that there is no output for, the last, get zeros.
-    """
-    missing = len(order_P) - len(out_PD)
-    if missing:
-        out_PD = torch.cat((out_PD, out_PD.new_zeros(missing, out_PD.shape[1])))
-    position_P = torch.empty_like(order_P)
-    position_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-    return out_PD.index_select(0, position_P).view(-1, k, out_PD.shape[1])
 
 
 def weighted_sum(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -166,7 +154,9 @@ def _bias(biases: Sequence[Tensor | None], e: int) -> Tensor | None:
     return biases[e] if biases else None
 
 
-def _inner(gate: Tensor, up: Tensor | None, activation: Activation, mask: Tensor | None) -> Tensor:
+def inner_values(
+    gate: Tensor, up: Tensor | None, activation: Activation, mask: Tensor | None
+) -> Tensor:
     """From an expert's gate and up to what down reads."""
     if isinstance(activation, ClampedSwiGLU):
         assert up is not None, "prepare_experts has seen to it"
@@ -196,7 +186,7 @@ def _one_expert(x_TD: Tensor, experts: ReferenceExperts, e: int, mask_TF: Tensor
     w = experts.weights
     gate = product(x_TD, w.gate_FD, w.gate_bias_F)
     up = product(x_TD, w.up_FD, w.up_bias_F) if w.up_FD else None
-    return product(_inner(gate, up, experts.activation, mask_TF), w.down_DF, w.down_bias_D)
+    return product(inner_values(gate, up, experts.activation, mask_TF), w.down_DF, w.down_bias_D)
 
 
 def _experts_in_turn(
@@ -222,12 +212,13 @@ def _experts_in_turn(
 
 
 def _can_stack(w: ExpertWeights, x_TD: Tensor) -> bool:
-    """torch.grouped_mm wants rows of a multiple of 16 bytes, bfloat16 on a GPU, and adds no
-    bias. Quantised experts would all have to be widened at once."""
+    """torch.grouped_mm wants rows of a multiple of 16 bytes, and adds no bias. On a GPU it is not
+    used, for the reasons in moebius.ops.triton.grouped. Quantised experts would all have to be
+    widened at once."""
     dtype = _compute_dtype(x_TD)
     if any(isinstance(weight, Matrix) for kind in w[:3] for weight in kind):
         return False
-    if w.down_bias_D or (x_TD.is_cuda and dtype != torch.bfloat16):
+    if w.down_bias_D or x_TD.is_cuda:
         return False
     return all(size * dtype.itemsize % 16 == 0 for size in (w.width, x_TD.shape[1]))
 
@@ -261,4 +252,4 @@ def _experts_stacked(
     w = experts.weights
     gate = product(rows, w.gate_FD)
     up = product(rows, w.up_FD) if w.up_FD else None
-    return product(_inner(gate, up, experts.activation, mask_PF), w.down_DF)
+    return product(inner_values(gate, up, experts.activation, mask_PF), w.down_DF)

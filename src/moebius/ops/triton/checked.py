@@ -4,8 +4,9 @@ Where the proof is made: moebius.engine.proof; what it looks at: moebius.ops.tri
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from moebius.ops.capability import Capability, Operation, Use
 from moebius.ops.reference import ReferenceOps
@@ -65,6 +66,15 @@ class CheckedOps(TritonOps):
         """Why operations are plain PyTorch's."""
         self._proven: frozenset[Operation] = frozenset()
         self._watch: Watch | None = None
+
+    def for_trial(self) -> Self:
+        """The same kernels, before anything was found out about them: what is done with these
+        changes nothing of ours."""
+        another = copy(self)
+        another.failed = {}
+        another._proven = frozenset()
+        another._watch = None
+        return another
 
     def watched(self, watch: Watch | None) -> None:
         """Let `watch` compute all calls from now on; None: nobody but this."""

@@ -38,8 +38,12 @@ _CHANGE = {Operation.CAUSAL_CONV, Operation.GATED_DELTA}
 _BEYOND = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 
+class Abandoned(Exception):
+    """Nobody waits for the proof any more."""
+
+
 class Inspector:
-    """`failed` says what was found wrong, `seen` what was looked at.
+    """`failed` says what was found wrong, `seen` what was looked at, `at` what was begun last.
 
     rows: how many rows there are in all, each with a number, whatever step it comes in.
     """
@@ -47,6 +51,9 @@ class Inspector:
     def __init__(self, rows: int) -> None:
         self.failed: dict[Operation, str] = {}
         self.seen: set[Operation] = set()
+        self.at: Operation | None = None
+        self.abandoned = False
+        """Set from another thread: the next operation raises Abandoned."""
         self._rows = rows
         self._kept: list[list[Tensor]] = []
         self._at: Tensor = torch.empty(0, dtype=torch.int64)
@@ -67,7 +74,10 @@ class Inspector:
         self._first = False
 
     def call(self, call: Call) -> object:
+        if self.abandoned:
+            raise Abandoned
         self.seen.add(call.operation)
+        self.at = call.operation
         number = self._number
         self._number += 1
         if self._first:

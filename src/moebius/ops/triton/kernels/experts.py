@@ -31,6 +31,26 @@ def sort(ids, order, starts, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def group_of_tile(starts, groups, t, GROUPS: tl.constexpr, M: tl.constexpr):
+    """Of the tile of rows number t: the group that it is of, its first row, and where the group's
+    rows end. Behind the last tile that is there is no group, and its first row is not before the
+    end.
+
+    starts: where the rows of each of `groups` begin, and where the last ones end.
+    """
+    lane = tl.arange(0, GROUPS)
+    begin = tl.load(starts + lane, mask=lane < groups, other=0)
+    end = tl.load(starts + lane + 1, mask=lane < groups, other=0)
+    tiles = (end - begin + M - 1) // M
+    stops = tl.cumsum(tiles, 0)
+    group = tl.sum((stops <= t).to(tl.int32), 0)
+    mine = lane == group
+    first = tl.sum(tl.where(mine, begin + (t - stops + tiles) * M, 0), 0)
+    last = tl.sum(tl.where(mine, end, 0), 0)
+    return group, first, last
+
+
+@triton.jit
 def _rows(
     starts, order, rows, experts, ROUTED: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
@@ -39,15 +59,7 @@ def _rows(
     every row."""
     t = tl.program_id(0)
     if ROUTED:
-        lane = tl.arange(0, EXPERTS)
-        begin = tl.load(starts + lane, mask=lane < experts, other=0)
-        end = tl.load(starts + lane + 1, mask=lane < experts, other=0)
-        tiles = (end - begin + M - 1) // M
-        stops = tl.cumsum(tiles, 0)
-        expert = tl.sum((stops <= t).to(tl.int32), 0)
-        mine = lane == expert
-        first = tl.sum(tl.where(mine, begin + (t - stops + tiles) * M, 0), 0)
-        last = tl.sum(tl.where(mine, end, 0), 0)
+        expert, first, last = group_of_tile(starts, experts, t, EXPERTS, M)
     else:
         expert = t * 0
         first = t * M

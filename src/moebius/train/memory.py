@@ -1,0 +1,34 @@
+"""Too little memory of a device, told in one line with its numbers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moebius.errors import MemoryPlanError
+
+
+@contextmanager
+def told_of_memory(device: torch.device, doing: str, taken: int, advice: str) -> Iterator[None]:
+    """Within it too little memory of `device` is a MemoryPlanError.
+
+    doing    what was begun
+    taken    bytes of weights, gradients and optimiser; 0: not known
+    advice   what would take less
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = " ".join(str(error).split()).partition(". ")[0]
+        free = ""
+        if device.type == "cuda":
+            left, total = torch.cuda.mem_get_info(device)
+            free = f"; {_gib(left)} of {_gib(total)} are free"
+        weights = f"; weights, gradients and optimiser take {_gib(taken)}" if taken else ""
+        raise MemoryPlanError(
+            f"{doing}: the device's memory is too small ({first}{free}){weights}; {advice}"
+        ) from error
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
