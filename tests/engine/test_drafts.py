@@ -201,7 +201,7 @@ def test_random_schedules_draft_too() -> None:
     asked = wishes(12, bundled(1).config.vocab_size, rng)
     expected = each_alone(bundled(1), asked)
     drafts = 0
-    for _ in range(6):
+    for _ in range(4):
         schedule = random_schedule(len(asked), rng)
         seen = answers(bundled(2), asked, schedule)
         drafts += seen.drafts

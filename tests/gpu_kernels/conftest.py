@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu_kernels.interpreting import hurry  # noqa: E402
+from gpu_kernels.interpreting import hurry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -26,16 +26,20 @@ def is_float32(dtype: torch.dtype) -> bool:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "gemma4_text"]
+    "model_type",
+    chosen(
+        ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "gemma4_text"],
+        lambda name: name in ("gpt_oss", "qwen3_next", "deepseek_v3"),
+    ),
 )
 def test_greedy_tokens_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, model_type, vocab_size=300, max_position_embeddings=64)
     decoder = load_decoder(tmp_path, torch.float32, device=DEVICE, ops=OPS)
     rng = random.Random(model_type)
     prompt = tuple(rng.randrange(300) for _ in range(11))
-    wish = Wish("a", prompt, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), 0)
+    wish = Wish("a", prompt, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), 0)
     whole = load_theirs(tmp_path).generate(
-        torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None
+        torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None
     )
     assert alone(decoder, wish)[0] == whole[0, 11:].tolist()
 

@@ -40,7 +40,7 @@ from moebius.train.recipe import read_recipe
 from moebius.train.trainer import Trainer
 
 SECONDS = 120.0
-STEPS = {"capacity": 50, "bias": 10, "tuned": 3}
+STEPS = {"capacity": 20, "bias": 10, "tuned": 3}
 """The recipes, by the names of their files, and how many steps of each are compared."""
 HOPS = 3
 """Steps between two checkpoints of the run that goes on with another number of ranks."""
