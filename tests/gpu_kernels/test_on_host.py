@@ -81,6 +81,7 @@ def test_each_pair_is_computed_as_alone(
     assert torch.equal(out_TD, expected)
 
 
+@pytest.mark.exhaustive  # the pairs above in every run, and whole engines in engine/test_host_experts
 def test_one_answer_in_any_batch(tmp_path: Path, sums_in_order: None) -> None:
     pytest.importorskip("moebius._cpu", reason="plain PyTorch on the host has no one answer")
     save_tiny(tmp_path, "qwen3_moe", vocab_size=300, max_position_embeddings=256)

@@ -20,7 +20,7 @@ SEED = 1
 
 
 @no_cover
-@pytest.mark.parametrize("steps", chosen([20_000, 200_000], lambda steps: steps == 20_000))
+@pytest.mark.parametrize("steps", chosen([40_000, 200_000], lambda steps: steps == 40_000))
 def test_many_steps_without_a_violation(steps, capsys):
     total = simulate(steps, SEED)
     with capsys.disabled():

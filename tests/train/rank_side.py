@@ -5,6 +5,7 @@ What is measured goes into files of a folder, for the tests to compare with one 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -274,6 +275,10 @@ def run(what: str, folder: Path) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     trainer(folder, "capacity")  # imports what the optimiser does not before it is made
+    import moebius.cli.border
+    import moebius.cli.commands  # noqa: F401 - once, and not in each of thirty processes
+
+    gc.freeze()
     if what == "compare":
         for count in (2, 4):
             codes = ended(start(count, lambda rank: measure(folder, rank)))
