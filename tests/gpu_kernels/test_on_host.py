@@ -20,7 +20,7 @@ from moebius.ops import Ops, select_ops
 from moebius.ops.triton import TritonOps
 from moebius.request.params import SamplingParams
 from oracle import load_theirs, save_tiny
-from random_schedules import Wish, alone, answers, groups_of, random_schedule
+from random_schedules import Wish, alone, answers, each_alone, groups_of, random_schedule
 
 DEVICE_OPS = TritonOps()
 F32 = torch.float32
@@ -92,7 +92,7 @@ def test_one_answer_in_any_batch(tmp_path: Path, sums_in_order: None) -> None:
         Wish(str(i), tuple(rng.randrange(300) for _ in range(rng.choice((1, 5, 18)))), params, i)
         for i in range(3)
     ]
-    expected = {wish.id: alone(decoder, wish) for wish in asked}
+    expected = each_alone(decoder, asked)
     schedule = random_schedule(len(asked), rng, groups_of(decoder))
     for found in answers(decoder, asked, schedule).rounds:
         assert found == expected, schedule

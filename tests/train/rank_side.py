@@ -303,4 +303,5 @@ def run(what: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]))
+    for part in sys.argv[2:]:
+        run(part, Path(sys.argv[1]))
