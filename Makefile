@@ -10,14 +10,16 @@ STEPS ?= 10000000
 SEED ?= 0
 BIN := .venv/bin
 
-# Tests of what computes, which with test-schedule take about as long as all others.
+# Tests of what computes and generates, and of what one process does without a server: with the
+# others they are four parts, of which the longest takes some two fifths of all.
 CORE := engine models ops quantize
+APART := gpu_kernels train text inspect moe nn
 
 # Where the environment forbids bytecode, each of some hundred processes that the tests start would
 # compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: serve test test-schedule test-core test-others reading simulate wheel setup format constraints clean
+.PHONY: serve test test-schedule test-core test-apart test-others reading simulate wheel setup format constraints clean
 
 serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
@@ -26,7 +28,7 @@ test: setup
 	$(BIN)/ruff check src tests benchmarks recipes
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync test-schedule test-others test-core
+	$(MAKE) --no-print-directory --jobs 3 --keep-going --output-sync test-core test-others test-apart test-schedule
 
 test-schedule:
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100
@@ -34,8 +36,12 @@ test-schedule:
 test-core:
 	$(BIN)/pytest $(CORE:%=tests/%)
 
+test-apart:
+	$(BIN)/pytest $(APART:%=tests/%)
+
+# They wait for processes a quarter of their time, which is why there are three parts at a time.
 test-others:
-	$(BIN)/pytest --ignore=tests/schedule $(CORE:%=--ignore=tests/%)
+	$(BIN)/pytest --ignore=tests/schedule $(CORE:%=--ignore=tests/%) $(APART:%=--ignore=tests/%)
 
 reading:
 	$(PYTHON) tests/reading.py

@@ -3,6 +3,7 @@ servers' event loops."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# While tests are collected and what they need is imported, almost all that is made stays.
+COLLECTOR = gc.get_threshold()
+gc.set_threshold(100_000)
 
 # Before anything imports triton, whose own functions ask for it as they are made.
 if not torch.cuda.is_available():
@@ -22,6 +27,13 @@ def pytest_configure() -> None:
     a handler is nothing that they inherit."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """All that is there by now stays: the collector need not walk it again each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTOR)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -66,7 +66,8 @@ def test_two_ranks_answer_as_one_process(two: LLM, tiny_model: Path) -> None:
 def test_ranks_that_meet_in_a_process_group_answer_alike(
     two: LLM, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As those with a GPU each do, over gloo in the place of NCCL; and again once one is lost."""
+    """As those with a GPU each do, over gloo in the place of NCCL; and again once one is lost. When
+    it is closed no process is left, of the first ones and of those in their place, and it says so."""
 
     def place(host: OneHost, spec: object, epoch: Epoch, remotes: Any, device: str) -> DevicePlace:
         return DevicePlace(epoch, list(remotes.values()))
@@ -79,8 +80,13 @@ def test_ranks_that_meet_in_a_process_group_answer_alike(
     monkeypatch.setattr(OneHost, "place", place)
     with LLM(str(tiny_model), ranks=2, **SIZES) as grouped:
         found = grouped.generate(prompts(6), params)
-        os.kill(grouped.processes[1].pid, signal.SIGKILL)
+        pids = [process.pid for process in grouped.processes]
+        os.kill(pids[1], signal.SIGKILL)
         after = grouped.generate(prompts(6), params)
+        pids += [process.pid for process in grouped.processes]
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    with pytest.raises(EngineError, match="stopped"):
+        grouped.generate([1, 2])
     for answers in (found, after):
         assert [each.outputs for each in answers] == [each.outputs for each in expected]
 
@@ -174,15 +180,3 @@ def test_ctrl_c_ends_what_runs_and_no_process_is_left(tiny_model: Path) -> None:
         assert run.stdout.readline() == "1\n"
         assert run.wait(30) == 0
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-def test_a_closed_one_says_so_and_has_no_process(tiny_model: Path) -> None:
-    llm = LLM(str(tiny_model), ranks=2, **SIZES)
-    pids = [process.pid for process in llm.processes]
-    os.kill(pids[0], signal.SIGKILL)
-    assert len(llm.generate([1, 2], SamplingParams(max_tokens=9, ignore_eos=True))) == 1
-    pids += [process.pid for process in llm.processes]
-    llm.close()
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    with pytest.raises(EngineError, match="stopped"):
-        llm.generate([1, 2])

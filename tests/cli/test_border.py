@@ -174,7 +174,7 @@ def test_the_version_is_told() -> None:
     [
         ("version >&-", 0),
         rest("plan bundled >&-", 0),
-        ("plan bundled --json >&- 2>&- <&-", 0),
+        rest("plan bundled --json >&- 2>&- <&-", 0),
         ("generate 'a b' --max-tokens 2 <&- >&-", 0),
         rest("chat <&-", 0),
         ("plan no/where/at/all 2>&-", 2),

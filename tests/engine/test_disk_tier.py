@@ -33,6 +33,7 @@ from random_schedules import (
     Wish,
     alone,
     constraints,
+    each_alone,
     mixed,
     note,
     parts,
@@ -201,7 +202,7 @@ def test_crowds_in_tight_caches_beside_a_disk_change_no_bit(
     model = decoder(model_type)
     rng = random.Random(model_type)
     asked = wishes(14, 300, rng)
-    expected = {wish.id: alone(model, wish) for wish in asked}
+    expected = each_alone(model, asked)
     tables = len(parts(model, ROOMY)[1].pool.groups.blocks)
     tight = Schedule(4, tables * 64 + 40, 8, 17, True, (0,), 1)
     for _ in range(2):

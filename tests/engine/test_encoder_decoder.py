@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from covering import each_value
 from moebius import LLM, SamplingParams
 from moebius.cli.main import main
 from moebius.engine.client import StepOutput
@@ -80,8 +81,9 @@ def schedules(count: int, rng: random.Random) -> Iterator[Schedule]:
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), each_value(sorted(KINDS), [torch.bfloat16, torch.float32]), ids=str
+)
 def test_one_answer_whatever_is_read_beside_it(kind: str, dtype: torch.dtype) -> None:
     rng = random.Random(f"{kind} {dtype}")
     asked = asked_of(14, rng)

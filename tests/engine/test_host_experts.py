@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tiny_t5
+from covering import each_value
 from engine.test_engine import make, prompts, run, tokens
 from moebius.engine import load
 from moebius.engine.config import EngineConfig
@@ -63,8 +64,9 @@ def odd_experts(directory: Path) -> dict[int, range]:
     return {layer: range(layer % 2, count, 2) for layer, count in experts.items()}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, F32], ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), each_value(FAMILIES, [torch.bfloat16, F32]), ids=str
+)
 def test_one_answer_in_any_batch(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Alone, batched, chunked, preempted, with a warm cache and with drafts; on one thread of
     either and on two. The host's kernels have other bits than the device's."""
@@ -78,12 +80,12 @@ def test_one_answer_in_any_batch(model_type: str, dtype: torch.dtype, tmp_path: 
 
     asked = [
         replace(wish, prompt=wish.prompt[-30:], params=replace(wish.params, max_tokens=40))
-        for wish in wishes(8, 300, rng, free=True)
+        for wish in wishes(6, 300, rng, free=True)
     ]
     decoder = loaded(1)
     expected = each_alone(decoder, asked)
     groups = groups_of(decoder)
-    tight = Schedule(8, groups.most_blocks(MAX_MODEL_LEN, 64, 8), 8, 64, True, (0,) * 8, rounds=2)
+    tight = Schedule(8, groups.most_blocks(MAX_MODEL_LEN, 64, 8), 6, 64, True, (0,) * 6, rounds=2)
     others = [random_schedule(len(asked), rng, groups) for _ in range(2)]
     other = loaded(2)
     for one, schedule in ((decoder, tight), *((other, each) for each in others)):

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from covering import rest
+from covering import each_value, rest
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import prepare
@@ -90,8 +90,9 @@ def ask(engine: Engine, wish: Wish) -> tuple[Answer, int]:
     return found[wish.id], request.num_cached_tokens or 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), each_value(FAMILIES, [torch.bfloat16, torch.float32]), ids=str
+)
 def test_a_prefix_is_resumed_at_a_snapshot_and_recomputed_behind_it(
     model_type: str, dtype: torch.dtype
 ) -> None:

@@ -75,9 +75,11 @@ def test_the_bundled_model_gives_one_answer(seed: int) -> None:
 def test_preemption_and_warm_caches_are_among_the_schedules() -> None:
     """The comparison above means something: small caches do preempt, and warm ones do hit."""
     asked, expected = bundled_answers()
-    seen = answers(bundled(2), asked, Schedule(8, MAX_MODEL_LEN // 8, 64, 300, True, (0,) * 64, 2))
+    some = asked[:24]
+    seen = answers(bundled(2), some, Schedule(8, MAX_MODEL_LEN // 8, 24, 300, True, (0,) * 24, 2))
     assert seen.preemptions > 0 and seen.prefix_hits > 0
-    assert all(found == expected for found in seen.rounds)
+    for found in seen.rounds:
+        assert found == {wish.id: expected[wish.id] for wish in some}
 
 
 def test_answers_that_end_with_their_grammars_are_one_answer() -> None:
@@ -272,10 +274,16 @@ def greedy(rng: random.Random) -> Wish:
     return Wish("greedy", tuple(rng.randrange(300) for _ in range(120)), params, 0)
 
 
+# Every run has half of them; tests/ops has the products of each, in any batch.
+IN_BLOCKS = [
+    rest(name, torch.bfloat16) if i % 2 else (name, torch.bfloat16) for i, name in enumerate(BLOCKS)
+]
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, torch.bfloat16) for name in BLOCKS),
+        *IN_BLOCKS,
         ("q8_0", torch.float32),
         ("q4_k", torch.float32),
     ],
@@ -319,7 +327,7 @@ def test_every_architecture_gives_one_answer(
     save_tiny(tmp_path, model_type, **sizes).to(stored).save_pretrained(tmp_path)
     decoders = [load_decoder(tmp_path, dtype, ops=ops) for ops in KERNELS.values()]
     rng = random.Random(model_type)
-    asked = wishes(8, decoders[0].config.vocab_size, rng, free=True)
+    asked = wishes(6, decoders[0].config.vocab_size, rng, free=True)
     expected = each_alone(decoders[0], asked)
     for _ in range(schedules):
         schedule = random_schedule(len(asked), rng, groups_of(decoders[0]))

@@ -35,11 +35,12 @@ EXPERT = 3 * 512 * 512 * 4
 SMALL = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 16}
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """97 MiB, of which 96 are experts."""
-    write_model(tmp_path, hidden_size=512, moe_intermediate_size=512, num_experts=16)
-    return tmp_path
+    directory = tmp_path_factory.mktemp("tiny")
+    write_model(directory, hidden_size=512, moe_intermediate_size=512, num_experts=16)
+    return directory
 
 
 def for_card(directory: Path, memory: int, *, host: int = 64 * GIB, **options: Any) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import signal
@@ -165,6 +166,7 @@ def losses(
     python.chmod(0o700)
     faults = scratch / "faults"
     faults.mkdir()
+    gc.collect()  # what an earlier test has left may hold some, and go in the middle of this one
     files = shared_memory()
     with monkeypatch.context() as patch:
         patch.setenv("FAULTS", str(faults))

@@ -30,14 +30,10 @@ def test_one_engine_is_lost_in_every_way(
         assert re.search(f"</think>{REGEX}$", house.text("killed, budget"))
         assert re.match('<tool_call>\n?{"name": "f", "arguments": {', house.text("killed, call"))
         assert re.match(r'{\s*"a"\s*:', house.text("killed, schema"))
-        ids = house.some("device")
-        house.fault("device that is told late")
-        house.until(lambda: not house.client.stats().ready)
-        assert house.same(*ids), "the context is broken, and another process goes on"
         ids = house.some("stuck")
         house.fault("endless step")
         assert house.same(*ids)
-        assert house.client.stats().restarts >= 3
+        assert house.client.stats().restarts >= 2
         assert house.client.stats().replayed >= 2
         # What every engine has found in its cache is told as the first one found it.
         last = [house.heard.outputs[id][-1] for id in ids]
@@ -47,7 +43,7 @@ def test_one_engine_is_lost_in_every_way(
 def test_a_rank_is_lost_and_the_others_stay(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with losses(tiny_model, tmp_path, monkeypatch, ranks=2, step_deadline=8) as house:
+    with losses(tiny_model, tmp_path, monkeypatch, ranks=2) as house:
         before = house.pids
         ids = house.some("raises")
         house.fault("step that raises")
@@ -63,8 +59,14 @@ def test_a_rank_is_lost_and_the_others_stay(
         house.until(lambda: house.client.stats().ready)
         assert house.pids[0] == before[0] and house.pids[1] != before[1]
         assert house.client.stats().restarts == 1
-        before = house.pids
 
+
+@pytest.mark.losses
+def test_a_rank_is_stuck_and_the_others_stay(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with losses(tiny_model, tmp_path, monkeypatch, ranks=2, step_deadline=8) as house:
+        before = house.pids
         ids = house.some("stuck")
         house.fault("endless step")
         assert house.same(*ids)
@@ -73,11 +75,11 @@ def test_a_rank_is_lost_and_the_others_stay(
 
 
 def many_ways(house: Losses) -> None:
-    for way in ("broken device", "stopped", "lost twice in a row"):
+    for way in ("broken device", "device that is told late", "stopped", "lost twice in a row"):
         ids = house.some(way)
         if way == "stopped":
             house.signal(-1, STOP)
-        elif way == "broken device":
+        elif "device" in way:
             house.fault(way)
         else:
             house.signal(0, KILL)

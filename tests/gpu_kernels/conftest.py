@@ -12,6 +12,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from gpu_kernels.interpreting import hurry
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -19,6 +22,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def _numbers_as_on_a_gpu() -> Iterator[None]:
     """The interpreter computes with NumPy, which would warn of infinities; a GPU says nothing."""
     with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_interpreter_hurries() -> Iterator[None]:
+    if DEVICE == "cuda":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from covering import rest
 from models.gguf_recurrent import converter
 from models.quantization.test_loading import plain_copy
 from models.ropes import LLAMA3, YARN
@@ -28,7 +28,7 @@ from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.nn.attention import GQA
 from moebius.nn.mixers.gated_delta import GatedDelta
-from moebius.ops import select_ops
+from moebius.ops import Ops, select_ops
 from moebius.ops.config import DeltaSizes
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
@@ -121,19 +121,22 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert ours.argmax(-1).tolist() == theirs.argmax(-1).tolist()
 
 
+# Every run has each case by our kernels, and each family's plainest by plain PyTorch too.
+BY_BOTH = [(ops, *case) for case in CASES for ops in OPS]
+
+
 @pytest.mark.parametrize(
-    ("name", "model_type", "changes"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES]
+    ("ops", "name", "model_type", "changes"),
+    [case if case[0] is OPS[1] or case[1] == "plain" else rest(*case) for case in BY_BOTH],
+    ids=[f"{model_type}-{name}-{ops.name}" for ops, name, model_type, _ in BY_BOTH],
 )
 def test_prefill_and_each_step_equal_transformers_recurrence(
-    tmp_path: Path, name: str, model_type: str, changes: dict[str, Any]
+    tmp_path: Path, ops: Ops, name: str, model_type: str, changes: dict[str, Any]
 ) -> None:
     """Two prompts in chunks beside each other's steps; then each decodes what it chooses."""
     model = save_tiny(tmp_path, model_type, **changes)
-    theirs = cache(lambda *text: recurrent(model, list(text)))
-    for ops in OPS:
-        decoder = load_decoder(tmp_path, torch.float32, ops=ops)
-        for text, ours in served_beside_each_other(decoder):
-            assert_same(ours, theirs(*text))
+    for text, ours in served_beside_each_other(load_decoder(tmp_path, torch.float32, ops=ops)):
+        assert_same(ours, recurrent(model, text))
 
 
 def served_beside_each_other(decoder: Decoder) -> list[tuple[list[int], Tensor]]:

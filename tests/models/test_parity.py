@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from covering import rest
 from models.ropes import LINEAR, LLAMA3, YARN
 from moebius.models.decoder import Decoder
 from moebius.models.family import family, model_config
@@ -192,12 +193,21 @@ def _serve(server: Server) -> list[list[int]]:
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 
 
-@pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
+def in_every_run(ops: Ops, name: str) -> bool:
+    """Every case by our kernels; a family's plainest, and windows, by plain PyTorch too."""
+    return ops is OPS[1] or name == "plain" or "window" in name
+
+
+BY_BOTH = [(ops, *case) for case in CASES for ops in OPS]
+
+
 @pytest.mark.parametrize(
-    ("name", "model_type", "overrides"), CASES, ids=[f"{m}-{n}" for n, m, _ in CASES]
+    ("ops", "name", "model_type", "overrides"),
+    [case if in_every_run(*case[:2]) else rest(*case) for case in BY_BOTH],
+    ids=[f"{model_type}-{name}-{ops.name}" for ops, name, model_type, _ in BY_BOTH],
 )
 def test_served_logits_equal_transformers(
-    tmp_path: Path, name: str, model_type: str, overrides: dict[str, Any], ops: Ops
+    tmp_path: Path, ops: Ops, name: str, model_type: str, overrides: dict[str, Any]
 ) -> None:
     model = save_tiny(tmp_path, model_type, **overrides)
     decoder = load_decoder(tmp_path, torch.float32, ops=ops)

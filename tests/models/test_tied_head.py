@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from covering import each_value
 from moebius.errors import WeightsError
 from moebius.models.family import family
 from moebius.models.store import fingerprint, open_checkpoint
@@ -63,15 +64,14 @@ def assert_as_transformers(directory: Path) -> None:
 
 
 @pytest.mark.case("A1")
-@pytest.mark.parametrize("heads", APART.values(), ids=APART)
-@pytest.mark.parametrize("model_type", FAMILY)
+@pytest.mark.parametrize(("model_type", "heads"), each_value(FAMILY, APART))
 def test_a_head_that_differs_is_used(
     tmp_path: Path,
     model_type: str,
-    heads: Callable[[Tensor], dict[str, Tensor]],
+    heads: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tied(tmp_path, model_type, heads)
+    tied(tmp_path, model_type, APART[heads])
     assert_as_transformers(tmp_path)
     assert [r.levelno for r in caplog.records if "tie_word_embeddings" in r.getMessage()] == [
         logging.WARNING
@@ -84,15 +84,14 @@ def test_a_head_that_differs_is_used(
 
 
 @pytest.mark.case("A1")
-@pytest.mark.parametrize("heads", ONE.values(), ids=ONE)
-@pytest.mark.parametrize("model_type", MAY_BE_TIED)
+@pytest.mark.parametrize(("model_type", "heads"), each_value(MAY_BE_TIED, ONE))
 def test_one_tensor_serves_as_both(
     tmp_path: Path,
     model_type: str,
-    heads: Callable[[Tensor], dict[str, Tensor]],
+    heads: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tied(tmp_path, model_type, heads)
+    tied(tmp_path, model_type, ONE[heads])
     assert_as_transformers(tmp_path)
     assert not [record for record in caplog.records if "tie_word_embeddings" in record.getMessage()]
     assert "lm_head.weight" not in {
@@ -175,9 +174,11 @@ def test_what_is_saved_is_what_was_loaded(
 
 
 @pytest.mark.case("A1")
-@pytest.mark.parametrize("head", [True, False])
 # Ling 3's names without what stands before them are none that transformers knows.
-@pytest.mark.parametrize("model_type", [each for each in FAMILY if each != "bailing_hybrid"])
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    each_value([each for each in FAMILY if each != "bailing_hybrid"], [True, False]),
+)
 def test_a_model_that_was_saved_without_a_head_has_shorter_names(
     tmp_path: Path, model_type: str, head: bool
 ) -> None:

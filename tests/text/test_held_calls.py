@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_parsing import parse_response
 
+from covering import each_value
 from moebius.errors import RequestError
 from moebius.text import Tokenizer
 from moebius.text.masks import Vocabulary
@@ -89,8 +90,7 @@ def drawn(held: Held, count: int) -> list[list[int]]:
     return whole
 
 
-@pytest.mark.parametrize("kind", SPELT)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), each_value(NAMES, SPELT))
 def test_a_reply_that_must_call_calls_as_the_schemas_say(name: str, kind: str) -> None:
     called = set()
     for several in (True, False):
@@ -104,8 +104,7 @@ def test_a_reply_that_must_call_calls_as_the_schemas_say(name: str, kind: str) -
     assert len(called) > 1
 
 
-@pytest.mark.parametrize("kind", SPELT)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), each_value(NAMES, SPELT))
 def test_a_reply_that_may_call_is_free_text_and_such_calls(name: str, kind: str) -> None:
     for several in (True, False):
         wanted = held(name, kind, RICH, must=False, several=several)

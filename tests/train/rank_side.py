@@ -5,6 +5,7 @@ What is measured goes into files of a folder, for the tests to compare with one 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ from moebius.train.recipe import read_recipe
 from moebius.train.trainer import Trainer
 
 SECONDS = 120.0
-STEPS = {"capacity": 50, "bias": 10, "tuned": 3}
+STEPS = {"capacity": 20, "bias": 10, "tuned": 3}
 """The recipes, by the names of their files, and how many steps of each are compared."""
 HOPS = 3
 """Steps between two checkpoints of the run that goes on with another number of ranks."""
@@ -286,6 +287,10 @@ def run(what: str, folder: Path) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     trainer(folder, "capacity")  # imports what the optimiser does not before it is made
+    import moebius.cli.border
+    import moebius.cli.commands  # noqa: F401 - once, and not in each of thirty processes
+
+    gc.freeze()
     if what == "compare":
         for count in (2, 4):
             codes = ended(start(count, lambda rank: measure(folder, rank)))
@@ -310,4 +315,5 @@ def run(what: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]))
+    for part in sys.argv[2:]:
+        run(part, Path(sys.argv[1]))

@@ -121,10 +121,18 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
     return folder
 
 
-def launched(what: str, folder: Path) -> None:
-    command = [sys.executable, rank_side.__file__, what, str(folder)]
+@pytest.fixture(scope="module")
+def launched(recipes: Path) -> Path:
+    """The folder, with what all groups of ranks left there: begun by one process, as to import what
+    they need takes longer than most of them."""
+    first = rank_side.trainer(recipes, "capacity")
+    for _ in range(HOPS):
+        first.step()
+    first.save(recipes / "before-2")
+    command = [sys.executable, rank_side.__file__, str(recipes), "compare", "lose", "command"]
     done = subprocess.run(command, env=ENVIRONMENT, timeout=280, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # of all ranks: the first that failed says why
+    return recipes
 
 
 @pytest.fixture(scope="module")
@@ -137,26 +145,15 @@ def alone(recipes: Path) -> dict[str, tuple[dict[str, Any], Trainer]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def compared(recipes: Path) -> Path:
-    """The folder, with what two and four ranks have measured."""
-    first = rank_side.trainer(recipes, "capacity")
-    for _ in range(HOPS):
-        first.step()
-    first.save(recipes / "before-2")
-    launched("compare", recipes)
-    return recipes
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", STEPS)
 def test_losses_are_those_of_one_process(
-    compared: Path, alone: dict[str, tuple[dict[str, Any], Trainer]], name: str, ranks: int
+    launched: Path, alone: dict[str, tuple[dict[str, Any], Trainer]], name: str, ranks: int
 ) -> None:
     """Capacity, jitter, random second choices, dropout, a selection bias; experts that do not
     divide evenly. Every token goes where it goes in one process."""
     expected, trained = alone[name]
-    found = json.loads((compared / f"{name}-{ranks}.json").read_text())
+    found = json.loads((launched / f"{name}-{ranks}.json").read_text())
     for key in MEASURES:
         assert len(found[key]) == STEPS[name]
         near = pytest.approx(expected[key], abs=1e-5, rel=1e-4 if key == "grad_norm" else 0)
@@ -165,7 +162,7 @@ def test_losses_are_those_of_one_process(
     assert torch.tensor(found["dropped"]).allclose(torch.tensor(expected["dropped"]), atol=1e-6)
     for mine, theirs in zip(found["heldout"], expected["heldout"], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
-    weights = load_file(compared / f"{name}-{ranks}.weights")
+    weights = load_file(launched / f"{name}-{ranks}.weights")
     assert weights.keys() == trained.weights().keys()
     for weight, tensor in trained.weights().items():
         torch.testing.assert_close(weights[weight], tensor, rtol=0, atol=2e-5, msg=weight)
@@ -180,14 +177,14 @@ def test_losses_are_those_of_one_process(
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_and_its_gradients_are_one_processs_bit_for_bit(
-    compared: Path, name: str, ranks: int
+    launched: Path, name: str, ranks: int
 ) -> None:
     """Choices dropped, dropout within experts, experts without a row and ranks without any."""
     expected = rank_side.local(name)
     rows = TOKENS // ranks
     seen = set()
     for rank in range(ranks):
-        found = load_file(compared / f"{name}-{ranks}-{rank}")
+        found = load_file(launched / f"{name}-{ranks}-{rank}")
         here = slice(rank * rows, (rank + 1) * rows)
         for key in ("out", "x", "weights"):
             assert torch.equal(found.pop(key), expected[key][here]), (rank, key)
@@ -197,16 +194,16 @@ def test_a_layer_and_its_gradients_are_one_processs_bit_for_bit(
     assert seen >= {key for key, x in expected.items() if "proj" in key and x.any()}
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(compared: Path) -> None:
+def test_a_run_goes_on_with_any_number_of_ranks(launched: Path) -> None:
     """1, 2, 4 and 1 again: the files are the same, and the end is that of a run by one process."""
     for ranks in (2, 4):
-        before = (compared / f"before-{ranks}").read_bytes()
-        assert before == (compared / f"again-{ranks}").read_bytes(), "read, and written again"
-    straight = rank_side.trainer(compared, "capacity")
+        before = (launched / f"before-{ranks}").read_bytes()
+        assert before == (launched / f"again-{ranks}").read_bytes(), "read, and written again"
+    straight = rank_side.trainer(launched, "capacity")
     for _ in range(4 * HOPS):
         straight.step()
-    last = rank_side.trainer(compared, "capacity")
-    last.restore(compared / "before-8")
+    last = rank_side.trainer(launched, "capacity")
+    last.restore(launched / "before-8")
     assert last.done == 3 * HOPS
     for _ in range(HOPS):
         last.step()
@@ -216,17 +213,17 @@ def test_a_run_goes_on_with_any_number_of_ranks(compared: Path) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-def test_what_is_no_number_is_named_by_all_ranks(compared: Path) -> None:
+def test_what_is_no_number_is_named_by_all_ranks(launched: Path) -> None:
     """Expert 5 lies at one rank; its layer's outputs break at all of them."""
-    said = {(compared / f"broken-{n}-{r}").read_text() for n in (2, 4) for r in range(n)}
+    said = {(launched / f"broken-{n}-{r}").read_text() for n in (2, 4) for r in range(n)}
     assert said == {
         "step 0: the loss is nan, and layer 1's feed-forward the first that is no number"
     }
 
 
-def test_a_rank_that_is_lost_ends_the_others(recipes: Path) -> None:
+def test_a_rank_that_is_lost_ends_the_others(launched: Path) -> None:
     """Killed: at once. Stopped: when the time is over. Asked to end: all, after the same step."""
-    launched("lose", recipes)
+    recipes = launched
     host = re.escape(socket.gethostname())
     for how in ("SIGKILL", "SIGSTOP", "SIGTERM"):
         codes = json.loads((recipes / f"{how}.json").read_text())
@@ -246,15 +243,8 @@ def test_a_rank_that_is_lost_ends_the_others(recipes: Path) -> None:
             ), said
 
 
-@pytest.fixture(scope="module")
-def commanded(recipes: Path) -> Path:
-    """The folder, with what commands said that could not be, and one that could."""
-    launched("command", recipes)
-    return recipes
-
-
-def test_what_cannot_be_is_one_line_that_names_rank_and_host(commanded: Path) -> None:
-    recipes = commanded
+def test_what_cannot_be_is_one_line_that_names_rank_and_host(launched: Path) -> None:
+    recipes = launched
     host = socket.gethostname()
     lines = {
         "differ": f"rank 1 of 2 on {host} has recipe ",
@@ -285,19 +275,19 @@ def _said(folder: Path, name: str, rank: int) -> list[str]:
     return [line for line in lines if line.startswith("moebius:")]
 
 
-def test_ranks_measure_a_model_together(commanded: Path) -> None:
+def test_ranks_measure_a_model_together(launched: Path) -> None:
     """As one process does, and the first of them says it."""
-    recipes = commanded
+    recipes = launched
     assert json.loads((recipes / "evaluated.json").read_text()) == [0, 0]
     figures = main_from_recipe(recipes / "bias.toml", recipes / "base", evaluate_only=True)
     assert (recipes / "evaluated-0.out").read_text() == figures_table(figures) + "\n"
     assert (recipes / "evaluated-1.out").read_text() == ""
 
 
-def test_only_rank_0_needs_the_texts(commanded: Path) -> None:
+def test_only_rank_0_needs_the_texts(launched: Path) -> None:
     """Where they lie elsewhere on another host, or nowhere, ranks read what it has prepared."""
-    codes = json.loads((commanded / "short.json").read_text())
-    assert codes == [0, 0], _said(commanded, "short", 0)
+    codes = json.loads((launched / "short.json").read_text())
+    assert codes == [0, 0], _said(launched, "short", 0)
 
 
 class Told(Ranks):
