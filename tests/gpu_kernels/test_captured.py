@@ -175,6 +175,27 @@ def test_what_reads_a_value_is_not_captured(
     assert runner.execute(steps_of(runner)[0]).isfinite().all()
 
 
+def test_an_error_of_a_capture_ends_the_capture_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In CUDA's own words (cudaErrorStreamCaptureUnsupported): what reads a value there raises it.
+    After any other error of a device nothing is captured, and nothing computed."""
+    save_tiny(tmp_path, "llama", num_hidden_layers=1)
+    rows = StepRows(8, 8, sequences=2, context=12)
+    said = "operation not permitted when stream is capturing"
+
+    def end(self: StandIn) -> Any:
+        raise torch.AcceleratorError(f"CUDA error: {said}\nSearch for it")
+
+    monkeypatch.setattr(StandIn, "end", end)
+    runner = runner_of(tmp_path, CapturedOps(StandIn()), rows)
+    assert said in runner.programs.step.trace.reason
+    assert runner.execute(steps_of(runner)[0]).isfinite().all()
+    said = "an illegal memory access was encountered"
+    with pytest.raises(torch.AcceleratorError, match=said):
+        runner_of(tmp_path, CapturedOps(StandIn()), rows)
+
+
 @pytest.mark.parametrize(
     "read",
     [
