@@ -146,16 +146,6 @@ class Loader:
             if isinstance(module, Experts):
                 module.on_disk = self._cold
         self._put(decoder, self._values(decoder, sources, files, _COPYING))
-        if decoder.host is not None:
-            self._release_copied(decoder, sources)
-
-    def _release_copied(self, decoder: Decoder, sources: Sequence[Source]) -> None:
-        """Give back the pages of what a device has copies of; the host's experts stay mapped in
-        the same files."""
-        planned = self._planned(decoder, sources)
-        copied = [source for source, plan in zip(sources, planned, strict=True) if not plan.mapped]
-        for file, spans in self._spans(copied).items():
-            self._parts.release(file, spans)
 
     def fill_some(self, decoder: Decoder, wanted: Callable[[str], bool]) -> None:
         """Give values to the parameters of a decoder on meta whose names are `wanted`."""
@@ -270,8 +260,17 @@ class Loader:
                 weight = weight.clone()
             values.append((source, weight))
 
+        # A model that a device has copies of may be larger than the host's memory, and files with
+        # the host's experts stay mapped: pages of what was copied are not needed any more.
+        done_with = decoder.host is not None or isinstance(self._send, Sender)
+
         def convert(index: int) -> Weight:
-            return self._brought(*values[index], planned[index][1])
+            source, weight = values[index]
+            brought = self._brought(source, weight, planned[index][1])
+            if done_with:
+                for file, spans in self._spans([source]).items():
+                    files.release(file, spans)
+            return brought
 
         with ThreadPoolExecutor(threads) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
