@@ -105,7 +105,14 @@ def test_a_model_is_loaded_through_it(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     wanted = load_decoder(tmp_path, torch.bfloat16, ops=ops)
     assert device.pieces
-    planes = [plane for each in checkpoint.tensors.values() for plane in each.planes]
+    planned = checkpoint.plan_weights("bfloat16", "cpu", ops.formats(torch.bfloat16))
+    sent = {
+        source.name
+        for source, plan in zip(checkpoint.sources, planned, strict=True)
+        if not plan.mapped
+    }
+    assert len(sent) > 5
+    planes = [plane for name in sent for plane in checkpoint.tensors[name].planes]
     assert released == {byte for plane in planes for byte in range(plane.start, plane.stop)}
     pairs = zip(decoder.state_dict().items(), wanted.state_dict().values(), strict=True)
     for (name, one), other in pairs:
