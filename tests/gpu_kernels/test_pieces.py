@@ -29,7 +29,7 @@ from moebius.engine.workspace import StepRows
 from moebius.models.config import ModelConfig
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
-from moebius.moe.crossing import CrossingRows
+from moebius.moe.crossing import CrossingRows, OneMemory
 from moebius.moe.dispatch import LocalDispatcher
 from moebius.moe.on_host import HostDispatcher, HostExperts
 from moebius.moe.placement import Placement
@@ -77,10 +77,21 @@ class Seen(ReferenceOps):
         return super().expert_rows(x_RD, *args)
 
 
+class Early(OneMemory):
+    """Reads a layer's input as it was when it began: on a card nothing that is launched after that
+    is waited for."""
+
+    def begin(self, ids_TK: Tensor, x_TD: Tensor) -> None:
+        super().begin(ids_TK, x_TD.clone())
+
+
 @pytest.mark.parametrize("left", [0, 2])
-def test_a_step_with_experts_of_the_host_is_the_step(left: int, tmp_path: Path) -> None:
+def test_a_step_with_experts_of_the_host_is_the_step(
+    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A graph a layer and one more; where the device has experts, too, one for these. The host sees
     as many rows as without graphs."""
+    monkeypatch.setattr("moebius.moe.on_host.crossing", lambda *_: Early())
     save_tiny(tmp_path, "qwen3_moe", num_hidden_layers=LAYERS)
     card = StandIn()
     seen = [Seen(), Seen()]

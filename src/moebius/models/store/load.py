@@ -207,8 +207,12 @@ class Loader:
                 continue
             for plane in (weight,) if isinstance(weight, Tensor) else weight.planes:
                 give_back(plane.data_ptr(), plane.nbytes)
-        for file, spans in self._spans(far).items():
-            self._parts.release(file, spans)
+        self._give_back(far, self._parts)
+
+    def _give_back(self, sources: Iterable[Source], files: MappedFiles) -> None:
+        """Pages that nothing reads any more."""
+        for file, spans in self._spans(sources).items():
+            files.release(file, spans)
 
     def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
         sources = self.checkpoint.sources_at(ranks)
@@ -260,16 +264,12 @@ class Loader:
                 weight = weight.clone()
             values.append((source, weight))
 
-        # A model that a device has copies of may be larger than the host's memory, and files with
-        # the host's experts stay mapped: pages of what was copied are not needed any more.
-        done_with = decoder.host is not None or isinstance(self._send, Sender)
+        done_with = self._done_with(decoder, files)
 
         def convert(index: int) -> Weight:
             source, weight = values[index]
             brought = self._brought(source, weight, planned[index][1])
-            if done_with:
-                for file, spans in self._spans([source]).items():
-                    files.release(file, spans)
+            done_with(source)
             return brought
 
         with ThreadPoolExecutor(threads) as pool:
@@ -278,6 +278,14 @@ class Loader:
         if isinstance(self._send, Sender):
             self._send.finish()
         return values
+
+    def _done_with(self, decoder: Decoder, files: MappedFiles) -> Callable[[Source], None]:
+        """What to do with a source that was copied. A model that a device has copies of may be
+        larger than the host's memory, and files with the host's experts stay mapped: its pages are
+        given back."""
+        if decoder.host is None and not isinstance(self._send, Sender):
+            return lambda source: None
+        return lambda source: self._give_back([source], files)
 
     def _brought(self, source: Source, weight: Weight, plan: PlannedWeight) -> Weight:
         """A copy where it is to be."""
