@@ -21,7 +21,7 @@ WHEELS=${WHEELS:-build/gpu-wheels}
 PACKAGES=build/gpu-packages
 # stage:seconds
 STAGES=${STAGES:-environment:25 checkpoint:50 proof:60 one_answer:70 figures-gpt-oss-20b:75 figures-m2:55 kernels:85}
-[ "$STAGES" = more ] && STAGES="figures-qwen3-30b:130 host-qwen3-30b:70 graphs:60 peers-m2:70 tests:60 tiles:30"
+[ "$STAGES" = more ] && STAGES="figures-qwen3-30b:120 host-qwen3-30b:70 graphs:80 peers-m2:60 tests:60 tiles:30"
 [ "$STAGES" = train ] && STAGES="environment:25 training:150 grouped:60 claim-2:180"
 
 mkdir -p "$OUT" || exit

@@ -68,6 +68,19 @@ def test_a_tiny_model_worked_by_hand(tiny: Path) -> None:
     assert (plan.host.available, plan.host.available_of) == (64 * GIB, "a host's 64.0 GiB")
 
 
+def test_graphs_of_steps_in_pieces(tiny: Path) -> None:
+    """By hand. Of up to four sequences: of 4, 2, 1 and no more sizes than one beside, with all
+    experts on the card; in five pieces, of 4, 1 and one beside. 64 rows of logits: eight."""
+    whole = for_card(tiny, GIB, **SMALL).plan
+    apart = for_card(tiny, GIB, experts="cpu", **SMALL).plan
+    few = 128 * KIB
+    pieces = 3 * (8 * MIB + 4 * few)
+    # A row, answers of two choices there and back, and twice as many ids.
+    crossing = 4 * (5 * 512 * 4 + 8 * 8)
+    assert whole.graphs - apart.graphs == 4 * 8 * MIB - pieces - crossing
+    assert whole.workspace > whole.graphs > 4 * 8 * MIB + 8 * few
+
+
 def test_a_card_that_is_too_small_is_told_what_would_fit(tiny: Path) -> None:
     bare = for_card(tiny, GIB, experts="cpu", **SMALL).plan
     rest = human_bytes(bare.weights.total)
@@ -93,11 +106,11 @@ def test_auto_takes_as_many_as_there_is_room_for(tiny: Path) -> None:
     bare = for_card(tiny, GIB, experts="cpu", **SMALL).plan
     fixed = bare.weights.total + bare.workspace
     cache = bare.kv_cache  # of four sequences of 128
-    graphs = for_card(tiny, GIB, **SMALL).plan.graphs
+    more_graphs = for_card(tiny, GIB, **SMALL).plan.graphs - bare.graphs
     for count in (0, 1, 7, 15, 16):
         needed = fixed + cache + 2 * count * EXPERT
-        if count == 16:  # with all of them there, steps are captured
-            needed += graphs
+        if count == 16:  # with all of them there, steps are whole graphs, and of more sizes
+            needed += more_graphs
         # A 32nd of the memory is left alone.
         memory = needed * 32 // 31 + 64
         plan = for_card(tiny, memory, experts="auto", **SMALL).plan
@@ -111,8 +124,8 @@ def test_auto_takes_as_many_as_there_is_room_for(tiny: Path) -> None:
 
 def test_auto_leaves_a_cache_that_is_asked_for(tiny: Path) -> None:
     options = {**SMALL, "max_num_seqs": 16}
-    one = for_card(tiny, 60 * MIB, experts="auto", **options).plan
-    two = for_card(tiny, 60 * MIB, experts="auto", kv_cache_memory_bytes=20 * MIB, **options).plan
+    one = for_card(tiny, 100 * MIB, experts="auto", **options).plan
+    two = for_card(tiny, 100 * MIB, experts="auto", kv_cache_memory_bytes=20 * MIB, **options).plan
     assert two.kv_cache == 20 * MIB
     assert one.weights.routed - two.weights.routed == 2 * 3 * EXPERT  # 18 MiB, less 512 KiB
 

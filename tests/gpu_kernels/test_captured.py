@@ -37,12 +37,11 @@ FLOAT32 = torch.float32
 OURS = ("qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "gemma4_text")
 # With gates of heads, a decay for each channel, and a scan.
 SOME = ("afmoe", "kimi_linear", "nemotron_h")
-# With keys behind latents that don't turn, which plain PyTorch writes to the cache, at slot -1 too.
-UNTURNED = "kimi_linear"
 
 
-def runner_of(directory: Path, ops: CheckedOps, rows: StepRows) -> Runner:
-    decoder = load_decoder(directory, FLOAT32, ops=ops)
+def runner_of(directory: Path, ops: CheckedOps, rows: StepRows, **beside: Any) -> Runner:
+    """beside: ranks or a host that have experts."""
+    decoder = load_decoder(directory, FLOAT32, ops=ops, **beside)
     specs = decoder.config.caches(FLOAT32)
     states = 5 if any(spec.state for spec in specs) else 0
     cache = KVCache(specs, ops, num_blocks=60, block_size=4, device=CPU, num_states=states)
@@ -110,9 +109,6 @@ def test_a_step_of_every_family_can_be_captured(model_type: str, tmp_path: Path)
     save_tiny(tmp_path, model_type)
     rows = StepRows(4, 1, sequences=1, context=12)
     programs = runner_of(tmp_path, CapturedOps(StandIn()), rows).programs
-    if model_type == UNTURNED:
-        assert "what writes to the cache is plain PyTorch's" in programs.step.trace.reason
-        return
     assert programs.step.trace.recorded, programs.step.trace.reason
     assert programs.head.trace.recorded, programs.head.trace.reason
 
@@ -204,6 +200,27 @@ def test_what_reads_a_value_is_not_captured(
     assert trace.reason == "they are not captured: HostRead: torch's __float__"
     assert runner.programs.head.trace == trace
     assert runner.execute(steps_of(runner)[0]).isfinite().all()
+
+
+def test_an_error_of_a_capture_ends_the_capture_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In CUDA's own words (cudaErrorStreamCaptureUnsupported): what reads a value there raises it.
+    After any other error of a device nothing is captured, and nothing computed."""
+    save_tiny(tmp_path, "llama", num_hidden_layers=1)
+    rows = StepRows(8, 8, sequences=2, context=12)
+    said = "operation not permitted when stream is capturing"
+
+    def end(self: StandIn) -> Any:
+        raise torch.AcceleratorError(f"CUDA error: {said}\nSearch for it")
+
+    monkeypatch.setattr(StandIn, "end", end)
+    runner = runner_of(tmp_path, CapturedOps(StandIn()), rows)
+    assert said in runner.programs.step.trace.reason
+    assert runner.execute(steps_of(runner)[0]).isfinite().all()
+    said = "an illegal memory access was encountered"
+    with pytest.raises(torch.AcceleratorError, match=said):
+        runner_of(tmp_path, CapturedOps(StandIn()), rows)
 
 
 @pytest.mark.parametrize(

@@ -111,21 +111,49 @@ def test_rotate_and_store_latent(
     assert torch.equal(turned[0], found[0][3]) and torch.equal(memory[4], found[1][4])
 
 
-def test_what_does_not_turn_stays() -> None:
-    """Behind what does, which has no kernel; and no rows at all."""
-    q, latents = torch.randn(2, 3, 10, device=DEVICE), torch.randn(2, 10, device=DEVICE)
-    norm = torch.ones(4, device=DEVICE)
-    slots = torch.tensor([2, 3], device=DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("half", [0, 1, 2])
+def test_what_does_not_turn_stays(half: int, interleaved: bool, dtype: torch.dtype) -> None:
+    """Behind what does, if anything does; and at a temperature it grows all the same."""
+    q = torch.randn(3, 2, 11, device=DEVICE).to(dtype)
+    latents = torch.randn(3, 11, device=DEVICE).to(dtype)
     given = {
-        "rotation": rotated(2, 2, interleaved=False),
-        "slot_mapping_T": slots,
-        "norm_C": norm,
+        "rotation": rotated(half, 3, interleaved=interleaved),
+        "slot_mapping_T": torch.tensor([2, 3, -1], device=DEVICE),
+        "norm_C": torch.randn(4, device=DEVICE).to(dtype),
     }
     turned, memory = stored(OPS, (q, latents), **given)
-    assert torch.equal(turned[..., 8:], q[..., 8:])
-    assert torch.equal(memory[2:4, 0, 8:], latents[:, 8:])
-    none = {"rotation": rotated(3, 0, interleaved=False), "slot_mapping_T": slots[:0]}
-    turned, memory = stored(OPS, (q[:0], latents[:0]), norm_C=norm, **none)
+    assert torch.equal(turned[..., :4], q[..., :4])
+    behind = 4 + 2 * half
+    assert torch.equal(turned[..., behind:], q[..., behind:])
+    assert torch.equal(memory[2:4, 0, behind:], latents[:2, behind:])
+    there = given | {"slot_mapping_T": torch.tensor([2, 3, 7], device=DEVICE)}
+    wanted = stored(REF, (q, latents), **there)
+    near(turned, wanted[0])
+    near(memory[2:4], wanted[1][2:4])
+    # Nobody's row is nowhere in the cache.
+    assert memory[:2].isnan().all() and memory[4:].isnan().all()
+    warm = {"temperature": Temperature(0.3, 2), "positions_T": torch.tensor([0, 5, 9]).to(DEVICE)}
+    near(
+        stored(OPS, (q, latents), **given, **warm)[0], stored(REF, (q, latents), **there, **warm)[0]
+    )
+    # The second row by itself, into the same slot.
+    cos, sin, _ = given["rotation"]
+    given["rotation"] = Rotation(cos[1:2], sin[1:2], interleaved)
+    given["slot_mapping_T"] = torch.tensor([3], device=DEVICE)
+    alone = stored(OPS, (q[1:2], latents[1:2]), **given)
+    assert torch.equal(alone[0][0], turned[1]) and torch.equal(alone[1][3], memory[3])
+
+
+def test_no_rows_at_all() -> None:
+    none = {
+        "rotation": rotated(3, 0, interleaved=False),
+        "slot_mapping_T": torch.zeros(0, dtype=torch.int64, device=DEVICE),
+        "norm_C": torch.ones(4, device=DEVICE),
+    }
+    q, latents = torch.zeros(0, 3, 10, device=DEVICE), torch.zeros(0, 10, device=DEVICE)
+    turned, memory = stored(OPS, (q, latents), **none)
     assert turned.shape == (0, 3, 10) and memory.isnan().all()
 
 
@@ -147,4 +175,7 @@ def test_kernels_compile() -> None:
             OPS.rotate_and_store_latent(*given)
             warm = Temperature(0.1, 8192)
             OPS.rotate_and_store_latent(*given, temperature=warm, positions_T=slots)
+            still = rotated(0, 2, interleaved=interleaved)
+            unturned = (*given[:2], still, *given[3:])
+            OPS.rotate_and_store_latent(*unturned, temperature=warm, positions_T=slots)
     assert_compile(seen, kernels)

@@ -14,7 +14,7 @@ from moebius.ops import ExpertWeights
 from moebius.ops.cache_spec import CacheSpec, key_value_spec, latent_spec
 from moebius.ops.config import ChannelDecay, DeltaSizes, RouterConfig, ScanSizes
 from moebius.ops.steps import Rotation, StateInputs, StepInputs
-from moebius.ops.triton import TritonOps, experts, linear
+from moebius.ops.triton import TritonOps
 
 pytestmark = [pytest.mark.usefixtures("seeded", "sums_in_order")]
 
@@ -144,8 +144,7 @@ def test_states_of_nobody_are_neither_read_nor_written(taps: int) -> None:
 @pytest.mark.parametrize("nobody", [-1, 4])
 def test_experts_of_nobody(nobody: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a graph, which nobody may wait for to look at ids."""
-    for module in (experts, linear):
-        monkeypatch.setattr(module, "capturing", lambda _: True)
+    monkeypatch.setattr(TritonOps, "looks", lambda _: False)
     matrices = [[some(*shape) for _ in range(4)] for shape in ((6, 8), (6, 8), (8, 6))]
     prepared = OPS.prepare_experts(ExpertWeights(*matrices), "silu", DTYPE)
     x, share = some(REAL, 8), torch.rand(REAL, 2, device=DEVICE)
@@ -162,7 +161,7 @@ def test_experts_of_nobody(nobody: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_tokens_and_products_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "capturing", lambda _: True)
+    monkeypatch.setattr(TritonOps, "looks", lambda _: False)
     ids = torch.tensor([2, 0, 1], device=DEVICE)
     table, weight, norm = some(3, 8), some(5, 8), some(8)
     rows = OPS.embed(torch.cat((ids, NOBODY)), table)

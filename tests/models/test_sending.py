@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from moebius.models.store import load as loading
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import Loader, load_decoder
+from moebius.models.store.mapped import MappedFiles
 from moebius.models.store.sending import Sender, Staging
 from moebius.ops.reference import ReferenceOps
 from oracle import save_tiny
@@ -29,7 +29,6 @@ class Late(Staging):
     def __init__(self) -> None:
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.pieces: list[int] = []
-        self.resident: list[int] = []
         self.buffers = 0
 
     def pinned(self, nbytes: int) -> Tensor:
@@ -42,7 +41,6 @@ class Late(Staging):
     def send(self, host: Tensor, there: Tensor) -> Callable[[], None]:
         self.pieces.append(len(host))
         self.pending.append((host, there))
-        self.resident.append(resident())
         assert len(self.pending) <= 2, "a third piece, where there are two buffers"
         mine = self.pending[-1]
 
@@ -60,15 +58,6 @@ class InOrder(Late):
     def send(self, host: Tensor, there: Tensor) -> Callable[[], None]:
         super().send(host, there)()
         return lambda: None
-
-
-def resident() -> int:
-    """Bytes of files and of private memory that this process holds, without shared memory."""
-    if sys.platform != "linux":
-        return 0
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kinds = dict(line.split(":", 1) for line in lines if ":" in line)
-    return sum(int(kinds[kind].split()[0]) * 1024 for kind in ("RssAnon", "RssFile"))
 
 
 def test_pieces_arrive_whole_and_in_order() -> None:
@@ -96,29 +85,19 @@ def test_threads_share_the_two_buffers() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
-    """64 MiB through two buffers of 1 MiB: what is resident grows by these, a piece of the file and
-    little else."""
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(range(256)) * 2**18)
-    with file.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    x = torch.frombuffer(mapped, dtype=torch.uint8)
-    device = Late()
-    send = Sender(device, staged_bytes=STAGED)
-    before = resident()
-    there = send(x)
-    send.finish()
-    assert max(device.resident) - before < 8 * STAGED, "of 64"
-    assert torch.equal(there, x), "and what was given back is in the file still"
-
-
 def test_a_model_is_loaded_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that is copied on the host: another dtype than the file's, and stacked experts."""
+    """As one that is copied on the host: another dtype than the file's, and stacked experts. All
+    that was sent is given back."""
     save_tiny(tmp_path, "gpt_oss")
     device = InOrder()
     monkeypatch.setattr(loading, "sender_to", lambda _: Sender(device, staged_bytes=4096))
+    released: set[int] = set()
+
+    def release(_: MappedFiles, file: Path, spans: Iterable[tuple[int, int]]) -> None:
+        for span in spans:
+            released.update(range(*span))
+
+    monkeypatch.setattr(MappedFiles, "release", release)
     ops = ReferenceOps()
     checkpoint = open_checkpoint(tmp_path)
     decoder = loading.decoder_of(checkpoint.config, ops, torch.bfloat16, device="meta")
@@ -126,6 +105,15 @@ def test_a_model_is_loaded_through_it(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     wanted = load_decoder(tmp_path, torch.bfloat16, ops=ops)
     assert device.pieces
+    planned = checkpoint.plan_weights("bfloat16", "cpu", ops.formats(torch.bfloat16))
+    sent = {
+        source.name
+        for source, plan in zip(checkpoint.sources, planned, strict=True)
+        if not plan.mapped
+    }
+    assert len(sent) > 5
+    planes = [plane for name in sent for plane in checkpoint.tensors[name].planes]
+    assert released == {byte for plane in planes for byte in range(plane.start, plane.stop)}
     pairs = zip(decoder.state_dict().items(), wanted.state_dict().values(), strict=True)
     for (name, one), other in pairs:
         assert torch.equal(one, other), name

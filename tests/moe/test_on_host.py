@@ -151,10 +151,10 @@ class Watched(OneMemory):
         self.there: list[int] = []
         self.back: list[int] = []
 
-    def rows(self, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
+    def rows(self, tokens_R: Tensor) -> Tensor:
         self.calls += 1
         self.there += tokens_R.tolist()
-        return super().rows(x_TD, tokens_R)
+        return super().rows(tokens_R)
 
     def give(self, answers_PD: Tensor, places_P: Tensor, out: Tensor) -> None:
         self.calls += 1
@@ -276,11 +276,11 @@ def test_rows_cross_by_buffers_of_the_size_that_is_planned(
         ids_TK = torch.arange(3 * count).view(count, 3)
         out = torch.zeros(3 * count, D, dtype=BF16)
         with device:
-            way.begin(ids_TK)
+            way.begin(ids_TK, x_TD)
             assert (way._ids == 255).all()
             device.main.append(lambda: pytest.fail("the device's own experts were waited for"))
             found = way.ids(ids_TK)
-            wanted = way.rows(x_TD, torch.arange(0, count, 2))
+            wanted = way.rows(torch.arange(0, count, 2))
             way.give(x_TD, torch.arange(count) * 3 + 1, out)
         assert torch.equal(found, ids_TK)
         assert torch.equal(wanted, x_TD[::2])

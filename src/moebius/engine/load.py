@@ -49,7 +49,7 @@ from moebius.engine.prepared import Prepared
 from moebius.engine.rank import RankEngine
 from moebius.engine.runner import Runner
 from moebius.engine.shared_head import SHARED_ROWS
-from moebius.engine.step_memory import grammar_bytes, graph_bytes, logit_rows
+from moebius.engine.step_memory import grammar_bytes, graph_bytes, graph_pieces, logit_rows
 from moebius.engine.steps_ahead import steps_ahead
 from moebius.engine.target import HERE, Target
 from moebius.engine.trace import TraceWriter
@@ -187,8 +187,10 @@ def _device_sizes(chosen: _Chosen, order: ExpertOrder) -> list[int]:
     dtype = dtype_name(chosen.dtype)
     weights = checkpoint.plan_weights(dtype, chosen.device.type, formats)
     sizes = order.sizes(checkpoint.sources, weights)
-    # With all of them there, steps are captured.
-    sizes[-1] += graph_bytes(checkpoint.config, chosen.config)
+    # With all of them there, steps are whole graphs, and of more sizes.
+    model = checkpoint.config
+    in_pieces = graph_bytes(model, chosen.config, graph_pieces(model, whole=False))
+    sizes[-1] += max(0, graph_bytes(model, chosen.config) - in_pieces)
     return sizes
 
 
@@ -218,6 +220,7 @@ def _prepared(
     decoder = decoder_of(checkpoint.config, chosen.ops, chosen.dtype, "meta", ranks, host)
     workspace = _workspace(decoder, config, chosen.kv_dtype)
     specs = checkpoint.config.caches(chosen.dtype, chosen.kv_dtype)
+    pieces = graph_pieces(checkpoint.config, whole=host is None and ranks is None)
     plan = plan_memory(
         checkpoint.config,
         config,
@@ -228,10 +231,7 @@ def _prepared(
         cache=_cache_sizes(specs, chosen.ops, config.block_size),
         available=available,
         available_of=available_of,
-        # What calls the host between two operations is not captured.
-        step=workspace.memory._replace(
-            captured=device.type == "cuda" and host is None and ranks is None
-        ),
+        step=workspace.memory._replace(pieces=pieces if device.type == "cuda" else 0),
         ranks=1 if chosen.share is None else chosen.share.ranks,
         least=least,
     )

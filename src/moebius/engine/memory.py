@@ -255,7 +255,7 @@ def plan_memory(
     length = _length(model, wanted)
     itemsize = 4 if dtype == "float32" else 2
     workspace = step_workspace(model, replace(engine, max_model_len=length), itemsize, ranks, step)
-    graphs = graph_bytes(model, engine) if step.captured else 0
+    graphs = graph_bytes(model, engine, step.pieces)
     plan = MemoryPlan(
         weights=weights,
         block_size=engine.block_size,

@@ -2,6 +2,7 @@
 
 import logging
 from array import array
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class StepPrograms:
         self._source = model.rows if isinstance(model, EncoderDecoder) else None
         if self._source is not None:
             self._source.most = rows.tokens
+            rows = replace(rows, sequences=0)  # none is without what an encoder has read
         ops = model.ops
         source = rows.step_source(
             len(cache.layout.windows), cache.block_size, states=cache.num_states > 0

@@ -18,8 +18,10 @@ SAMPLED_IDS = 2**16
 # less than a process takes by chance.
 _GRAMMAR_BYTES = 2_000
 _LARGE_VOCABULARY = 2**15
-# Assumed of a graph of some thousand launches; no card has been asked yet.
+# Assumed of a step's graph of some thousand launches; and of one of a few, as logits are, or of
+# what each further piece of a step adds. No card has been asked yet.
 _GRAPH_BYTES = 2**23
+_SMALL_GRAPH_BYTES = 2**17
 _FLOAT32 = 4
 _INT64 = 8
 
@@ -29,12 +31,12 @@ class StepMemory(NamedTuple):
 
     recorded   what its programs take, where they are recorded; None: that is to be estimated
     scratch    what operations keep beside that
-    captured   steps of a device are to be graphs
+    pieces     how many graphs a step of a device is to be in; 0: it is not captured
     """
 
     recorded: int | None = None
     scratch: int = 0
-    captured: bool = False
+    pieces: int = 0
 
 
 def workspace_bytes(model: ModelConfig, engine: EngineConfig, itemsize: int, ranks: int = 1) -> int:
@@ -99,16 +101,43 @@ def sampling_bytes(vocab_size: int, max_model_len: int) -> int:
     return 64 * ids + ROWS_AT_ONCE * vocab_size * 8 * _INT64
 
 
-def graph_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+def graph_pieces(model: ModelConfig, *, whole: bool) -> int:
+    """How many graphs a captured step is at most: one if it is `whole`; else some of its experts
+    are elsewhere, and a layer with experts calls the host twice. None of an encoder's prompts are
+    captured."""
+    if model.encoder_layers:
+        return 0
+    return 1 if whole else 1 + 2 * len(model.experts)
+
+
+def graph_bytes(model: ModelConfig, engine: EngineConfig, pieces: int = 1) -> int:
     """Bound on what captured steps take: the activations of their widest, which have memory of
-    their own; where results lie, of all programs; and what a driver keeps of each graph."""
+    their own; where results lie, of all programs; and what a driver keeps of each graph. Of steps
+    in pieces, where rows cross to the host and back, too; and every other size alone is captured.
+    """
+    if not pieces:
+        return 0
     sequences = engine.max_num_seqs
     own = replace(engine, max_num_batched_tokens=sequences)
     results = engine.max_num_batched_tokens * model.hidden_size
     results += logit_rows(engine) * model.vocab_size
-    graphs = 2 * (max(sequences, PROMPT_LOGIT_ROWS).bit_length() + 1)
+    heads = logit_rows(engine).bit_length() + 1
+    steps = sequences.bit_length() + 1
+    crossing = 0
+    if pieces > 1:
+        steps = steps // 2 + 1
+        crossing = sequences * _crossing_bytes(model)
+    graphs = steps * _GRAPH_BYTES + (heads + steps * (pieces - 1)) * _SMALL_GRAPH_BYTES
     activations = workspace_bytes(model, own, _FLOAT32)
-    return activations + results * _FLOAT32 + graphs * _GRAPH_BYTES
+    return activations + results * _FLOAT32 + crossing + graphs
+
+
+def _crossing_bytes(model: ModelConfig) -> int:
+    """Of a row at the places where it crosses: itself, an answer for each choice there and back,
+    and its choices, as often."""
+    top_k = max((part.router.top_k for part in model.feed_forward if part.router), default=0)
+    row = model.hidden_size * _FLOAT32
+    return row + 2 * top_k * row + 4 * top_k * _INT64
 
 
 def grammar_bytes(vocab_size: int, device: str) -> int:

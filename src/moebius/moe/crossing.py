@@ -36,17 +36,17 @@ class Crossing(Protocol):
     What `ids` and `rows` return is read until the next call of the same method.
     """
 
-    def begin(self, ids_TK: Tensor) -> None:
-        """Let a layer's choices be brought, and wait for nothing."""
+    def begin(self, ids_TK: Tensor, x_TD: Tensor) -> None:
+        """Let a layer's choices be brought, and wait for nothing. x, the layer's input, stays as it
+        is until `rows` has been called."""
 
     def ids(self, ids_TK: Tensor) -> Tensor:
         """The choices that `begin` was called with, on the host."""
 
-    def rows(self, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
+    def rows(self, tokens_R: Tensor) -> Tensor:
         """Rows of the layer's input by their numbers (on the host, int64): (R, D), on the host.
 
-        x lay on the device when `begin` was called, and what the device has been given to compute
-        since is not waited for.
+        What the device has been given to compute since `begin` is not waited for.
         """
 
     def give(self, answers_PD: Tensor, places_P: Tensor, out: Tensor) -> None:
@@ -57,14 +57,14 @@ class Crossing(Protocol):
 class OneMemory:
     """The device computes in the host's memory."""
 
-    def begin(self, ids_TK: Tensor) -> None:
-        pass
+    def begin(self, ids_TK: Tensor, x_TD: Tensor) -> None:
+        self._x = x_TD
 
     def ids(self, ids_TK: Tensor) -> Tensor:
         return ids_TK
 
-    def rows(self, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
-        return x_TD.index_select(0, tokens_R)
+    def rows(self, tokens_R: Tensor) -> Tensor:
+        return self._x.index_select(0, tokens_R)
 
     def give(self, answers_PD: Tensor, places_P: Tensor, out: Tensor) -> None:
         out.index_copy_(0, places_P, answers_PD)
@@ -94,7 +94,8 @@ class TwoMemories:
     def _pinned(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def begin(self, ids_TK: Tensor) -> None:
+    def begin(self, ids_TK: Tensor, x_TD: Tensor) -> None:
+        self._x = x_TD
         _part(self._ids, ids_TK).copy_(ids_TK, non_blocking=True)
         self._asked.record()
 
@@ -102,11 +103,11 @@ class TwoMemories:
         self._asked.synchronize()
         return _part(self._ids, ids_TK)
 
-    def rows(self, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
-        rows_RD = _part(self._rows, x_TD[: len(tokens_R)])
+    def rows(self, tokens_R: Tensor) -> Tensor:
+        rows_RD = _part(self._rows, self._x[: len(tokens_R)])
         with self._stream:
             wanted_R = self._sent(self._tokens, tokens_R)
-            rows_RD.copy_(x_TD.index_select(0, wanted_R), non_blocking=True)
+            rows_RD.copy_(self._x.index_select(0, wanted_R), non_blocking=True)
         self._stream.synchronize()
         return rows_RD
 

@@ -117,7 +117,7 @@ class HostDispatcher:
         given = [x_TD, ids_TK]
         if self._on_device.numbers:
             own = HostResult(ids_TK, top_k, ids_TK.dtype)
-            (own_TK,) = self._ops.host(self._ask, [ids_TK], [own])
+            (own_TK,) = self._ops.host(self._ask, given, [own])
             given.append(self._on_device.rows(x_TD, own_TK, experts))
         answer = partial(self._answer, experts)
         found = HostResult(x_TD, (*top_k, *x_TD.shape[1:]), x_TD.dtype)
@@ -126,8 +126,8 @@ class HostDispatcher:
 
     def _ask(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Mapping[str, int]:
         """Let the choices come to the host; the device gets its own."""
-        (ids_TK,) = inputs
-        self._host.crossing(ids_TK.device).begin(ids_TK)
+        x_TD, ids_TK = inputs
+        self._host.crossing(ids_TK.device).begin(ids_TK, x_TD)
         outputs[0].copy_(self._on_device.own(ids_TK))
         return {}
 
@@ -141,13 +141,13 @@ class HostDispatcher:
         for rows_TKD in device_rows:
             out_TKD.copy_(rows_TKD)
         if not device_rows:
-            way.begin(ids_TK)
+            way.begin(ids_TK, x_TD)
         own_TK = self._on_host.own(way.ids(ids_TK))
         chosen_TK = own_TK != self._on_host.count
         tokens_R = chosen_TK.any(1).nonzero().squeeze(1)
         if not len(tokens_R):
             return {}
-        rows_RD = way.rows(x_TD, tokens_R)
+        rows_RD = way.rows(tokens_R)
         answers_RKD = self._on_host.rows(rows_RD, own_TK[tokens_R], experts)
         answers_PD = answers_RKD[chosen_TK[tokens_R]]
         places_P = chosen_TK.flatten().nonzero().squeeze(1)

@@ -146,16 +146,6 @@ class Loader:
             if isinstance(module, Experts):
                 module.on_disk = self._cold
         self._put(decoder, self._values(decoder, sources, files, _COPYING))
-        if decoder.host is not None:
-            self._release_copied(decoder, sources)
-
-    def _release_copied(self, decoder: Decoder, sources: Sequence[Source]) -> None:
-        """Give back the pages of what a device has copies of; the host's experts stay mapped in
-        the same files."""
-        planned = self._planned(decoder, sources)
-        copied = [source for source, plan in zip(sources, planned, strict=True) if not plan.mapped]
-        for file, spans in self._spans(copied).items():
-            self._parts.release(file, spans)
 
     def fill_some(self, decoder: Decoder, wanted: Callable[[str], bool]) -> None:
         """Give values to the parameters of a decoder on meta whose names are `wanted`."""
@@ -217,8 +207,12 @@ class Loader:
                 continue
             for plane in (weight,) if isinstance(weight, Tensor) else weight.planes:
                 give_back(plane.data_ptr(), plane.nbytes)
-        for file, spans in self._spans(far).items():
-            self._parts.release(file, spans)
+        self._give_back(far, self._parts)
+
+    def _give_back(self, sources: Iterable[Source], files: MappedFiles) -> None:
+        """Pages that nothing reads any more."""
+        for file, spans in self._spans(sources).items():
+            files.release(file, spans)
 
     def _expert_sources(self, ranks: ExpertRank) -> dict[str, Source]:
         sources = self.checkpoint.sources_at(ranks)
@@ -270,8 +264,13 @@ class Loader:
                 weight = weight.clone()
             values.append((source, weight))
 
+        done_with = self._done_with(decoder, files)
+
         def convert(index: int) -> Weight:
-            return self._brought(*values[index], planned[index][1])
+            source, weight = values[index]
+            brought = self._brought(source, weight, planned[index][1])
+            done_with(source)
+            return brought
 
         with ThreadPoolExecutor(threads) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
@@ -279,6 +278,14 @@ class Loader:
         if isinstance(self._send, Sender):
             self._send.finish()
         return values
+
+    def _done_with(self, decoder: Decoder, files: MappedFiles) -> Callable[[Source], None]:
+        """What to do with a source that was copied. A model that a device has copies of may be
+        larger than the host's memory, and files with the host's experts stay mapped: its pages are
+        given back."""
+        if decoder.host is None and not isinstance(self._send, Sender):
+            return lambda source: None
+        return lambda source: self._give_back([source], files)
 
     def _brought(self, source: Source, weight: Weight, plan: PlannedWeight) -> Weight:
         """A copy where it is to be."""

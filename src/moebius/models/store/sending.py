@@ -1,8 +1,7 @@
 """Weights from a mapped file to a device, through two buffers that the device reads by itself.
 
-While one is on its way the other is filled, which is when the file's pages are read. What has been
-sent is given back piece by piece, so that a model is never in the host's memory as a whole, however
-large it is.
+While one is on its way the other is filled, which is when the file's pages are read. So a model is
+never copied in the host's memory as a whole, however large it is.
 """
 
 import threading
@@ -11,8 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from moebius.pages import give_back
 
 STAGED_BYTES = 2**26
 """Of each of the two."""
@@ -63,16 +60,13 @@ class Sender:
         self._turn = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The same numbers on the device. Nobody may read x again, unless it lies in a file."""
-        in_place = x.is_contiguous()
+        """The same numbers on the device."""
         flat = x.contiguous().view(-1).view(torch.uint8)
         there = self._staging.empty(len(flat))
         for start in range(0, len(flat), self._size):
             piece = flat[start : start + self._size]
             with self._lock:
                 self._put(piece, there[start : start + self._size])
-            if in_place:
-                give_back(piece.data_ptr(), len(piece))
         return there.view(x.dtype).view(x.shape)
 
     def finish(self) -> None:

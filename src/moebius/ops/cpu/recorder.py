@@ -14,6 +14,7 @@ from moebius import _cpu
 from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.host import HostFunction, HostResult, decided_by
 from moebius.ops.program import Rows
+from moebius.ops.shapes import SHAPES
 from moebius.ops.steps import StepInputs
 
 # Buffers begin at cache lines.
@@ -275,24 +276,6 @@ class Recorder:
             self._watch.__enter__()  # type: ignore[no-untyped-call]
 
 
-# What says something of a tensor's shape and nothing of its values.
-_SHAPES = frozenset(
-    (
-        Tensor.__len__,
-        Tensor.detach,
-        Tensor.dim,
-        Tensor.element_size,
-        Tensor.is_contiguous,
-        Tensor.is_floating_point,
-        Tensor.numel,
-        Tensor.size,
-        Tensor.storage_offset,
-        Tensor.stride,
-        Tensor.untyped_storage,
-    )
-)
-
-
 class _Watch(TorchFunctionMode):
     """Lets views pass, and refuses all else that torch could do with a tensor of the recording."""
 
@@ -309,7 +292,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if name == "__get__" or func in _SHAPES:
+        if name == "__get__" or func in SHAPES:
             return func(*args, **kwargs)
         given = (*args, *kwargs.values())
         touched = [x for x in _tensors(given) if self._recorder.find(x) is not None]

@@ -1,4 +1,5 @@
-"""Steps without prompts as CUDA graphs: a decoding step is one launch, whatever it is made of.
+"""Steps without prompts as CUDA graphs: a decoding step is one launch, whatever it is made of, or
+some (pieces.py) where the host is called in the middle.
 
 Some numbers of rows are captured, the largest first, all in one pool of memory; a step takes the
 least that it fits into, and its other rows are inert. What fits none is computed as it is. Both
@@ -10,11 +11,13 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic
+from functools import partial
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moebius.ops.capability import Operation
 from moebius.ops.config import PLAIN_HEADS, HeadRows, RouterConfig, Temperature
 from moebius.ops.host import HostFunction, HostResult
 from moebius.ops.prepared import AttentionPlan, LayerCache, StatePlan
@@ -23,21 +26,33 @@ from moebius.ops.reference.program import Unrecorded
 from moebius.ops.reference.routing import count
 from moebius.ops.sources import RowSource, Source, StepSource, Wanted
 from moebius.ops.steps import Pair, Rotation, RouterTally, Step, StepInputs
-from moebius.ops.triton.card import Card, CudaCard, NotCaptured
+from moebius.ops.triton.capture import Capture
+from moebius.ops.triton.card import Card, CudaCard, ended_capture
 from moebius.ops.triton.checked import CheckedOps
 from moebius.ops.triton.inspector import why
+from moebius.ops.triton.pieces import Pieces, Places
 from moebius.ops.triton.static import Shape, StaticCache, StaticInputs, StaticStep, at_once
 
 log = logging.getLogger(__name__)
 
 _MIB = 2**20
 _NOT_CAPTURED = "they are not captured"
+# How many times as many rows the next larger graph has: of one, and of several with the host
+# between them, which are a graph a layer and more. What such a step waits for is the host, which
+# computes no row that pads it.
+_APART = 2
+_PIECES_APART = 4
 
 
-def captured_rows(most: int) -> list[int]:
-    """The numbers of rows that are captured, the largest first: powers of two, and `most`."""
-    powers = [2**i for i in range(most.bit_length()) if 2**i < most]
-    return [most, *reversed(powers)] if most else []
+def captured_rows(most: int, apart: int = _APART) -> list[int]:
+    """The numbers of rows that are captured, the largest first: `most`, and powers of `apart`."""
+    sizes = [most] if most else []
+    power = 1
+    powers = []
+    while power < most:
+        powers.append(power)
+        power *= apart
+    return sizes + powers[::-1]
 
 
 class CapturedOps(CheckedOps):
@@ -51,7 +66,7 @@ class CapturedOps(CheckedOps):
         super().__init__()
         self.name = f"{self.name}-{chip}" if chip else self.name
         self._card = card
-        self._capturing: StaticStep | None = None
+        self._capturing: Capture | None = None
 
     def record(
         self,
@@ -64,7 +79,11 @@ class CapturedOps(CheckedOps):
         plain = Unrecorded(compute, source, device, self.trace(compute, source))
         if self._card is None and device.type == "cuda":
             self._card = CudaCard(device)
-        if self._card is None or not _rows_to_capture(source):
+        if self._card is None:
+            return plain
+        if not _rows_to_capture(source):
+            reason = f"{_NOT_CAPTURED}: none is known beforehand"
+            plain.trace = Trace(0, 1, frozenset(), reason)
             return plain
         if planned is not None and planned.reason.startswith(_NOT_CAPTURED):
             plain.trace = planned
@@ -73,36 +92,45 @@ class CapturedOps(CheckedOps):
         start = time.perf_counter()
         try:
             program = CapturedProgram(self, compute, source, self._card)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
+            if isinstance(error, torch.AcceleratorError) and not ended_capture(error):
+                raise
             plain.trace = Trace(0, 1, frozenset(), f"{_NOT_CAPTURED}: {why(error)}")
             return plain
         log.info(
-            "captured %s in %.1f s: graphs of %s %s take %.0f MiB",
+            "captured %s in %.1f s: graphs of %s %s, each in %d pieces, take %.0f MiB",
             source.rows.name,
             time.perf_counter() - start,
             ", ".join(map(str, program.sizes)),
             source.rows.name,
+            program.trace.segments,
             (self._card.taken() - before) / _MIB,
         )
         return program
 
     @contextmanager
-    def captures(self, step: StaticStep | None) -> Iterator[None]:
-        """Within it a step is captured; None: rows without a step."""
-        self._capturing = step
+    def captures(self, capture: Capture) -> Iterator[None]:
+        """Within it what is computed is captured."""
+        self._capturing = capture
         try:
             yield
         finally:
             self._capturing = None
 
+    def looks(self) -> bool:
+        return self._capturing is None
+
     def host(
         self, function: HostFunction, inputs: Sequence[Tensor], outputs: Sequence[HostResult]
     ) -> list[Tensor]:
         if self._capturing is not None:
-            raise NotCaptured("the host is called in the middle of a step")
+            return self._capturing.host(function, inputs, outputs)
         return super().host(function, inputs, outputs)
+
+    def called(self, operation: Operation, name: str, *args: object, **kwargs: object) -> object:
+        if self._capturing is None:
+            return super().called(operation, name, *args, **kwargs)
+        return self._capturing.called(partial(super().called, operation, name), args, kwargs)
 
     def plan_attention(
         self, step: Step, block_size: int, window: int | None = None
@@ -167,7 +195,7 @@ class CapturedOps(CheckedOps):
         expert_scale_E: Tensor | None = None,
     ) -> Pair:
         """Of a captured step the tally counts those rows alone that are there."""
-        step = self._capturing
+        step = None if self._capturing is None else self._capturing.step
         counted = tally if step is None else None
         weights_TK, ids_TK = super().route(
             logits_TE, config, selection_bias_E, counted, expert_scale_E
@@ -199,15 +227,19 @@ class CapturedProgram(Program[Given], Generic[Given, Wanted]):
         self._compute = compute
         self._source = source
         self._card = card
-        self.sizes = _rows_to_capture(source)
-        self._graphs: list[_Graph] = []
-        for rows in self.sizes:
-            self._graphs.append(self._captured(ops, rows))
-        self._graphs.reverse()
+        self._places = Places()
+        most, *fewer = _rows_to_capture(source)
+        self._captured = [self._capture(ops, most)]
+        segments = self._captured[0].pieces.graphs
+        if segments > 1:
+            _, *fewer = captured_rows(most, _PIECES_APART)
+        self._captured += [self._capture(ops, rows) for rows in fewer]
+        self.sizes = [most, *fewer]
+        self._captured.reverse()
         assert self.whole is not None
-        self.trace = Trace(self.whole.nbytes, 1, frozenset())
+        self.trace = Trace(self.whole.nbytes, segments, frozenset())
 
-    def _captured(self, ops: CapturedOps, rows: int) -> "_Graph":
+    def _capture(self, ops: CapturedOps, rows: int) -> "_Captured":
         source = self._source
         inputs: _StepInputs | _RowInputs
         if isinstance(source, StepSource):
@@ -217,13 +249,14 @@ class CapturedProgram(Program[Given], Generic[Given, Wanted]):
         else:
             inputs = _RowInputs(rows, self._card)
         wanted: Wanted = inputs.wanted  # type: ignore[assignment]
+        capture = Capture(self._card, self._places, rows, inputs.step)
 
         def work() -> None:
-            with ops.captures(inputs.step):
+            with ops.captures(capture):
                 found = self._compute(wanted)
             self._put(found)
 
-        return _Graph(rows, inputs, self._card.capture(work))
+        return _Captured(inputs, capture.take(work))
 
     def _put(self, found: Tensor) -> None:
         """Leave results in their place, which is made for the first of them."""
@@ -236,11 +269,11 @@ class CapturedProgram(Program[Given], Generic[Given, Wanted]):
 
     def run(self, given: Given) -> Tensor:
         assert self.whole is not None
-        for graph in self._graphs:
-            rows = graph.inputs.rows_of(given)
+        for captured in self._captured:
+            rows = captured.inputs.rows_of(given)
             if rows:
-                graph.inputs.put(given)
-                graph.replay()
+                captured.inputs.put(given)
+                captured.pieces.replay(rows)
                 return self.whole[:rows]
         found = self._compute(self._source.wanted(given, self._card.device))
         with torch.inference_mode():
@@ -294,10 +327,6 @@ class _RowInputs:
         self._free[self._turn] = self._card.send(host, self._there)
 
 
-class _Graph:
-    def __init__(
-        self, rows: int, inputs: _StepInputs | _RowInputs, replay: Callable[[], None]
-    ) -> None:
-        self.rows = rows
-        self.inputs = inputs
-        self.replay = replay
+class _Captured(NamedTuple):
+    inputs: _StepInputs | _RowInputs
+    pieces: Pieces

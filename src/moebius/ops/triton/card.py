@@ -4,7 +4,8 @@ All of torch.cuda that they touch is here, so that another can stand in its plac
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -12,6 +13,16 @@ from torch import Tensor
 
 class NotCaptured(Exception):
     """Why a step cannot be captured."""
+
+
+# CUDA's errors of a stream that is captured, cudaErrorStreamCapture*: they end the capture alone.
+_OF_CAPTURES = "captur"
+
+
+def ended_capture(error: torch.AcceleratorError) -> bool:
+    """Whether it was no more than something that a graph cannot have, as a value that is read. The
+    device goes on after that, as after no other error of its own."""
+    return _OF_CAPTURES in str(error)
 
 
 class Card(ABC):
@@ -28,9 +39,22 @@ class Card(ABC):
         """Begin to copy; what is returned waits until `host` may be written again."""
 
     @abstractmethod
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work`, which writes its results to memory that stays, as one launch. Nothing may be read
-        back, or come from the host, within it. Raises what the device raises."""
+    def beside(self) -> AbstractContextManager[None]:
+        """Within it work is captured, and done for the first time before that; behind it all of
+        that is through."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """From now on work is noted, and not done. Nothing may be read back, or come from the host.
+        What noted work leaves in memory of its own is there for what is noted later."""
+
+    @abstractmethod
+    def end(self) -> Callable[[], None]:
+        """What was noted since `begin`, as one launch. Raises what the device raises."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Note no more, if anything was, and keep nothing of what was noted since `begin`."""
 
     @abstractmethod
     def taken(self) -> int:
@@ -39,12 +63,14 @@ class Card(ABC):
 
 class CudaCard(Card):
     """A CUDA device: captured graphs share one pool of memory, as only one is under way at a time,
-    and what comes of each lies elsewhere."""
+    and what comes of a step lies elsewhere. A step's pieces are played again in their order, so
+    that what one leaves to a later one in that pool is there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def pinned(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64, pin_memory=True)
@@ -55,17 +81,36 @@ class CudaCard(Card):
         sent.record()
         return sent.synchronize
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        # At first as it is, on another stream: what is compiled, and made once, is made then.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            work()
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        usual = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(usual)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            usual.wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            work()
+        # While work is noted what is cached for others cannot be had.
+        torch.cuda.empty_cache()
+
+    def begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # What other threads do meanwhile, NCCL's among them, is none of it.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> Callable[[], None]:
+        graph = self._graph
+        assert graph is not None, "begin was called"
+        self._graph = None
+        graph.capture_end()
         return graph.replay
+
+    def drop(self) -> None:
+        if self._graph is not None:
+            # A capture that something has ended before says so again.
+            with suppress(RuntimeError):
+                self.end()
 
     def taken(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)

@@ -11,11 +11,11 @@ from moebius.ops.capability import Operation
 from moebius.ops.config import Activation, ClampedSwiGLU
 from moebius.ops.formats import dtype_name
 from moebius.ops.prepared import PreparedExperts, own
-from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights
 from moebius.ops.triton.kernels import experts as kernels
-from moebius.ops.triton.linear import DTYPE_OF, capturing
+from moebius.ops.triton.linear import DTYPE_OF
+from moebius.ops.triton.looking import LookingOps
 from moebius.ops.triton.tiles import Tile, tile_for
 from moebius.ops.triton.weights import (
     DTYPES,
@@ -69,7 +69,7 @@ class _Sorted:
     starts: Tensor
 
 
-class ExpertOps(ReferenceOps):
+class ExpertOps(LookingOps):
     """Experts whose weights are in formats of weights.READ, one for gate and up and one for down;
     others, and those that are trained, plain PyTorch widens for each product."""
 
@@ -141,7 +141,7 @@ class ExpertOps(ReferenceOps):
         anything."""
         top_k = ids_TK.shape[1]
         order = _sort(ids_TK, len(prepared.table))
-        if not capturing(ids_TK):
+        if self.looks():
             _require_held(ids_TK, order, prepared, drops=drops)
         rows_PD = self._feed_forward(x_TD, prepared, order, top_k)
         return rows_PD.view(len(x_TD), top_k, prepared.hidden)
@@ -325,8 +325,7 @@ def _sort(ids_TK: Tensor, experts: int) -> _Sorted:
 
 
 def _require_held(ids_TK: Tensor, order: _Sorted, prepared: TritonExperts, *, drops: bool) -> None:
-    """Raises IndexError for an id that is no expert's, or a hole's. It waits for the device, so a
-    captured graph doesn't look: its kernels compute nothing for such an id."""
+    """Raises IndexError for an id that is no expert's, or a hole's."""
     starts = order.starts.tolist()
     count = len(prepared.table)
     none = ids_TK.numel() - starts[-1]

@@ -70,11 +70,9 @@ class LatentOps(ReferenceOps):
         temperature: Temperature | None = None,
         positions_T: Tensor | None = None,
     ) -> Tensor:
-        """Plain PyTorch has the word where not all that is behind a latent turns."""
+        """Plain PyTorch has the word where a cache holds another dtype than is computed in."""
         held = own(cache, ReferenceCache)
-        turning = 2 * rotation.cos_TR.shape[1]
-        kept = held.k.dtype == latent_TI.dtype and latent_TI.dtype in DTYPES
-        if latent_TI.shape[1] != len(norm_C) + turning or not kept:
+        if held.k.dtype != latent_TI.dtype or latent_TI.dtype not in DTYPES:
             return super().rotate_and_store_latent(
                 q_THN,
                 latent_TI,
@@ -90,8 +88,9 @@ class LatentOps(ReferenceOps):
             _store(latent_TI, rotation, held, slot_mapping_T, norm_C, eps)
         if q_THN.stride(2) != 1:
             q_THN = q_THN.contiguous()
-        if q_THN.numel():
-            _turn(q_THN, rotation, _factors(temperature, positions_T))
+        factors_T = _factors(temperature, positions_T)
+        if q_THN.numel() and (rotation.cos_TR.shape[1] or factors_T is not None):
+            _turn(q_THN, len(norm_C), rotation, factors_T)
         return q_THN
 
 
@@ -104,6 +103,8 @@ def _store(
     eps: float,
 ) -> None:
     half = rotation.cos_TR.shape[1]
+    width = latent_TI.shape[1]
+    rest = width - len(norm_C) - 2 * half
     kernels.store_latents[(len(latent_TI),)](
         latent_TI,
         latent_TI.stride(0),
@@ -117,17 +118,19 @@ def _store(
         held.block_size,
         len(norm_C),
         half,
+        width,
         eps,
         WEIGHT_WIDE=norm_C.dtype == torch.float32,
         INTERLEAVED=rotation.interleaved,
-        HALF=triton.next_power_of_2(max(half, 1)),
+        HALF=_lanes(half),
+        REST=_lanes(rest),
         BLOCK=triton.next_power_of_2(len(norm_C)),
     )
 
 
-def _turn(q_THN: Tensor, rotation: Rotation, factors_T: Tensor | None) -> None:
-    """Queries in place."""
-    rows, heads, size = q_THN.shape
+def _turn(q_THN: Tensor, size: int, rotation: Rotation, factors_T: Tensor | None) -> None:
+    """Queries in place, of which what is behind the first `size` values turns."""
+    rows, heads, width = q_THN.shape
     half = rotation.cos_TR.shape[1]
     kernels.turn_queries[(rows, triton.cdiv(heads, _HEADS))](
         q_THN,
@@ -138,13 +141,19 @@ def _turn(q_THN: Tensor, rotation: Rotation, factors_T: Tensor | None) -> None:
         rotation.cos_TR if factors_T is None else factors_T,
         heads,
         half,
-        size - 2 * half,
+        size,
+        width,
         HEATED=factors_T is not None,
         INTERLEAVED=rotation.interleaved,
         HEADS=_HEADS,
-        HALF=triton.next_power_of_2(max(half, 1)),
-        BLOCK=triton.next_power_of_2(size),
+        HALF=_lanes(half),
+        BLOCK=triton.next_power_of_2(width),
     )
+
+
+def _lanes(count: int) -> int:
+    """Of a program for so many values; 0 for none, which is compiled away."""
+    return triton.next_power_of_2(count) if count else 0
 
 
 def _factors(temperature: Temperature | None, positions_T: Tensor | None) -> Tensor | None:

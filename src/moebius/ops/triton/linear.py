@@ -12,9 +12,9 @@ from torch import Tensor
 from moebius.ops.capability import Operation
 from moebius.ops.formats import dtype_name
 from moebius.ops.prepared import PreparedLinear, own
-from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.linear import ReferenceLinear, plain_dtype
 from moebius.ops.triton.kernels import linear as kernels
+from moebius.ops.triton.looking import LookingOps
 from moebius.ops.triton.tiles import Tile, tile_for
 from moebius.ops.triton.weights import (
     DTYPES,
@@ -104,7 +104,7 @@ class TritonLinear(PreparedLinear):
         return self.held.is_of(_tensors(layers))
 
 
-class LinearOps(ReferenceOps):
+class LinearOps(LookingOps):
     """Products of rows in weights.DTYPES with the formats of weights.READ; weights in others,
     and those that are trained, plain PyTorch widens for each product."""
 
@@ -130,7 +130,8 @@ class LinearOps(ReferenceOps):
         if kind is None or dtype not in DTYPES or trained(matrix.planes):
             return super().embed(input_ids_T, table_VD, multiplier, dtype)
         rows, columns = matrix.shape
-        require_ids(input_ids_T, rows)
+        if self.looks():
+            require_ids(input_ids_T, rows)
         out = torch.empty((len(input_ids_T), columns), dtype=dtype, device=input_ids_T.device)
         if out.numel():
             kernels.embed[(len(out), triton.cdiv(columns, EMBED_COLUMNS))](
@@ -245,18 +246,10 @@ def _in_parts(x: Tensor, launch: _Launch, out: Tensor, dtype: torch.dtype) -> No
 
 
 def require_ids(ids: Tensor, count: int) -> None:
-    """Raises IndexError for a token id outside a table of so many rows: to look is to wait for the
-    device, so that a captured graph doesn't, whose kernels read nothing for such an id."""
-    if capturing(ids):
-        return
+    """Raises IndexError for a token id outside a table of so many rows."""
     wrong = ids[(ids < 0) | (ids >= count)]
     if len(wrong):
         raise IndexError(f"token id {int(wrong[0])} is outside the table of {count} rows")
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether what is launched becomes part of a CUDA graph, which nobody may wait for."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tensors(layers: Sequence[Layer]) -> list[Tensor | None]:

@@ -3,6 +3,7 @@ them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -67,6 +68,55 @@ class TritonStatePlan(ReferenceStatePlan):
         if not state[:1].is_contiguous():
             raise ValueError(f"a state's own numbers lie {state.stride()[1:]} apart, not in order")
         return state
+
+
+class _Delta(NamedTuple):
+    """What both delta rules are launched with, and what they write.
+
+    args   the states, the sequences and the sizes, in the kernels' order
+    """
+
+    out: Tensor
+    grid: tuple[int, int, int]
+    args: tuple[object, ...]
+    constants: dict[str, object]
+
+    @classmethod
+    def of(
+        cls,
+        qkv_TC: Tensor,
+        decay_H: Tensor,
+        state: Tensor | None,
+        plan: StatePlan,
+        sizes: DeltaSizes,
+    ) -> "_Delta":
+        planned = own(plan, TritonStatePlan)
+        heads = sizes.value_heads
+        kept = planned.kept(state, (heads, sizes.key_dim, sizes.value_dim), torch.float32)
+        # Where none is kept, what no kernel reads.
+        states = decay_H if kept is None else kept
+        out = qkv_TC.new_empty((len(qkv_TC), sizes.out_size))
+        args = (
+            states,
+            states.stride(0),
+            planned.starts,
+            planned.stops,
+            planned.places,
+            out,
+            sizes.key_heads,
+            heads,
+            sizes.key_dim,
+            sizes.value_dim,
+            sizes.key_dim**-0.5,
+        )
+        constants = {
+            "KEPT": kept is not None,
+            "TILED": sizes.tiled,
+            "K": triton.next_power_of_2(sizes.key_dim),
+            "V": _STATE_COLUMNS,
+        }
+        parts = triton.cdiv(sizes.value_dim, _STATE_COLUMNS)
+        return cls(out, (len(planned.starts), heads, parts), args, constants)
 
 
 class RecurrentOps(ReferenceOps):
@@ -148,39 +198,20 @@ class RecurrentOps(ReferenceOps):
             return super().gated_delta(
                 qkv_TC, gates_TI, start, decay_H, dt_bias_H, state, plan, sizes
             )
-        planned = own(plan, TritonStatePlan)
-        heads = sizes.value_heads
-        row = (heads, sizes.key_dim, sizes.value_dim)
-        kept = planned.kept(state, row, torch.float32)
-        gates_TG = _columns(gates_TI, start, 2 * heads)
-        out = qkv_TC.new_empty((len(qkv_TC), sizes.out_size))
-        given = decay_H if kept is None else kept
-        if len(out):
-            parts = triton.cdiv(sizes.value_dim, _STATE_COLUMNS)
-            kernels.gated_delta[(len(planned.starts), heads, parts)](
+        launch = _Delta.of(qkv_TC, decay_H, state, plan, sizes)
+        gates_TG = _columns(gates_TI, start, 2 * sizes.value_heads)
+        if len(qkv_TC):
+            kernels.gated_delta[launch.grid](
                 qkv_TC,
                 qkv_TC.stride(0),
                 gates_TG,
                 gates_TG.stride(0),
                 decay_H,
                 dt_bias_H,
-                given,
-                given.stride(0),
-                planned.starts,
-                planned.stops,
-                planned.places,
-                out,
-                sizes.key_heads,
-                heads,
-                sizes.key_dim,
-                sizes.value_dim,
-                sizes.key_dim**-0.5,
-                KEPT=kept is not None,
-                TILED=sizes.tiled,
-                K=triton.next_power_of_2(sizes.key_dim),
-                V=_STATE_COLUMNS,
+                *launch.args,
+                **launch.constants,
             )
-        return out
+        return launch.out
 
     def kimi_delta(
         self,
@@ -201,17 +232,12 @@ class RecurrentOps(ReferenceOps):
             return super().kimi_delta(
                 qkv_TC, beta_TI, beta_start, *of_channels, state, plan, sizes, decay
             )
-        planned = own(plan, TritonStatePlan)
+        launch = _Delta.of(qkv_TC, decay_H, state, plan, sizes)
         heads = sizes.value_heads
-        row = (heads, sizes.key_dim, sizes.value_dim)
-        kept = planned.kept(state, row, torch.float32)
         beta_TH = _columns(beta_TI, beta_start, heads)
         channels = _columns(channels_TI, channels_start, heads * sizes.key_dim)
-        out = qkv_TC.new_empty((len(qkv_TC), sizes.out_size))
-        given = decay_H if kept is None else kept
-        if len(out):
-            parts = triton.cdiv(sizes.value_dim, _STATE_COLUMNS)
-            kernels.kimi_delta[(len(planned.starts), heads, parts)](
+        if len(qkv_TC):
+            kernels.kimi_delta[launch.grid](
                 qkv_TC,
                 qkv_TC.stride(0),
                 beta_TH,
@@ -220,26 +246,13 @@ class RecurrentOps(ReferenceOps):
                 channels.stride(0),
                 decay_H,
                 dt_bias_HK.contiguous(),
-                given,
-                given.stride(0),
-                planned.starts,
-                planned.stops,
-                planned.places,
-                out,
-                sizes.key_heads,
-                heads,
-                sizes.key_dim,
-                sizes.value_dim,
-                sizes.key_dim**-0.5,
+                *launch.args,
                 decay.lower or 0.0,
                 BOUNDED=decay.lower is not None,
                 ROUNDED=decay.rounded,
-                KEPT=kept is not None,
-                TILED=sizes.tiled,
-                K=triton.next_power_of_2(sizes.key_dim),
-                V=_STATE_COLUMNS,
+                **launch.constants,
             )
-        return out
+        return launch.out
 
     def selective_scan(
         self,

@@ -32,22 +32,24 @@ def head_products(
 
 @triton.jit
 def turn_queries(
-    q, row_stride, head_stride, cos, sin, factors, heads, half, size,
+    q, row_stride, head_stride, cos, sin, factors, heads, half, size, width,
     HEATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one row in place: the values behind the first `size` turn; then, if HEATED,
-    all are multiplied by the row's factor."""
+    """HEADS heads of one row in place: of the values behind the first `size` as many turn as there
+    are angles for (none if HALF is 0); then, if HEATED, all `width` are multiplied by the row's
+    factor."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     there = head < heads
     x = q + row * row_stride + head * head_stride
-    turn(x + size, x + size, there, cos, sin, row, half, INTERLEAVED, HEADS, HALF)
+    if HALF:
+        turn(x + size, x + size, there, cos, sin, row, half, INTERLEAVED, HEADS, HALF)
     if HEATED:
         # What turned is read again by other threads than those that wrote it.
         tl.debug_barrier()
         at = tl.arange(0, BLOCK)[None, :]
-        inside = there & (at < size + 2 * half)
+        inside = there & (at < width)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(factors + row)
         tl.store(x + at, narrow(value, q.dtype.element_ty), mask=inside)
 
@@ -55,11 +57,13 @@ def turn_queries(
 @triton.jit
 def store_latents(
     latent, row_stride, weight, cos, sin, slots, cache, block_stride, token_stride, block_size,
-    size, half, eps,
-    WEIGHT_WIDE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    size, half, width, eps,
+    WEIGHT_WIDE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token's latent, normed, and its key, which turns, into its slot of the cache; nowhere
-    where it has none (below 0)."""
+    """One token's latent, normed, and its key into its slot of the cache; nowhere where it has none
+    (below 0). The key's first 2 * half values turn (none if HALF is 0), and what is behind them, up
+    to `width` values in all, is as it is (nothing if REST is 0)."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     if slot >= 0:
@@ -68,6 +72,11 @@ def store_latents(
         at = tl.arange(0, BLOCK)
         value = tl.load(own + at, mask=at < size, other=0.0).to(tl.float32)
         norm_and_store(value, weight, into, size, eps, WEIGHT_WIDE, False, BLOCK)
-        one = tl.zeros((1, 1), tl.int32)
-        x = own + size + one
-        turn(x, into + size + one, one == 0, cos, sin, row, half, INTERLEAVED, 1, HALF)
+        if HALF:
+            one = tl.zeros((1, 1), tl.int32)
+            x = own + size + one
+            turn(x, into + size + one, one == 0, cos, sin, row, half, INTERLEAVED, 1, HALF)
+        if REST:
+            behind = size + 2 * half + tl.arange(0, REST)
+            rest = tl.load(own + behind, mask=behind < width, other=0.0)
+            tl.store(into + behind, rest, mask=behind < width)
