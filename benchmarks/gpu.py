@@ -12,8 +12,8 @@ valid at any moment.
     checkpoint    the model's random weights, written to the folder of temporary files
     proof         what the engine proves of its kernels at start: cold, and with all compiled
     graphs        tokens after a prompt of 128, of one request and of 32, with CUDA graphs and
-                  without, with steps that begin ahead and without, and the host's time for a step; and
-                  with half of each layer's experts in the host's memory, where graphs are in pieces
+                  without, with steps that begin ahead and without, and the host's time for a step;
+                  and with half of the experts in the host's memory, where graphs are in pieces
     one_answer    promise P1: tokens and log-probabilities alone, in batches, in chunks, after
                   preemptions, with graphs and without, compared by their bits
 
