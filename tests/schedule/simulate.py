@@ -211,7 +211,7 @@ class Episode:
         self.texts = [[rng.randrange(self.mood.vocab) for _ in range(longest)] for _ in range(3)]
         self.done: list[str] = []
         # Of its own, so that what else happens does not depend on it.
-        self.ahead_rng = Random(f"ahead {seed}")
+        self.ahead_rng = Random(f"before {seed}")
         self.ahead = self.ahead_rng.random() < 0.25
         self.owners = Owners(Random(f"owners {seed}"))
         self.turns: list[Request] = []
