@@ -342,6 +342,7 @@ def test_kernels_compile() -> None:
         OPS.log_softmax_top_k(logits, [0, 1], [20, 1])
         OPS.log_softmax_top_k(logits[:, :100].contiguous(), [0, 1], [1, 1])
         OPS.ranks(logits, [0, 1], [3, 4])
+        OPS.choose(logits, [Draw(0.8, 0.5, 20, whole=True), Draw(0.0, 0.0)])
         with OPS.shaped(logits, [1], [PLAIN._replace(banned=(1, 2), allowed=allowed)]):
             pass
     assert_compile(seen, kernels)

@@ -76,3 +76,23 @@ def sigmoid(x):
     """1 / (1 + e^-x) of float32, by a power of e that is never above 1."""
     power = tl.exp(-tl.abs(x))
     return tl.where(x < 0, power, 1.0) / (1.0 + power)
+
+
+@triton.jit
+def group_of_tile(starts, groups, t, GROUPS: tl.constexpr, M: tl.constexpr):
+    """Of the tile of rows number t: the group that it is of, its first row, and where the group's
+    rows end. Behind the last tile that is there is no group, and its first row is not before the
+    end.
+
+    starts: where the rows of each of `groups` begin, and where the last ones end.
+    """
+    lane = tl.arange(0, GROUPS)
+    begin = tl.load(starts + lane, mask=lane < groups, other=0)
+    end = tl.load(starts + lane + 1, mask=lane < groups, other=0)
+    tiles = (end - begin + M - 1) // M
+    stops = tl.cumsum(tiles, 0)
+    group = tl.sum((stops <= t).to(tl.int32), 0)
+    mine = lane == group
+    first = tl.sum(tl.where(mine, begin + (t - stops + tiles) * M, 0), 0)
+    last = tl.sum(tl.where(mine, end, 0), 0)
+    return group, first, last

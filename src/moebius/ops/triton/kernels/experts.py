@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from moebius.ops.triton.kernels.weights import plain, product, tile
-from moebius.ops.triton.language import dot, narrow, rounded, sigmoid, span
+from moebius.ops.triton.language import dot, group_of_tile, narrow, rounded, sigmoid, span
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -28,26 +28,6 @@ def sort(ids, order, starts, count, BLOCK: tl.constexpr):
             behind = place + tl.cumsum(mine, 0) - 1
             tl.store(order + behind, at, mask=mine != 0)
             place += tl.sum(mine, 0)
-
-
-@triton.jit
-def group_of_tile(starts, groups, t, GROUPS: tl.constexpr, M: tl.constexpr):
-    """Of the tile of rows number t: the group that it is of, its first row, and where the group's
-    rows end. Behind the last tile that is there is no group, and its first row is not before the
-    end.
-
-    starts: where the rows of each of `groups` begin, and where the last ones end.
-    """
-    lane = tl.arange(0, GROUPS)
-    begin = tl.load(starts + lane, mask=lane < groups, other=0)
-    end = tl.load(starts + lane + 1, mask=lane < groups, other=0)
-    tiles = (end - begin + M - 1) // M
-    stops = tl.cumsum(tiles, 0)
-    group = tl.sum((stops <= t).to(tl.int32), 0)
-    mine = lane == group
-    first = tl.sum(tl.where(mine, begin + (t - stops + tiles) * M, 0), 0)
-    last = tl.sum(tl.where(mine, end, 0), 0)
-    return group, first, last
 
 
 @triton.jit

@@ -9,9 +9,8 @@ Shape legend: P rows that are sorted by group, O outputs, I inputs, E groups tha
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.kernels.experts import group_of_tile
 from moebius.ops.triton.kernels.weights import plain
-from moebius.ops.triton.language import dot, narrow, span
+from moebius.ops.triton.language import dot, group_of_tile, narrow, span
 
 
 @triton.jit(do_not_specialize=["groups"])
