@@ -41,11 +41,17 @@ def pairwise(*axes: Iterable[object]) -> list[ParameterSet]:
     return _product(axes, taken)
 
 
-def each_value(*axes: Iterable[object]) -> list[ParameterSet]:
+def each_value(
+    *axes: Iterable[object], among: Collection[object] | None = None
+) -> list[ParameterSet]:
     """The whole product of the axes; every run takes as many cases as the longest axis has values,
-    the others' values in turn."""
-    lengths = [len(axis) for axis in _lists(axes)]
-    return _product(axes, {tuple(i % n for n in lengths) for i in range(max(lengths))})
+    the others' values in turn; of the first axis those `among` which it is told to choose."""
+    lists = _lists(axes)
+    places = [range(len(axis)) for axis in lists]
+    if among is not None:
+        places[0] = [i for i in places[0] if lists[0][i] in among]
+    turns = range(max(map(len, places)))
+    return _product(lists, {tuple(place[i % len(place)] for place in places) for i in turns})
 
 
 def _lists(axes: Iterable[Iterable[object]]) -> list[list[object]]:

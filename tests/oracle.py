@@ -350,6 +350,21 @@ FAMILY |= {
     },
 }
 
+# One family of each kind: dense, routed, with shared experts, with latents, windows and sinks, heads
+# of two sizes; and with states: of a delta rule, of one for each channel, of a scan, of a convolution.
+# What no family has of its own is combined with these in every run, with the others by -m exhaustive.
+ONE_OF_EACH_KIND = (
+    "llama",
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "gemma4_text",
+    "qwen3_next",
+    "kimi_linear",
+    "nemotron_h",
+    "lfm2_moe",
+)
 
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8, 30, 2, 60, 11, 1]
 

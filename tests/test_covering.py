@@ -34,6 +34,14 @@ def test_every_value_is_among_the_fewest_cases_that_have_all() -> None:
     assert len(cases) == 4
 
 
+def test_every_value_is_beside_those_of_the_first_axis_that_were_named() -> None:
+    cases = each_value(*AXES, among="bd")
+    assert [case.values for case in cases] == list(product(*AXES))
+    found = [set(values) for values in zip(*taken(cases), strict=True)]
+    assert found == [{"b", "d"}, {1, 2, 3}, {True, False}, {None, 0.5}]
+    assert len(taken(cases)) == 3
+
+
 def test_the_rest_is_marked() -> None:
     [plain, marked] = chosen([1, 2], lambda value: value == 1)
     assert plain == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import random_schedules
-from covering import chosen
+from covering import chosen, rest
 from gpu_kernels.conftest import DEVICE
 from gpu_kernels.standing_in import HostRead, StandIn, no_host_reads
 from moebius.engine.kv_cache import KVCache
@@ -78,12 +78,23 @@ def steps_of(runner: Runner) -> list[StepInputs]:
     return found
 
 
+# States beside experts, and layers with windows: what is left of them is in the rest.
+SMALL: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_next", {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}),
+    ("gemma4_text", {"enable_moe_block": False}),
+]
+
+
 @pytest.mark.parametrize(
-    "model_type", chosen(OURS, lambda name: name in ("qwen3_next", "gemma4_text"))
+    ("model_type", "changes"),
+    [*SMALL, *(rest(name, {}) for name in OURS)],
+    ids=[*(f"{name}-small" for name, _ in SMALL), *OURS],
 )
-def test_a_captured_step_is_the_step(model_type: str, tmp_path: Path) -> None:
+def test_a_captured_step_is_the_step(
+    model_type: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     """To the bit, with rows beyond those that there are, which are counted nowhere."""
-    save_tiny(tmp_path, model_type)
+    save_tiny(tmp_path, model_type, **changes)
     card = StandIn()
     captured = runner_of(tmp_path, CapturedOps(card), StepRows(16, 4, sequences=4, context=12))
     plain = runner_of(tmp_path, CheckedOps(), StepRows(16, 4))
@@ -113,6 +124,7 @@ def test_a_step_of_every_family_can_be_captured(model_type: str, tmp_path: Path)
     assert programs.head.trace.recorded, programs.head.trace.reason
 
 
+@pytest.mark.exhaustive  # in pieces, and begun ahead, in every run
 def test_mixed_batches_have_the_bits_that_they_have_without_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

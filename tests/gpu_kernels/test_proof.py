@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from covering import chosen
+from covering import rest
 from gpu_kernels.conftest import DEVICE
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.proof import (
@@ -62,16 +62,16 @@ def proof_of(
 
 
 @pytest.mark.parametrize(
-    "model_type",
-    chosen(
-        ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3"],
-        lambda name: name == "qwen3_next",
-    ),
+    ("model_type", "changes"),
+    [
+        ("qwen3_next", {"num_experts": 0}),  # those of experts are below, beside what is broken
+        *(rest(name, {}) for name in ("qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3")),
+    ],
 )
 def test_kernels_that_are_right_are_proven(
-    model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model_type: str, changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_tiny(tmp_path, model_type, vocab_size=300)
+    save_tiny(tmp_path, model_type, vocab_size=300, **changes)
     ops = CheckedOps()
     with caplog.at_level(logging.INFO):
         proof = proof_of(tmp_path, ops)

@@ -88,11 +88,13 @@ def test_causal_conv(columns: int, taps: int, kept: bool, dtype: torch.dtype) ->
     assert OPS.causal_conv(x[:0], 2, weight, state, empty, bias).shape == (0, columns)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(
-    "sizes",
-    [DeltaSizes(1, 1, 1, 1), DeltaSizes(2, 4, 7, 33), DeltaSizes(2, 4, 16, 16, tiled=True)],
+    ("sizes", "dtype"),
+    each_value(
+        [DeltaSizes(1, 1, 1, 1), DeltaSizes(2, 4, 7, 33), DeltaSizes(2, 4, 16, 16, tiled=True)],
+        DTYPES,
+    ),
     ids=str,
 )
 def test_gated_delta(sizes: DeltaSizes, kept: bool, dtype: torch.dtype) -> None:
@@ -194,8 +196,7 @@ def test_grouped_norm(dtype: torch.dtype) -> None:
         OPS.grouped_norm(x, gates, 4, weight, 1e-6, 4)
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("function", GATES)
+@pytest.mark.parametrize(("function", "dtype"), each_value(GATES, ALL_DTYPES), ids=str)
 @pytest.mark.parametrize("single", [True, False])
 def test_gate_heads(single: bool, function: GateFunction, dtype: torch.dtype) -> None:
     """Of heads that lie apart, as gates do."""

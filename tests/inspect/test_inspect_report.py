@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from covering import rest
 from moebius.cli.main import main
 from moebius.errors import ConfigError, NumericalError, StorageError, UsageError
 from moebius.inspect.config import InspectConfig
@@ -76,10 +77,11 @@ def test_the_page_is_whole_loads_nothing_and_escapes(report: dict[str, Any]) -> 
     "sizes",
     [
         {"num_experts_per_tok": 1, "num_experts": 2, "num_hidden_layers": 1},
-        {"num_experts_per_tok": 4, "num_experts": 40, "num_hidden_layers": 20},
+        {"num_experts_per_tok": 4, "num_experts": 40, "num_hidden_layers": 6},
+        rest({"num_experts_per_tok": 4, "num_experts": 40, "num_hidden_layers": 20}),
         {"num_experts": 5, "num_experts_per_tok": 5},
     ],
-    ids=["one layer, top-1 of 2", "20 layers of 40", "every expert"],
+    ids=["one layer, top-1 of 2", "6 layers of 40", "20 layers of 40", "every expert"],
 )
 def test_other_sizes_make_a_page_too(sizes: dict[str, Any], tmp_path: Path) -> None:
     write_model(tmp_path / "model", **sizes)

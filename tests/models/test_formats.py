@@ -16,7 +16,7 @@ from moebius.ops import FORMATS, Ops
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from ops.toy_format import Int8, quantised
-from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny
+from oracle import FAMILY, ONE_OF_EACH_KIND, Server, assert_close, load_theirs, save_tiny
 
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
 HALVES = [torch.float16, torch.bfloat16]
@@ -40,7 +40,9 @@ def served(decoder: Decoder) -> Tensor:
     return server.all_logits(0)
 
 
-@pytest.mark.parametrize(("model_type", "stored"), each_value(FAMILY, HALVES), ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "stored"), each_value(FAMILY, HALVES, among=ONE_OF_EACH_KIND), ids=str
+)
 def test_served_where_they_lie(tmp_path: Path, model_type: str, stored: torch.dtype) -> None:
     """Against transformers in float32, and bit for bit against a float32 copy of the file."""
     copy = save_as(tmp_path, stored, model_type)

@@ -48,6 +48,14 @@ CASES: dict[str, dict[str, Any]] = {
 Change = Callable[[gguf.GGUFWriter], None]
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of the first version."""
+    directory = tmp_path_factory.mktemp("first")
+    save(directory, "t5", **DISTANCE)
+    return directory
+
+
 def written(
     directory: Path, type_of: TypeOf = plain, change: Change | None = None, **changes: Any
 ) -> Path:
@@ -183,9 +191,10 @@ def setting(key: str, value: Any, kind: T) -> Change:
     ("key", "value", "kind", "words"), REFUSED, ids=[f"{key}={value}" for key, value, *_ in REFUSED]
 )
 def test_what_would_change_the_answer_is_refused(
-    key: str, value: Any, kind: T, words: str, tmp_path: Path
+    first: Path, key: str, value: Any, kind: T, words: str, tmp_path: Path
 ) -> None:
-    path = written(tmp_path, change=setting(key, value, kind))
+    path = tmp_path / "changed.gguf"
+    T5Converter(first, plain).save(path, setting(key, value, kind))
     with pytest.raises(ConfigError) as caught:
         describe(path)
     assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import gguf
 import pytest
 import torch
 
-from covering import each_value
+from covering import chosen, each_value
 from models.gguf_recurrent import converter
 from models.quantization.test_loading import plain_copy
 from models.test_hybrids import FULL, IDS, LINEAR, assert_same, recurrent
@@ -21,7 +21,7 @@ from moebius.models.store.load import load_decoder
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
-from oracle import Server, assert_close, load_theirs, save_tiny
+from oracle import ONE_OF_EACH_KIND, Server, assert_close, load_theirs, save_tiny
 from quantised import KINDS, write_quantised
 from tiny import write_tokenizer
 
@@ -67,7 +67,7 @@ def test_prompts_equal_transformers_chunks(tmp_path: Path, model_type: str) -> N
         assert_same(server.all_logits(0), model(torch.tensor([ids]), use_cache=False).logits[0])
 
 
-@pytest.mark.parametrize("model_type", SIZES)
+@pytest.mark.parametrize("model_type", chosen(SIZES, ONE_OF_EACH_KIND.__contains__))
 def test_a_quantised_checkpoint_computes_what_a_file_of_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_quantised_checkpoint_computes_what_a_file_of_it_does(
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("model_type", SIZES)
+@pytest.mark.parametrize("model_type", chosen(SIZES, ONE_OF_EACH_KIND.__contains__))
 def test_a_written_file_answers_as_the_original(tmp_path: Path, model_type: str) -> None:
     model = save_tiny(tmp_path / "model", model_type, vocab_size=320)
     write_tokenizer(tmp_path / "model")
@@ -141,7 +141,10 @@ def changed(directory: Path, key: str, value: Any) -> Path:
     return directory / "tiny.gguf"
 
 
-@pytest.mark.parametrize(("model_type", "kind"), each_value(SIZES, ["fp8-block", "pack-4-zeros"]))
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    each_value(SIZES, ["fp8-block", "pack-4-zeros"], among=ONE_OF_EACH_KIND),
+)
 def test_projections_may_be_quantised(tmp_path: Path, model_type: str, kind: str) -> None:
     save_tiny(tmp_path, model_type, **SIZES[model_type])
     meant = write_quantised(tmp_path, KINDS[kind])

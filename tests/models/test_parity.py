@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from covering import rest
+from covering import chosen, rest
 from models.ropes import LINEAR, LLAMA3, YARN
 from moebius.models.decoder import Decoder
 from moebius.models.family import family, model_config
@@ -20,7 +20,15 @@ from moebius.nn.packed import PackedPast
 from moebius.ops import Ops, select_ops
 from moebius.ops.reference import ReferenceOps
 from moebius.train.initial import init_weights
-from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny, tiny_model
+from oracle import (
+    FAMILY,
+    ONE_OF_EACH_KIND,
+    Server,
+    assert_close,
+    load_theirs,
+    save_tiny,
+    tiny_model,
+)
 
 ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 
@@ -193,9 +201,9 @@ def _serve(server: Server) -> list[list[int]]:
 OPS = [ReferenceOps(), select_ops("cpu", torch.float32)]
 
 
-def in_every_run(ops: Ops, name: str) -> bool:
-    """Every case by our kernels; a family's plainest, and windows, by plain PyTorch too."""
-    return ops is OPS[1] or name == "plain" or "window" in name
+def in_every_run(ops: Ops, name: str, model_type: str, overrides: dict[str, Any]) -> bool:
+    """Every case by our kernels; the plainest of one family of each kind by plain PyTorch too."""
+    return ops is OPS[1] or (model_type in ONE_OF_EACH_KIND and not overrides)
 
 
 BY_BOTH = [(ops, *case) for case in CASES for ops in OPS]
@@ -203,7 +211,7 @@ BY_BOTH = [(ops, *case) for case in CASES for ops in OPS]
 
 @pytest.mark.parametrize(
     ("ops", "name", "model_type", "overrides"),
-    [case if in_every_run(*case[:2]) else rest(*case) for case in BY_BOTH],
+    [case if in_every_run(*case) else rest(*case) for case in BY_BOTH],
     ids=[f"{model_type}-{name}-{ops.name}" for ops, name, model_type, _ in BY_BOTH],
 )
 def test_served_logits_equal_transformers(
@@ -211,7 +219,7 @@ def test_served_logits_equal_transformers(
 ) -> None:
     model = save_tiny(tmp_path, model_type, **overrides)
     decoder = load_decoder(tmp_path, torch.float32, ops=ops)
-    for block_size in (3, 16) if name == "plain" or "window" in name else (5,):
+    for block_size in (3, 16) if model_type in ONE_OF_EACH_KIND and not overrides else (5,):
         server = Server(decoder, block_size, num_blocks=60 // block_size + 2)
         for sequence, ids in enumerate(_serve(server)):
             with torch.inference_mode():
@@ -293,7 +301,7 @@ def test_documents_in_a_row_do_not_see_each_other(model_type: str) -> None:
         assert_close(packed[part], alone, 1e-5)
 
 
-@pytest.mark.parametrize("model_type", list(FAMILY))
+@pytest.mark.parametrize("model_type", chosen(FAMILY, ONE_OF_EACH_KIND.__contains__))
 def test_bfloat16_serves_close_to_its_float32_self(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(model_type).to(torch.bfloat16)
     model.save_pretrained(tmp_path)

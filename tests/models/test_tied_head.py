@@ -19,7 +19,7 @@ from moebius.models.family import family
 from moebius.models.store import fingerprint, open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.models.store.save import save_checkpoint
-from oracle import FAMILY, Server, assert_close, load_theirs, save_tiny
+from oracle import FAMILY, ONE_OF_EACH_KIND, Server, assert_close, load_theirs, save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
@@ -64,7 +64,7 @@ def assert_as_transformers(directory: Path) -> None:
 
 
 @pytest.mark.case("A1")
-@pytest.mark.parametrize(("model_type", "heads"), each_value(FAMILY, APART))
+@pytest.mark.parametrize(("model_type", "heads"), each_value(FAMILY, APART, among=ONE_OF_EACH_KIND))
 def test_a_head_that_differs_is_used(
     tmp_path: Path,
     model_type: str,
@@ -84,7 +84,9 @@ def test_a_head_that_differs_is_used(
 
 
 @pytest.mark.case("A1")
-@pytest.mark.parametrize(("model_type", "heads"), each_value(MAY_BE_TIED, ONE))
+@pytest.mark.parametrize(
+    ("model_type", "heads"), each_value(MAY_BE_TIED, ONE, among=ONE_OF_EACH_KIND)
+)
 def test_one_tensor_serves_as_both(
     tmp_path: Path,
     model_type: str,
@@ -177,7 +179,11 @@ def test_what_is_saved_is_what_was_loaded(
 # Ling 3's names without what stands before them are none that transformers knows.
 @pytest.mark.parametrize(
     ("model_type", "head"),
-    each_value([each for each in FAMILY if each != "bailing_hybrid"], [True, False]),
+    each_value(
+        [each for each in FAMILY if each != "bailing_hybrid"],
+        [True, False],
+        among=ONE_OF_EACH_KIND,
+    ),
 )
 def test_a_model_that_was_saved_without_a_head_has_shorter_names(
     tmp_path: Path, model_type: str, head: bool

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from covering import each_value
 from moebius.engine.workspace import StepRows, plan_workspace
 from moebius.errors import ConfigError
 from moebius.models.config import LayerSpec, ModelConfig
@@ -94,8 +95,9 @@ EVERYTHING = ModelConfig(
 OPTIONS = {"olmoe": {"clip_qkv": 0.5}, "mistral": {"sliding_window": 4}}
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
-@pytest.mark.parametrize("model_type", [*FAMILY, "everything"])
+@pytest.mark.parametrize(
+    ("model_type", "kv_dtype"), each_value([*FAMILY, "everything"], [torch.int8, None])
+)
 def test_what_a_step_calls_is_what_was_asked_for(
     model_type: str, kv_dtype: torch.dtype | None
 ) -> None:

@@ -14,7 +14,7 @@ from moebius.errors import ContextLengthError
 from moebius.text import ChatTemplate, Tokenizer
 from text.tiny_tokenizers import FAMILIES, SPECIALS, byte_level, llama, mistral
 
-SETTINGS = settings(derandomize=True, deadline=None, max_examples=300, database=None)
+SETTINGS = settings(derandomize=True, deadline=None, max_examples=120, database=None)
 
 
 def changed(backend: Backend, **parts) -> Backend:

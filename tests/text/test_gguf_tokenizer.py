@@ -21,6 +21,7 @@ from tokenizers import (
 )
 from transformers.tokenization_utils_base import generate_merges
 
+from covering import pairwise
 from moebius.errors import TokenizerError
 from moebius.text import GenerationDefaults, tokenizer_from_gguf
 from moebius.text.gguf_models import merges_of_scores
@@ -39,7 +40,7 @@ from text.gguf_keys import (
 from text.published_pre_tokenizers import IGNORE_MERGES, NFC, PUBLISHED
 from text.tiny_tokenizers import CHATML, CORPUS, llama
 
-TEXTS = nasty_texts(1200)
+TEXTS = nasty_texts(600)
 # Of a corpus with something of everything that the tests' texts have.
 TRAINING = [re.sub(r"<s>|<\|im_end\|>", "", text) for text in (*CORPUS, *nasty_texts(300, seed=1))]
 
@@ -117,9 +118,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "tekken", "qwen2"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize(
+    ("pre", "layout", "padding"), pairwise(["gpt-2", "tekken", "qwen2"], LAYOUTS, [0, 7])
+)
 def test_added_tokens_wherever_they_are(pre, layout, padding):
     backend = LAYOUTS[layout](pre)
     if pre in IGNORE_MERGES:

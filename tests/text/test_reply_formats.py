@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from covering import each_value
 from moebius.errors import ConfigError
 from moebius.text import Tokenizer
 from moebius.text.replies import FORMATS, CallArguments, fold
@@ -130,19 +131,31 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda each: each.name)
-def case(request: pytest.FixtureRequest) -> Family:
-    found: Family = request.param
+SPELLED = [
+    pytest.param(each.values, marks=each.marks, id=f"{each.values[0].name}-{each.values[1]}")
+    for each in each_value(FAMILIES, ["tokens", "special", "text"])
+]
+
+
+@pytest.fixture(scope="module", params=SPELLED)
+def spelled(request: pytest.FixtureRequest) -> tuple[Family, str]:
+    found: tuple[Family, str] = request.param
     return found
 
 
-@pytest.fixture(scope="module", params=["tokens", "special", "text"])
-def tokenizer(case: Family, request: pytest.FixtureRequest) -> Tokenizer:
+@pytest.fixture(scope="module")
+def case(spelled: tuple[Family, str]) -> Family:
+    return spelled[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(spelled: tuple[Family, str]) -> Tokenizer:
     """With a token for each marker that the family has, or with some that are spelled."""
-    if request.param == "text":
+    case, kind = spelled
+    if kind == "text":
         return family((), f"{case.says}")
     markers = KINDS[case.name].spellings
-    return family(markers, case.says, special=request.param == "special")
+    return family(markers, case.says, special=kind == "special")
 
 
 def read(tokenizer: Tokenizer, case: Family, reply: str, **options: Any) -> Any:
@@ -171,6 +184,7 @@ def test_a_call_without_arguments(tokenizer: Tokenizer, case: Family) -> None:
     assert calls(read(tokenizer, case, case.bare)) == [("now", "{}")]
 
 
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda each: each.name)
 def test_a_call_that_breaks_off(case: Family) -> None:
     """In front of its beginning it is content; behind it its arguments are what there is. Nothing
     is said twice, and nothing that is no call is lost."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from covering import rest
 from moebius.errors import ConfigError, MoebiusError
 from moebius.train.data import prepare
 from moebius.train.recipe import read_recipe
@@ -61,12 +62,12 @@ def metrics(out: Path) -> list[dict[str, object]]:
     ]
 
 
-def test_killed_and_resumed_is_the_same_run_bit_for_bit(text: Path) -> None:
-    """kill -9 twice, at whatever moment: early, then later; checkpoints are written at each
-    step."""
-    whole, out = text / "whole", text / "killed"
+@pytest.mark.parametrize("kills", [(4,), rest((1, 6, 10))], ids=["once", "thrice"])
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(text: Path, kills: tuple[int, ...]) -> None:
+    """kill -9, at whatever moment: early, or later; checkpoints are written at each step."""
+    whole, out = (text / f"{name}-{len(kills)}" for name in ("whole", "killed"))
     main_from_recipe(text / "tiny.toml", whole)
-    for wanted in (1, 6):
+    for wanted in kills:
         arguments = ["train", text / "tiny.toml", "--out", out, "--resume"]
         launched = [sys.executable, "-m", "moebius", *map(str, arguments)]
         process = subprocess.Popen(launched, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -88,6 +89,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(text: Path) -> None:
     assert metrics(whole) == metrics(out)
 
 
+@pytest.mark.exhaustive  # test_ranks has the command on two ranks that are begun another way
 def test_torchrun_trains_the_model_that_one_process_does(text: Path) -> None:
     """The whole command on two ranks, which share experts and rows: one set of files, of which
     each is that of one process, within rounding."""

@@ -9,6 +9,7 @@ and only the one that a model asks for is imported.
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,12 @@ class ConfigReading(NamedTuple):
 
 def model_types() -> tuple[str, ...]:
     """Those that are supported, in alphabetical order."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
+    return _modules_in(tuple(families.__path__))
+
+
+@cache
+def _modules_in(folders: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
 
 
 def family(model_type: object) -> Family:
