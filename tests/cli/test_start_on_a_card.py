@@ -190,6 +190,7 @@ def test_a_device_by_a_number_is_no_device(
     assert "cuda:7" in told and "Traceback" not in told
 
 
+@pytest.mark.exhaustive
 def test_more_ranks_than_devices(starts: Starts, tiny_model: Path) -> None:
     code, said, _ = served(starts, tiny_model, CARD, "--ranks", "2")
     assert code == 2
