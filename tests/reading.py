@@ -145,6 +145,7 @@ class Source:
                 lines.update(range(token.start[0], token.end[0] + 1))
         return len(lines - docstrings)
 
+    @cached_property
     def functions(self) -> list[Function]:
         return list(_functions(self.tree, ""))
 
@@ -283,7 +284,7 @@ def report(files: list[Source]) -> str:
     code = sum(file.code_lines for file in files)
     wide = sum(len(line) > MOST_COLUMNS for file in files for line in file.lines)
     longest_file = max(files, key=lambda file: len(file.lines))
-    functions = [(function, file.name) for file in files for function in file.functions()]
+    functions = [(function, file.name) for file in files for function in file.functions]
     longest, longest_in = max(functions, key=lambda pair: pair[0].lines)
     forked, forked_in = max(functions, key=lambda pair: pair[0].branches)
     tenths = quantiles([function.lines for function, _ in functions], n=10)

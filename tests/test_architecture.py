@@ -97,6 +97,7 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@cache
 def imported(tree: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(tree):

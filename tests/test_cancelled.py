@@ -23,7 +23,7 @@ import pytest
 from serving import serving
 
 STATES = ("a part of the headers", "a part of the body", "at once", "some answer", "the whole")
-ASKED = 80
+ASKED = 40
 SEATS = 3
 """Sequences in one step: most requests wait for one."""
 POOLS = ("uvloop_", "tokenise_")
@@ -112,7 +112,7 @@ def test_nothing_is_left_of_requests_that_were_cancelled(tiny_model: Path) -> No
 
     with serving(tiny_model, "tiny", max_num_seqs=SEATS) as url:
         with ThreadPoolExecutor(8) as pool:  # what is made once, is made here
-            list(pool.map(lambda seed: ask_and_leave(url, seed), range(30)))
+            list(pool.map(lambda seed: ask_and_leave(url, seed), range(20)))
         expected = answer(url)
         idle = in_use(url)
         assert len(idle) == 3

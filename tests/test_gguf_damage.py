@@ -55,12 +55,12 @@ def test_what_opens_them_says_one_line(whole: Path, tmp_path: Path) -> None:
     drawn = np.random.default_rng(1)
     path = tmp_path / "damaged.gguf"
     refused = 0
-    for _, changed in islice(damaged_gguf.damaged(content, 2), 100):
+    for _, changed in islice(damaged_gguf.damaged(content, 2), 50):
         path.write_bytes(changed)
         with pytest.raises(UsageError) as caught:
             open_checkpoint(path)
         assert "\n" not in str(caught.value)
-    for _ in range(200):
+    for _ in range(80):
         flipped = bytearray(content)
         for at in drawn.integers(0, end, size=drawn.integers(1, 4)):
             flipped[at] ^= 1 << int(drawn.integers(8))
@@ -70,7 +70,7 @@ def test_what_opens_them_says_one_line(whole: Path, tmp_path: Path) -> None:
         except UsageError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 100
+    assert refused > 40
 
 
 def head(tensors: int, keys: int) -> bytes:

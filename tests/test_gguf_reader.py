@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import subprocess
 import sys
@@ -188,11 +189,12 @@ def test_a_vocabulary_of_150_000_is_no_wait(tmp_path: Path) -> None:
         work()
         return time.process_time() - start
 
-    tries = [
-        (seconds(lambda: dict(open_gguf(path).metadata)), seconds(lambda: (loop(), loop())))
-        for _ in range(5)
-    ]
-    ours, plain = map(min, zip(*tries, strict=True))
+    ours = plain = math.inf
+    for _ in range(5):
+        ours = min(ours, seconds(lambda: dict(open_gguf(path).metadata)))
+        plain = min(plain, seconds(lambda: (loop(), loop())))
+        if ours < 0.3:
+            break
     assert ours < max(0.3, 2 * plain)
     values = dict(open_gguf(path).metadata)
     assert [len(value) for value in values.values()] == [150_000] * 2

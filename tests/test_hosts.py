@@ -137,6 +137,7 @@ def test_a_link_is_cut_and_mended(pair: Together, load: Load, network: Network) 
     assert others(pair, 1) == stay
 
 
+@pytest.mark.hosts
 def test_the_other_hosts_command_is_killed_and_started_again(pair: Together, load: Load) -> None:
     """Its ranks end with it."""
     ranks = pair.nodes[1].children

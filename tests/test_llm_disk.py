@@ -40,6 +40,7 @@ def test_an_llm_finds_what_the_last_one_left(tiny_model: Path, tmp_path: Path) -
     assert found == (expected, 384, 24)
 
 
+@pytest.mark.exhaustive
 def test_another_process_finds_it_too(tiny_model: Path, tmp_path: Path) -> None:
     """Nothing in a name depends on the process, as the order of a set would."""
     options = disk(tmp_path / "kv")
@@ -103,7 +104,27 @@ def test_an_encoder_has_no_prefixes_to_keep(tmp_path: Path) -> None:
         LLM(str(tmp_path / "model"), **SIZES, **disk(tmp_path / "kv"))
 
 
-def test_ranks_share_what_they_left(tiny_model: Path, tmp_path: Path) -> None:
+def test_ranks_share_what_was_left(tiny_model: Path, tmp_path: Path) -> None:
+    """Processes of their own, with another order of sets. Whichever a prompt comes to finds what a single engine left; and a single engine finds
+    what a rank left."""
+    expected = answer(tiny_model, **disk(tmp_path / "kv"))[0]
+    other = [*PROMPT[:390], 9]
+    another = [token + 1 for token in PROMPT]
+    with LLM(str(tiny_model), ranks=2, **SIZES, **disk(tmp_path / "kv")) as llm:
+        # Two at once, and so one for each rank.
+        both = llm.generate([PROMPT, other], PARAMS)
+        new = llm.generate([another], PARAMS)[0]
+    assert both[0].outputs == expected
+    assert [each.num_cached_tokens for each in both] == [384, 384]
+    assert new.num_cached_tokens == 0
+    assert {path.name for path in (tmp_path / "kv").iterdir()} == {"secret", "rank-0", "rank-1"}
+    with LLM(str(tiny_model), **SIZES, **disk(tmp_path / "kv")) as one:
+        again = one.generate([another], PARAMS)[0]
+    assert again.outputs == new.outputs and again.num_cached_tokens == 384
+
+
+@pytest.mark.exhaustive
+def test_ranks_share_what_ranks_left(tiny_model: Path, tmp_path: Path) -> None:
     """Whichever rank the prompt comes to; and a single engine finds it again, too."""
     expected = answer(tiny_model)[0]
     with LLM(str(tiny_model), ranks=2, **SIZES, **disk(tmp_path / "kv")) as llm:

@@ -71,7 +71,7 @@ def test_functions_are_short() -> None:
     long = {
         f"{file.name}: {function.name}"
         for file in FILES
-        for function in file.functions()
+        for function in file.functions
         if function.lines > MOST_FUNCTION_LINES
     }
     assert long == set()
@@ -81,7 +81,7 @@ def test_functions_have_few_branches() -> None:
     forked = {
         f"{file.name}: {function.name}"
         for file in FILES
-        for function in file.functions()
+        for function in file.functions
         if function.branches > MOST_BRANCHES
     }
     assert forked == set()
@@ -148,7 +148,7 @@ def test_splats_of_displays_are_seen() -> None:
 
 def test_functions_are_found_wherever_they_stand() -> None:
     text = "class A:\n    def f(self):\n        def g():\n            pass\n        return g\n"
-    assert source(text).functions() == [("A.f", 4, 1), ("A.f.g", 2, 1)]
+    assert source(text).functions == [("A.f", 4, 1), ("A.f.g", 2, 1)]
 
 
 def test_branches_are_counted() -> None:
@@ -157,7 +157,7 @@ def test_branches_are_counted() -> None:
         "def f(x):\n    if x:\n        return [y for y in x]\n    elif y:\n        pass\n"
         "    for y in x:\n        try:\n            g()\n        except OSError:\n            pass\n"
     )
-    assert [function.branches for function in source(text).functions()] == [6]
+    assert [function.branches for function in source(text).functions] == [6]
 
 
 def test_files_are_read_from_the_ground_up() -> None:

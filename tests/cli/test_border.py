@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from covering import rest
 from moebius.cli import main as command_line
@@ -137,11 +138,19 @@ def test_no_command_lets_a_foreign_error_through(
     is_one_line(capsys.readouterr().err)
 
 
-def test_nor_does_training(tmp_path: Path) -> None:
-    """In a process of its own, whose floating-point control it changes."""
-    done = python("train", LONG, "--out", str(tmp_path / "out"))
-    assert done.returncode in (1, 2), done
-    is_one_line(done.stderr)
+def test_nor_does_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes the process's floating-point control and threads before it reads anything."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["moebius", "train", LONG, "--out", str(tmp_path / "out")])
+    try:
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+    finally:
+        torch.set_flush_denormal(False)
+    assert end.value.code in (1, 2)
+    is_one_line(capsys.readouterr().err)
 
 
 def is_one_line(told: str) -> None:
@@ -154,11 +163,10 @@ def test_a_traceback_on_request() -> None:
     assert done.returncode != 0 and "Traceback" in done.stderr and "moebius: " in done.stderr
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    command = (
-        f"'{sys.executable}' -m moebius plan bundled --json | head -c 10; echo ${{PIPESTATUS[0]}}"
-    )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("command", ["--help | true", rest("plan bundled --json | head -c 10")])
+def test_a_reader_that_leaves_is_no_error(command: str) -> None:
+    line = f"'{sys.executable}' -m moebius {command}; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
 
 
@@ -177,7 +185,8 @@ def test_the_version_is_told() -> None:
         rest("plan bundled --json >&- 2>&- <&-", 0),
         ("generate 'a b' --max-tokens 2 <&- >&-", 0),
         rest("chat <&-", 0),
-        ("plan no/where/at/all 2>&-", 2),
+        ("replay no/where/at/all 2>&-", 2),
+        rest("plan no/where/at/all 2>&-", 2),
     ],
 )
 def test_streams_that_came_closed_are_empty_ones(command: str, code: int) -> None:
@@ -187,6 +196,27 @@ def test_streams_that_came_closed_are_empty_ones(command: str, code: int) -> Non
     assert "moebius: " not in done.stdout  # an error goes to stderr or nowhere
 
 
+def test_a_closed_stdin_is_empty() -> None:
+    code = (
+        "import sys; from moebius.cli.border import open_streams; "
+        "open_streams(); print(sys.stdin.read())"
+    )
+    line = f"'{sys.executable}' -c '{code}' <&-"
+    closed = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (closed.returncode, closed.stdout, closed.stderr) == (0, "\n", "")
+
+
+def test_an_empty_stdin_is_no_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moebius", "generate"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as empty:
+        command_line.main()
+    assert empty.value.code == 2 and "at least" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
 def test_a_closed_stdin_is_an_empty_prompt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,7 +90,7 @@ def rest(sock: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "how", chosen(["kill -9", "Ctrl-C", "two signals"], lambda how: how != "two signals")
+    "how", chosen(["kill -9", "Ctrl-C", "two signals"], lambda how: how == "Ctrl-C")
 )
 def test_an_engine_ends_with_its_front(tiny_model: Path, tmp_path: Path, how: str) -> None:
     """A signal that reaches both has the front finish what is in flight first."""
@@ -118,7 +118,10 @@ def test_an_engine_ends_with_its_front(tiny_model: Path, tmp_path: Path, how: st
     assert list(scratch.iterdir()) == [], "nothing stays"
 
 
-@pytest.mark.parametrize("when", ["its process is there", "its weights are read"])
+@pytest.mark.parametrize(
+    "when",
+    chosen(["its process is there", "its weights are read"], lambda when: "read" in when),
+)
 def test_an_engine_ends_with_a_front_that_ends_while_it_starts(
     tiny_model: Path, tmp_path: Path, when: str
 ) -> None:

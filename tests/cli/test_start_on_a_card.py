@@ -1,17 +1,26 @@
-"""What fails on a CUDA device at start is one line on stderr and exit code 2, before a port opens."""
+"""What fails on a CUDA device at start is one line on stderr and exit code 2, before a port opens.
+
+Every run has one start that fails in each place: no device, a number, a loading engine, training.
+What plans and kernels say of a card is in engine/test_plan_for_a_card.py and ops/test_select_cuda.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from moebius.cli.main import main
 
 pytest.importorskip("triton")
 
@@ -35,44 +44,60 @@ def answers(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def ended(
-    command: list[str], card: dict[str, Any] | None, port: int, **variables: str
-) -> tuple[int, list[str]]:
-    """The exit code and the lines of stderr of a command on such a machine; meanwhile nobody ever
-    listens at the port. None: this machine, whose torch knows no CUDA or finds no device."""
-    path = [str(HERE / "with_card")] if card is not None else []
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
-        "MOEBIUS_TEST_CARD": json.dumps(card),
-        **variables,
-    }
-    env.pop("TRITON_INTERPRET", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moebius", *command],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+class Starts:
+    """Commands on machines with such a card, one after the other: with_card/in_turn.py."""
+
+    def __init__(self, scratch: Path) -> None:
+        path = [str(HERE / "with_card"), os.environ.get("PYTHONPATH", "")]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "MOEBIUS_TEST_CARD": "{}"}
+        env.pop("TRITON_INTERPRET", None)
+        self._stderr = scratch / "stderr"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "in_turn"],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ended(
+        self, command: list[str], card: dict[str, Any], port: int, **variables: str
+    ) -> tuple[int, list[str]]:
+        """The exit code and the lines of stderr of a command; meanwhile nobody ever listens at the
+        port."""
+        asked = {"arguments": command, "card": card, "variables": variables}
+        told, answer = self._process.stdin, self._process.stdout
+        assert told is not None and answer is not None
+        told.write(json.dumps(asked | {"stderr": str(self._stderr)}) + "\n")
+        told.flush()
         deadline = time.monotonic() + 120
-        while process.poll() is None:
+        while not select.select([answer], [], [], 0.02)[0]:
             assert not answers(port), "a port is open before the start has succeeded"
-            if time.monotonic() > deadline:
-                process.kill()
-                raise AssertionError("it did not end")
-            time.sleep(0.02)
-        assert process.stderr is not None
-        return process.returncode, process.stderr.read().splitlines()
+            assert time.monotonic() < deadline, "it did not end"
+        return int(answer.readline()), self._stderr.read_text().splitlines()
+
+    def close(self) -> None:
+        """With what it has forked, should that not have ended."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        with self._process:
+            pass
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starts]:
+    made = Starts(tmp_path_factory.mktemp("starts"))
+    yield made
+    made.close()
 
 
 def served(
-    model: Path, card: dict[str, Any] | None, *options: str, **variables: str
+    starts: Starts, model: Path, card: dict[str, Any], *options: str
 ) -> tuple[int, str, list[str]]:
     """Exit code, the last line of stderr, and those before."""
     port = free_port()
     command = ["serve", str(model), "--port", str(port), "--device", "cuda", *options]
-    code, lines = ended(command, card, port, **variables)
+    code, lines = starts.ended(command, card, port)
     assert not any("Traceback" in line for line in lines), lines
     assert [line for line in lines if line.startswith("moebius: ")] == lines[-1:], lines
     return code, lines[-1], lines[:-1]
@@ -80,33 +105,43 @@ def served(
 
 def test_no_device(tiny_model: Path) -> None:
     """As this machine is, unless it has one: then all of them are hidden."""
-    code, said, _ = served(tiny_model, None, CUDA_VISIBLE_DEVICES="")
-    assert code == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "moebius", "serve", str(tiny_model), "--device", "cuda"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
     assert said.startswith("moebius: --device cuda: torch finds no CUDA device (")
 
 
-def test_a_driver_that_is_too_old(tiny_model: Path) -> None:
-    code, said, _ = served(tiny_model, {**CARD, "driver": TOO_OLD})
+@pytest.mark.exhaustive
+def test_a_driver_that_is_too_old(starts: Starts, tiny_model: Path) -> None:
+    code, said, _ = served(starts, tiny_model, {**CARD, "driver": TOO_OLD})
     assert code == 2
     assert "is too old (found version 11040)" in said and "--device cpu" in said
     assert "Please" not in said
 
 
-def test_too_little_memory_for_the_plan(tiny_model: Path) -> None:
-    code, said, _ = served(tiny_model, {**CARD, "free": 2**16})
+@pytest.mark.exhaustive
+def test_too_little_memory_for_the_plan(starts: Starts, tiny_model: Path) -> None:
+    code, said, _ = served(starts, tiny_model, {**CARD, "free": 2**16})
     assert code == 2
     assert "64.0 KiB" in said and "the device's 2.0 GiB" in said
 
 
-def test_a_cache_that_is_asked_for_and_too_large(tiny_model: Path) -> None:
-    code, said, _ = served(tiny_model, CARD, "--kv-cache-memory-bytes", str(4 * GIB))
+@pytest.mark.exhaustive
+def test_a_cache_that_is_asked_for_and_too_large(starts: Starts, tiny_model: Path) -> None:
+    code, said, _ = served(starts, tiny_model, CARD, "--kv-cache-memory-bytes", str(4 * GIB))
     assert code == 2
     assert "4.0 GiB" in said and "1.0 GiB" in said
 
 
-def test_memory_that_ends_while_the_model_is_loaded(tiny_model: Path) -> None:
+def test_memory_that_ends_while_the_model_is_loaded(starts: Starts, tiny_model: Path) -> None:
     """By then the plan has fitted; nothing could be proven either, and the log says so."""
-    code, said, before = served(tiny_model, CARD, "--kv-cache-memory-bytes", "4000000")
+    code, said, before = served(starts, tiny_model, CARD, "--kv-cache-memory-bytes", "4000000")
     assert code == 2
     assert said.startswith(
         "moebius: the device's memory is too small while the model is loaded (CUDA out of memory; "
@@ -116,6 +151,7 @@ def test_memory_that_ends_while_the_model_is_loaded(tiny_model: Path) -> None:
     assert any("too little memory to prove them, 1.0 GiB are left" in line for line in before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
@@ -125,32 +161,43 @@ def test_memory_that_ends_while_the_model_is_loaded(tiny_model: Path) -> None:
     ids=["triton too old", "no triton"],
 )
 def test_what_kernels_lack_is_said_before_the_port_opens(
-    tiny_model: Path, changed: dict[str, Any], why: str
+    starts: Starts, tiny_model: Path, changed: dict[str, Any], why: str
 ) -> None:
     """It is no failure: plain PyTorch serves. Here the start ends for another reason."""
-    code, _, before = served(tiny_model, CARD | changed, "--kv-cache-memory-bytes", "4000000")
+    code, _, before = served(
+        starts, tiny_model, CARD | changed, "--kv-cache-memory-bytes", "4000000"
+    )
     assert code == 2
     assert len([line for line in before if why in line and "plain PyTorch serves" in line]) == 1
 
 
-def test_a_device_by_a_number_is_no_device(tiny_model: Path) -> None:
-    """Devices are chosen by CUDA_VISIBLE_DEVICES; more ranks than there are, are refused."""
+def test_a_device_by_a_number_is_no_device(
+    starts: Starts,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a card and, here, without one. Devices are chosen by CUDA_VISIBLE_DEVICES; more ranks than there are, are refused."""
     port = free_port()
-    for card in (CARD, None):
-        code, lines = ended(
-            ["serve", str(tiny_model), "--port", str(port), "--device", "cuda:7"], card, port
-        )
-        assert code == 2
-        assert "cuda:7" in "\n".join(lines) and "Traceback" not in "\n".join(lines)
+    command = ["serve", str(tiny_model), "--port", str(port), "--device", "cuda:7"]
+    code, lines = starts.ended(command, CARD, port)
+    assert code == 2
+    assert "cuda:7" in "\n".join(lines) and "Traceback" not in "\n".join(lines)
+    monkeypatch.setattr(sys, "argv", ["moebius", *command])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    told = capsys.readouterr().err
+    assert "cuda:7" in told and "Traceback" not in told
 
 
-def test_more_ranks_than_devices(tiny_model: Path) -> None:
-    code, said, _ = served(tiny_model, CARD, "--ranks", "2")
+@pytest.mark.exhaustive
+def test_more_ranks_than_devices(starts: Starts, tiny_model: Path) -> None:
+    code, said, _ = served(starts, tiny_model, CARD, "--ranks", "2")
     assert code == 2
     assert "--ranks 2: each has a GPU of its own, and this host has 1" in said
 
 
-def test_training_that_finds_no_room(tmp_path: Path) -> None:
+def test_training_that_finds_no_room(starts: Starts, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"Line {n} of some text.\n" for n in range(2000)))
     recipe = (HERE.parents[1] / "recipes" / "tiny.toml").read_text()
@@ -159,7 +206,7 @@ def test_training_that_finds_no_room(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe[:start] + files + recipe[rest:])
     out = str(tmp_path / "out")
     command = ["train", str(tmp_path / "recipe.toml"), "--out", out, "--device", "cuda"]
-    code, lines = ended(command, CARD, free_port())
+    code, lines = starts.ended(command, CARD, free_port())
     assert code == 2 and lines[-1].startswith(
         "moebius: the model: the device's memory is too small (CUDA out of memory; 1.00 GiB of "
         "2.00 GiB are free); weights, gradients and optimiser take 0."
@@ -168,11 +215,11 @@ def test_training_that_finds_no_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("driver", [None, TOO_OLD], ids=["no such device", "driver too old"])
-def test_training_ends_so_too(driver: str | None, tmp_path: Path) -> None:
+def test_training_ends_so_too(starts: Starts, driver: str | None, tmp_path: Path) -> None:
     """A rank whose number has no device; a driver that does not start."""
     card = CARD | ({} if driver is None else {"driver": driver})
     command = ["train", "recipes/tiny.toml", "--out", str(tmp_path / "out"), "--device", "cuda"]
-    code, lines = ended(command, card, free_port(), LOCAL_RANK="1")
+    code, lines = starts.ended(command, card, free_port(), LOCAL_RANK="1")
     said = "moebius: rank 0 is number 1 on " if driver is None else "moebius: --device cuda: torch"
     assert code == 2 and len(lines) == 1 and lines[0].startswith(said)
     assert ("has 1 CUDA device" if driver is None else "found version 11040") in lines[0]

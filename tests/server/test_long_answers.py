@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from covering import rest
 from pace import allowed
 from server.holding import Holding, longest_turn
 from server.serving import MODEL, Server, engine, events, run
@@ -61,9 +62,17 @@ async def cost(server: Server, path: str, fields: dict[str, Any]) -> tuple[float
         (COMPLETIONS, {**ECHO, "stream": True, "prompt_logprobs": None}),
         (CHAT, MANY),
         (RESPONSES, LONG),
-        (RESPONSES, {**LONG, "stream": True, "max_output_tokens": 6000}),
+        (RESPONSES, {**LONG, "stream": True}),
+        rest(RESPONSES, {**LONG, "stream": True, "max_output_tokens": 6000}),
     ],
-    ids=["echo", "streamed echo", "many choices", "response", "streamed response"],
+    ids=[
+        "echo",
+        "streamed echo",
+        "many choices",
+        "response",
+        "streamed response",
+        "longer streamed response",
+    ],
 )
 def test_the_loop_goes_on_while_a_long_answer_is_made(path: str, fields: dict[str, Any]) -> None:
     async def check(server: Server) -> None:

@@ -15,6 +15,7 @@ from openai.types.responses import (
 )
 from openai.types.responses.response_output_text import Logprob
 
+from covering import rest
 from moebius.text import Tokenizer
 from server.fake_engine import FakeEngine, constant
 from server.serving import MODEL, Server, listening, run
@@ -126,13 +127,14 @@ def test_those_of_a_chat_that_are_the_texts(step_tokens: int) -> None:
     run(check, saying(REPLY, step_tokens=step_tokens), tokenizer=TOKENIZER)
 
 
-def test_a_reply_that_is_cut_at_any_token() -> None:
+@pytest.mark.parametrize("step", [3, rest(1)])
+def test_a_reply_that_is_cut_at_any_token(step: int) -> None:
     """In the middle of a character, too."""
 
     async def check(server: Server) -> None:
         entries = await chat_entries(server)
         broken = 0
-        for length in range(1, len(entries)):
+        for length in range(1, len(entries), step):
             whole = await both(server, max_output_tokens=length)
             assert whole["status"] == "incomplete"
             texts = [

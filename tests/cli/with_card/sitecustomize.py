@@ -33,10 +33,9 @@ def _as_card(torch: Any) -> None:
     def nothing(*_: Any, **__: Any) -> int:
         return 0
 
-    there = "driver" not in CARD
     torch.cuda.init = init
-    torch.cuda.is_available = lambda: there
-    torch.cuda.device_count = lambda: int(there)
+    torch.cuda.is_available = lambda: "driver" not in CARD
+    torch.cuda.device_count = lambda: int("driver" not in CARD)
     torch.cuda.mem_get_info = lambda device=None: (CARD["free"], CARD["total"])
     torch.cuda.get_device_capability = lambda device=None: tuple(CARD["capability"])
     torch.cuda.get_device_name = lambda device=None: "Test Card"
