@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,7 +9,6 @@ import pytest
 
 from moebius.engine import cluster, wire
 from moebius.engine.config import EngineConfig
-from moebius.engine.supervisor import EngineProcess
 from moebius.errors import ConfigError, WireError
 
 HELLO = cluster.HostHello(
@@ -60,12 +58,3 @@ def test_another_release_is_named() -> None:
     frame = cluster.encode_hello(HELLO)
     with pytest.raises(WireError, match="a frame of version 77; this process speaks"):
         cluster.decode_hello(bytes([77]) + frame[1:])
-
-
-def test_a_process_computes_with_the_kernels_that_it_is_told(tiny_model: Path) -> None:
-    """And not with the best that its host has, as the others of its group may lack them."""
-    config = EngineConfig(kv_cache_memory_bytes=2**20, max_model_len=64)
-    message = wire.Launch(str(tiny_model), config, b"x" * 32, frozenset(), "error", isa="portable")
-    with EngineProcess() as process:
-        client = process.launch(message)
-        assert "_cpu-portable_" in client.info.fingerprint

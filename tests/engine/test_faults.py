@@ -1,7 +1,8 @@
 """Whatever fails in code that serves one request, or only watches: the engine goes on and every
 request ends.
 
-A function raises at its n-th call, for every n that four requests of a few tokens come to.
+A function raises at its n-th call, for the first few of those that four requests of a few tokens
+come to, and some of the others.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def test_an_error_at_the_nth_call_never_ends_the_engine(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
     honest = getattr(owner, name)
-    for n in range(1, 13):  # the aborted request makes as many calls as there is time for
+    for n in (1, 2, 3, 4, 6, 9, 12):  # the aborted request makes as many calls as there is time for
         one = engine(tiny_model, trace=str(tmp_path / "trace.jsonl"))
         monkeypatch.setattr(owner, name, fault := RaisesAt(honest, n, ValueError("out of luck")))
         client, fired = InProcessClient(one, step_deadline=60.0), True

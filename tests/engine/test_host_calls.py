@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import each_value
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.runner import Runner
 from moebius.models.decoder import Decoder
@@ -107,8 +108,11 @@ def decoder(directory: Path, dtype: torch.dtype, dispatch: str, threads: int = 1
     return made
 
 
-@pytest.mark.parametrize("dispatch", ["elsewhere", "exchange"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "dispatch"),
+    each_value([torch.bfloat16, torch.float32], ["elsewhere", "exchange"]),
+    ids=str,
+)
 def test_a_host_call_in_each_layer_changes_no_bit(
     tmp_path: Path, dtype: torch.dtype, dispatch: str
 ) -> None:

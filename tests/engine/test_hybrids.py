@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from covering import each_value, rest
+from covering import chosen, rest
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
 from moebius.engine.load import prepare
@@ -47,6 +47,10 @@ FAMILIES = (
     "kimi_linear",
     "bailing_hybrid",
 )
+# Delta rules with one gate and with one a channel, which latents are beside; short convolutions;
+# state spaces; linear attention: every run has one family of each.
+KINDS = {"qwen3_next", "kimi_linear", "lfm2_moe", "granitemoehybrid", "bailing_hybrid"}
+DTYPES = (torch.bfloat16, torch.float32)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2)
 ROOMY = Schedule(8, 200, 8, 2048, True, (0,), 1)
 
@@ -65,11 +69,11 @@ def text(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 # Around blocks, the pieces that recurrences are computed in, and odd ones.
-LENGTHS = frozenset((1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64))
+LENGTHS = frozenset((1, 3, 8, 17, 32, 33, 64))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, rest(frozenset(range(1, 65)) - LENGTHS)], ids=len)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", chosen(FAMILIES, lambda name: name in KINDS))
 def test_chunks_of_any_length_have_the_same_bits(model_type: str, lengths: frozenset[int]) -> None:
     one = decoder(model_type, torch.bfloat16)
     wish = Wish("w", text(130), GREEDY, 0)
@@ -91,7 +95,13 @@ def ask(engine: Engine, wish: Wish) -> tuple[Answer, int]:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "dtype"), each_value(FAMILIES, [torch.bfloat16, torch.float32]), ids=str
+    ("model_type", "dtype"),
+    [
+        (name, dtype) if name in KINDS and DTYPES[i % 2] == dtype else rest(name, dtype)
+        for i, name in enumerate(FAMILIES)
+        for dtype in DTYPES
+    ],
+    ids=str,
 )
 def test_a_prefix_is_resumed_at_a_snapshot_and_recomputed_behind_it(
     model_type: str, dtype: torch.dtype
@@ -113,7 +123,9 @@ def test_a_prefix_is_resumed_at_a_snapshot_and_recomputed_behind_it(
     assert 0 in hits and len(hits) > 2, "or else nothing was compared"
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "model_type", chosen(FAMILIES, lambda name: name in ("kimi_linear", "granitemoehybrid"))
+)
 def test_crowds_preemptions_and_warm_caches_change_no_bit(model_type: str) -> None:
     one = decoder(model_type, torch.bfloat16)
     rng = random.Random(model_type)

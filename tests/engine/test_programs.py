@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from covering import each_value
+from covering import rest
+from engine.test_one_answer import KINDS
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
 from moebius.ops.steps import StepInputs
@@ -42,7 +43,14 @@ def replaced(module: nn.Module) -> None:
             setattr(module, name, nn.Parameter(old.detach() * 1.5, requires_grad=False))
 
 
-@pytest.mark.parametrize(("name", "change"), each_value(sorted(FAMILY), [moved, replaced]))
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (name, change) if name in KINDS and i % 2 == j else rest(name, change)
+        for i, name in enumerate(sorted(FAMILY))
+        for j, change in enumerate((moved, replaced))
+    ],
+)
 def test_no_part_of_a_model_changes_unnoticed(
     name: str, change: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:

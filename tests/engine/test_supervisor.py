@@ -46,11 +46,11 @@ CONFIG = EngineConfig(
 class There(Collector):
     """A process with an engine, and what its client delivered."""
 
-    def __init__(self, process: EngineProcess, directory: Path) -> None:
+    def __init__(self, process: EngineProcess, directory: Path, isa: str = "") -> None:
         super().__init__()
         self.process = process
         self.planned: list[wire.Planned] = []
-        launch = wire.Launch(str(directory), CONFIG, KEY, frozenset({0, 2}), "warning")
+        launch = wire.Launch(str(directory), CONFIG, KEY, frozenset({0, 2}), "warning", isa=isa)
         self.client: RemoteClient = process.launch(launch, self.planned.append)
         self.client.start(self)
         self.hasher = self.client.info.hasher(KEY)
@@ -160,6 +160,8 @@ def alone(here: Engine, request: EngineRequest) -> list[StepOutput]:
     return steps
 
 
+# Every run has a killed one at the end of this file.
+@pytest.mark.losses
 @pytest.mark.parametrize("how", ["killed", "stopped, then killed here", "cut off"])
 def test_what_was_unfinished_ends_with_the_process(tiny_model: Path, how: str) -> None:
     died: list[EngineProcess] = []
@@ -222,12 +224,31 @@ def test_a_program_that_cannot_be_started_is_one_clear_line(
 def test_without_unix_sockets_the_two_prove_themselves(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Windows; the key goes by the environment, which is the process's own."""
+    """As on Windows; the key goes by the environment, which is the process's own. It computes with
+    the kernels that it is told, and not with the best that its host has, as the others of its group
+    may lack them. Killed, it ends what was unfinished."""
     key = ClusterKey.draw()
     made = (Listener.tcp("127.0.0.1", 0, key), {"MOEBIUS_CLUSTER_KEY": key.text})
     monkeypatch.setattr(supervisor, "_private_listener", lambda _: made)
-    with there(tiny_model) as other:
+    died: list[EngineProcess] = []
+    told = threading.Event()
+
+    def note(process: EngineProcess) -> None:
+        died.append(process)
+        told.set()
+
+    with EngineProcess() as process:
+        process.died = note
+        other = There(process, tiny_model, isa="portable")
+        assert "_cpu-portable_" in other.client.info.fingerprint
         other.submit(other.ask("a", [1, 2, 3]))
         other.wait_until_ended("a")
         assert len(tokens(other.outputs["a"])) == 12
-    assert other.process.exit_status == 0
+        other.submit(*(other.ask(str(i), [1, 2, 3], max_tokens=500) for i in range(3)))
+        other.wait(lambda: len(other.outputs) == 4)
+        os.kill(process.pid, signal.SIGKILL)
+        other.wait_until_ended("0", "1", "2")
+        assert all(isinstance(other.outputs[id][-1].error, EngineError) for id in ("0", "1", "2"))
+        assert told.wait(20) and died == [process]
+    assert process.exit_status == -signal.SIGKILL
+    assert not other.client.stats().ready

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import pairwise
 from moebius.errors import ConfigError
 from moebius.nn import packed as packed_module
 from moebius.nn.attention import GQA, Attention
@@ -68,9 +69,9 @@ def check(
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 7, 16, 37])
-@pytest.mark.parametrize("window", [None, 5, 50])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "window", "packed"), pairwise([1, 7, 16, 37], [None, 5, 50], [False, True])
+)
 def test_causal_attention(
     monkeypatch: pytest.MonkeyPatch, length: int, window: int | None, packed: bool
 ) -> None:

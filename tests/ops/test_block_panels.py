@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from covering import each_value
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.cpu import CpuOps
 from ops.formats.blocks import BLOCKS, random_matrix, with_halves
@@ -20,8 +21,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 31, 33, 63, 64, 65, 72, 129, 200]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("blocks", [1, 7, 18], ids="{} blocks".format)
+@pytest.mark.parametrize(("name", "blocks"), each_value(BLOCKS, [1, 7, 18]))
 def test_any_number_of_rows(name: str, blocks: int) -> None:
     """Blocks for some of the lanes, and two for some; outputs that no panel divides."""
     size = BLOCKS[name].elements * blocks
@@ -58,8 +58,7 @@ def test_extreme_codes_meet_many_rows(name: str) -> None:
         assert_bits(logits(level(isa, 1), x, matrix), wanted, isa)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("threads", "dtype"), each_value([1, 2, 3], DTYPES), ids=str)
 def test_batches_chunks_and_threads(threads: int, dtype: torch.dtype) -> None:
     """More rows than a batch has, more outputs than an item, formats side by side with plain
     numbers: each row as when it is alone."""

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from covering import each_value
 from moe.test_router import CHOSEN_LOGITS, ROWS, SOFTMAX, V3
 from moebius.ops import ExpertWeights, Ops
 from moebius.ops.config import RouterConfig
@@ -236,14 +237,17 @@ def expert_terms(x_D: Tensor, w: ExpertWeights, e: int, activation: Any) -> Tens
     )
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
 @pytest.mark.parametrize(
-    ("count", "k", "width", "hidden"),
-    [(1, 1, 31, 17), (4, 1, 100, 33), (6, 2, 48, 64), (9, 9, 7, 1)],
+    ("activation", "sizes"),
+    each_value(
+        ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"],
+        [(1, 1, 31, 17), (4, 1, 100, 33), (6, 2, 48, 64), (9, 9, 7, 1)],
+    ),
 )
 def test_experts(
-    ops: CpuOps, dtype: torch.dtype, activation: Any, count: int, k: int, width: int, hidden: int
+    ops: CpuOps, dtype: torch.dtype, activation: Any, sizes: tuple[int, int, int, int]
 ) -> None:
+    count, k, width, hidden = sizes
     u = ROUNDOFF[dtype]
     for tokens, bias in ((0, False), (1, True), (5, False), (70, True)):
         w = make_experts(count, width, hidden, dtype, bias)

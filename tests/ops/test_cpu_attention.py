@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from covering import pairwise
 from moebius.ops.cache_spec import key_value_spec
 from moebius.ops.config import HeadRows
 from moebius.ops.cpu import CpuOps
@@ -33,23 +34,23 @@ def test_angles(ops: CpuOps) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "half"),
-    [(4, 2, 64, 32), (3, 1, 6, 1), (7, 7, 80, 20), (2, 1, 33, 16)],
+    ("sizes", "interleaved", "norms"),
+    pairwise(
+        [(4, 2, 64, 32), (3, 1, 6, 1), (7, 7, 80, 20), (2, 1, 33, 16)],
+        [False, True],
+        ["none", "before", "behind"],
+    ),
 )
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("norms", ["none", "before", "behind"])
 def test_rotate_and_store(
     ops: CpuOps,
     dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    half: int,
-    norms: str,
+    sizes: tuple[int, int, int, int],
     interleaved: bool,
+    norms: str,
 ) -> None:
     """Queries against float64. Keys are made like queries: attention finds them, to the bit, as if
     stored so."""
+    heads, kv_heads, head_dim, half = sizes
     tokens, u = 37, ROUNDOFF[dtype]
     q, k, v = (torch.randn(tokens, n, head_dim).to(dtype) for n in (heads, kv_heads, kv_heads))
     angles = torch.randn(tokens, half)
@@ -198,7 +199,7 @@ def test_paged_attention(ops: CpuOps, dtype: torch.dtype) -> None:
     cache full of NaN; values of the keys' size and of others."""
     rng = random.Random(0)
     shapes = [(4, 4, 6), (8, 2, 64), (7, 1, 80), (71, 1, 64), (4, 1, 128), (1, 1, 8), (6, 3, 33)]
-    for i in range(42):
+    for i in range(21):
         case = {
             "heads": shapes[i % 7],
             "block_size": rng.choice((1, 3, 7, 8, 16, 24, 64)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import covering
 from moebius.errors import ConfigError
 from moebius.ops import Operation, Ops, Use
 from moebius.ops.config import DeltaSizes, GateFunction, HeadGates
@@ -69,12 +70,14 @@ def parts(rows: list[int]) -> Iterator[slice]:
 # --- against loops ---
 
 
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize(("channels", "taps"), [(1, 1), (7, 2), (16, 4), (50, 3), (700, 4)])
+@pytest.mark.parametrize(
+    ("sizes", "silu", "kept"),
+    covering.pairwise([(1, 1), (7, 2), (16, 4), (50, 3), (700, 4)], [True, False], [True, False]),
+)
 def test_causal_conv(
-    backend: Ops, dtype: torch.dtype, channels: int, taps: int, silu: bool, kept: bool
+    backend: Ops, dtype: torch.dtype, sizes: tuple[int, int], silu: bool, kept: bool
 ) -> None:
+    channels, taps = sizes
     u = ROUNDOFF[dtype]
     x = torch.randn(sum(ROWS), channels + 5).to(dtype)
     weight = torch.randn(channels, taps).to(dtype if taps % 2 else torch.float32)

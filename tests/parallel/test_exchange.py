@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from covering import each_value
 from moebius.errors import ConfigError, PeerError
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment
@@ -56,8 +57,11 @@ def meet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Meet]:
         yield place
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    each_value([1, 2, 3, 4], [torch.bfloat16, torch.float16, torch.float32]),
+    ids=str,
+)
 def test_rows_and_pairs(pool: list[Rank], meet: Meet, size: int, dtype: torch.dtype) -> None:
     spec = ExchangeSpec(size, 6, 10, 3, dtype)
     members = pool[:size]
