@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from covering import rest
 from engine.collector import Collector
 from engine.test_engine import ask, engine, make, prompts, tokens
 from moebius.engine import constraints, prompt_scores
@@ -110,12 +111,18 @@ PER_REQUEST: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.parametrize("calls", [(1, 2, 3, 4, 6, 9, 12), rest(range(1, 13))], ids=len)
 @pytest.mark.parametrize(("owner", "name"), PER_REQUEST, ids=[name for _, name in PER_REQUEST])
 def test_an_error_at_the_nth_call_never_ends_the_engine(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    calls: Sequence[int],
 ) -> None:
     honest = getattr(owner, name)
-    for n in (1, 2, 3, 4, 6, 9, 12):  # the aborted request makes as many calls as there is time for
+    for n in calls:  # the aborted request makes as many calls as there is time for
         one = engine(tiny_model, trace=str(tmp_path / "trace.jsonl"))
         monkeypatch.setattr(owner, name, fault := RaisesAt(honest, n, ValueError("out of luck")))
         client, fired = InProcessClient(one, step_deadline=60.0), True
