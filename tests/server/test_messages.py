@@ -454,7 +454,7 @@ def test_other_errors_have_the_shape_too(live: tuple[FakeEngine, int]) -> None:
 
 
 def test_an_error_in_the_middle_of_a_stream() -> None:
-    fake = saying(REPLY)
+    fake = saying(REPLY, step_seconds=0.005)  # or it may have failed before anything was sent
     fake.fault = lambda request, step: EngineError("a secret") if step == 30 else None
     with listening(fake, tokenizer=TOKENIZER) as (port, _), client_of(port, api_key="x") as client:
         with pytest.raises(anthropic.APIStatusError) as caught:

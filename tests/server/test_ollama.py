@@ -144,6 +144,7 @@ def test_the_client_shows_the_words_of_a_refusal(client: ollama.Client) -> None:
 def test_lines_are_objects_whatever_happens(live: tuple[FakeEngine, str]) -> None:
     fake, url = live
     fake.fault = lambda request, step: EngineError("x") if step == 3 else None
+    fake.step_seconds = 0.05  # or it may have failed before anything was sent
     try:
         response = httpx.post(f"{url}/api/chat", json={"messages": ASKED})
         assert response.headers["content-type"] == "application/x-ndjson"
@@ -153,6 +154,7 @@ def test_lines_are_objects_whatever_happens(live: tuple[FakeEngine, str]) -> Non
         assert whole.status_code == 500 and "error id" in whole.json()["error"]
     finally:
         fake.fault = lambda request, step: None
+        fake.step_seconds = 0.0
 
 
 def test_thought_and_calls_are_told_apart() -> None:

@@ -441,7 +441,7 @@ def test_nothing_is_kept(client: openai.OpenAI) -> None:
 
 
 def test_an_error_in_the_middle_of_a_stream() -> None:
-    fake = saying(REPLY)
+    fake = saying(REPLY, step_seconds=0.005)  # or it may have failed before anything was sent
     fake.fault = lambda request, step: EngineError("a secret") if step == 30 else None
     with listening(fake, tokenizer=TOKENIZER) as (port, _), client_of(port) as client:
         events = list(client.responses.create(**FIELDS, stream=True))
