@@ -162,7 +162,7 @@ def test_an_engine_that_fails_says_so_and_hangs_up(
             front.hears()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.binary(max_size=30), min_size=1, max_size=3), st.booleans(), st.booleans())
 def test_frames_that_mean_nothing_end_it_with_a_typed_error(
     tiny_model: Path, frames: list[bytes], versioned: bool, launched: bool

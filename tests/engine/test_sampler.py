@@ -119,15 +119,15 @@ def test_draws_follow_the_naive_distribution(params: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(12, generator=generator) * 2
     logits[4] = logits[9]
-    count = 1500
+    count = 3000
     ones = [
         request([1, 2, 2], [3, 3, 4], seed=seed, max_tokens=20, **params) for seed in range(count)
     ]
     drawn = sample(logits.expand(count, 12), ones)
     few = sample(
-        logits.expand(100, 12), ones[:100], ReferenceOps()
+        logits.expand(300, 12), ones[:300], ReferenceOps()
     )  # which take fifty times as long
-    assert [one.token_id for one in few] == [one.token_id for one in drawn[:100]]
+    assert [one.token_id for one in few] == [one.token_id for one in drawn[:300]]
     shares = naive_shares(logits.tolist(), ones[0])
     expected = [shares.get(token, 0.0) for token in range(12)]
     observed = np.bincount([s.token_id for s in drawn if isinstance(s, Sampled)], minlength=12)
@@ -335,7 +335,7 @@ def test_nucleus_beyond_the_first_candidates() -> None:
     of them."""
     limits = ServingLimits(vocab_size=4096, max_model_len=10)
     seen = set()
-    for seed in range(2000):
+    for seed in range(4000):
         one = Request(
             EngineRequest.create(
                 "r", [1], SamplingParams(top_p=0.5, max_tokens=1), limits, arrival=0.0, seed=seed
@@ -343,7 +343,7 @@ def test_nucleus_beyond_the_first_candidates() -> None:
         )
         seen.add(draw(torch.zeros(4096), one))
     assert max(seen) < 2048
-    assert len(seen) > 1200  # of 2,048; 1,277 are expected
+    assert len(seen) > 1500
 
 
 def test_a_draw_depends_on_nothing_but_its_own_request() -> None:

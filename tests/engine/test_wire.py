@@ -114,7 +114,7 @@ def there_and_back(message: Any) -> Any:
     return wire.decode_from_engine(frame)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(requests)
 def test_a_request_comes_back_as_it_was(request: EngineRequest) -> None:
     back = there_and_back(wire.Submit(request)).request

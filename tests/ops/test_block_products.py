@@ -32,10 +32,11 @@ SHAPES += [(1, 35, 3), (1, 70, 4), (2, 9, 5), (1, 13, 8), (3, 19, 7), (1, 5, 9)]
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_level_has_the_arithmetics_bits(name: str) -> None:
     size = BLOCKS[name].elements
-    for i, (rows, outputs, blocks) in enumerate(SHAPES):
-        x = activations(rows, blocks * size, DTYPES[i % 2])
-        matrix = random_matrix(name, outputs, blocks * size)
-        assert_on_every_level(x, matrix)
+    for dtype in DTYPES:
+        for rows, outputs, blocks in SHAPES:
+            x = activations(rows, blocks * size, dtype)
+            matrix = random_matrix(name, outputs, blocks * size)
+            assert_on_every_level(x, matrix)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

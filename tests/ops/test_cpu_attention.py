@@ -199,7 +199,7 @@ def test_paged_attention(ops: CpuOps, dtype: torch.dtype) -> None:
     cache full of NaN; values of the keys' size and of others."""
     rng = random.Random(0)
     shapes = [(4, 4, 6), (8, 2, 64), (7, 1, 80), (71, 1, 64), (4, 1, 128), (1, 1, 8), (6, 3, 33)]
-    for i in range(21):
+    for i in range(42):
         case = {
             "heads": shapes[i % 7],
             "block_size": rng.choice((1, 3, 7, 8, 16, 24, 64)),

@@ -72,7 +72,7 @@ def test_what_lies_in_a_freed_block_changes_no_bit(
     backend: Ops, dtype: torch.dtype, kv_dtype: torch.dtype | None, head_dim: int
 ) -> None:
     rng = random.Random(head_dim)
-    for block_size in (1, 3, 16, 24, 64):
+    for block_size in (1, 3, 8, 16, 24, 32, 64):
         for window in rng.sample((1, 5, 17, 64, 67), 3):
             length = rng.randint(window + 1, window + 140)
             starts = [length - 1, length - rng.randint(2, 40), length - rng.randint(1, length)]

@@ -205,8 +205,8 @@ def float16_products(dtype: torch.dtype) -> dict[str, RowWise]:
 def test_a_row_does_not_know_its_neighbours(isa: str, dtype: torch.dtype, operations: Any) -> None:
     """Alone and among 1 to 69 others, in any order, on 1, 2 and 3 threads."""
     rng = random.Random(0)
-    sets = [[rng.randrange(ROWS)] for _ in range(3)]
-    counts = (2, 3, 5, 7, 8, 9, 16, 17, 31, 33, 64, 70)
+    sets = [[rng.randrange(ROWS)] for _ in range(4)]
+    counts = (2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 70)
     sets += [rng.sample(range(ROWS), n) for n in counts]
     for name, operation in operations(dtype).items():
         expected = [bits(x) for x in operation(level(isa, 1), torch.arange(ROWS))]
@@ -289,7 +289,7 @@ def test_attention_does_not_know_its_step(
         kept |= {"kv_dtype": kv_dtype, "key_offset_GN": torch.randn(shape[1:3])}
     prompt = Prompt(shape[:3], length, dtype, *shape[3:], **kept, sinks_H=sinks)
     whole = prompt.rows(level(isa, 1), 0, length, 16)
-    for i, block_size in enumerate((8, 64, 24, 1, 7)):
+    for i, block_size in enumerate((8, 64, 16, 24, 1, 3, 7)):
         cuts = sorted({0, length, *rng.sample(range(1, length), rng.randint(0, 4))})
         for start, stop in pairwise(cuts):
             out = prompt.rows(level(isa, 1 + i % 3), start, stop, block_size, others=i % 4, seed=i)
