@@ -21,6 +21,7 @@ from moebius.engine.workspace import StepRows
 from moebius.errors import MemoryPlanError
 from moebius.models.decoder import Decoder
 from moebius.ops.cache_spec import CacheSpec
+from moebius.ops.cuda import told_by_device
 from moebius.ops.steps import StateInputs, StepInputs
 
 log = logging.getLogger(__name__)
@@ -178,13 +179,9 @@ def told_of_memory(plan: MemoryPlan, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        first = " ".join(str(error).split()).partition(". ")[0]
-        free = ""
-        if device.type == "cuda":
-            left, total = torch.cuda.mem_get_info(device)
-            free = f"; {human_bytes(left)} of {human_bytes(total)} are free"
+        said = told_by_device(error, device, human_bytes)
         raise MemoryPlanError(
-            f"the device's memory is too small while the model is loaded ({first}{free}): weights "
+            f"the device's memory is too small while the model is loaded ({said}): weights "
             f"take {human_bytes(plan.weights.total)}, the KV cache "
             f"{human_bytes(plan.kv_cache + plan.states)}, steps {human_bytes(plan.workspace)}; "
             "lower --kv-cache-memory-bytes or --max-num-batched-tokens, or free memory there"

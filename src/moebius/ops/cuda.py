@@ -1,4 +1,6 @@
-"""What is said where torch finds no CUDA device, in serving and in training."""
+"""What is said where torch finds no CUDA device or too little memory, in serving and training."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -12,8 +14,23 @@ def no_cuda() -> ConfigError:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         why = "it counts none"
     except Exception as error:  # of several kinds, whose first sentence says what is wrong
-        why = " ".join(str(error).split()).partition(". ")[0]
+        why = _first_sentence(error)
     return ConfigError(
         f"--device cuda: torch finds no CUDA device ({why}); use --device cpu, or mend what torch "
         "names"
     )
+
+
+def told_by_device(
+    error: torch.OutOfMemoryError, device: torch.device, words: Callable[[int], str]
+) -> str:
+    """What was too much, and how much is free, on a CUDA device. words: a number of bytes' own."""
+    said = _first_sentence(error)
+    if device.type != "cuda":
+        return said
+    left, total = torch.cuda.mem_get_info(device)
+    return f"{said}; {words(left)} of {words(total)} are free"
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0]

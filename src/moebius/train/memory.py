@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from moebius.errors import MemoryPlanError
+from moebius.ops.cuda import told_by_device
 
 
 @contextmanager
@@ -19,14 +20,10 @@ def told_of_memory(device: torch.device, doing: str, taken: int, advice: str) ->
     try:
         yield
     except torch.OutOfMemoryError as error:
-        first = " ".join(str(error).split()).partition(". ")[0]
-        free = ""
-        if device.type == "cuda":
-            left, total = torch.cuda.mem_get_info(device)
-            free = f"; {_gib(left)} of {_gib(total)} are free"
+        said = told_by_device(error, device, _gib)
         weights = f"; weights, gradients and optimiser take {_gib(taken)}" if taken else ""
         raise MemoryPlanError(
-            f"{doing}: the device's memory is too small ({first}{free}){weights}; {advice}"
+            f"{doing}: the device's memory is too small ({said}){weights}; {advice}"
         ) from error
 
 
