@@ -8,8 +8,7 @@ valid at any moment.
     kernels       tests/gpu_kernels on it, each kernel beside plain PyTorch; without a GPU in
                   Triton's interpreter
     tiles         a linear layer with each of some sizes of tiles, for the table in
-                  moebius.ops.triton.tiles, and by torch's own product, which promise P1 does
-                  without; only where STAGES names it
+                  moebius.ops.triton.tiles
     checkpoint    the model's random weights, written to the folder of temporary files
     proof         what the engine proves of its kernels at start: cold, and with all compiled
     graphs        tokens after a prompt of 128, of one request and of 32, with CUDA graphs and
@@ -134,8 +133,7 @@ def kernels(stage: Stage) -> None:
 
 
 def tiles(stage: Stage) -> None:
-    """Seconds of a layer of one row, of a batch's and of a prompt's, by tile; and by torch's own
-    product, whose sums may go in another order for other numbers of rows: what P1 costs."""
+    """Seconds of a layer of one row, of a batch's and of a prompt's, by tile."""
     if stage.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -165,12 +163,6 @@ def tiles(stage: Stage) -> None:
                 continue
             of_tile[f"rows_{count}"] = statistics.median(walls[1:])
         stage.keep(size=size, tiles=found)
-    beside = {}
-    for count in rows:
-        x_TI = torch.randn(count, size, device=stage.device).bfloat16()
-        walls = [seconds(lambda x=x_TI: x @ weight.T, stage.device) for _ in range(6)]
-        beside[f"rows_{count}"] = statistics.median(walls[1:])
-    stage.keep(torch=beside)
 
 
 def run_tests(stage: Stage, where: str) -> None:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Tests and measurements on a machine with one CUDA device, in at most seven minutes; with STAGES=more what is left of
-# them, and with STAGES=train training's, in as many again:
+# them, with STAGES=operations each kernel's rate beside its ceiling and what promise P1 costs, and with STAGES=train
+# training's, in as many again:
 #
 #     [OUT=FOLDER] [PYTHON=PROGRAM] [WHEELS=FOLDER] [STAGES=...] benchmarks/gpu.sh [--device cpu --small]
 #
 # PYTHON is .venv's by default, or python3 where there is none.
 #
-# Stages come in the order of their worth. Each has its time limit and leaves OUT/STAGE.json (gpu.py, gpu_figures.py and
-# gpu_training.py name them), which says `"finished": false` where it was stopped; then the next begins. Returns 2 where nothing can be measured, else 1 if a stage did not finish.
+# Stages come in the order of their worth. Each has its time limit and leaves OUT/STAGE.json (gpu.py, gpu_figures.py,
+# gpu_operations.py, gpu_costs.py and gpu_training.py name them), which says `"finished": false` where it was stopped; then the next begins. Returns 2 where nothing can be measured, else 1 if a stage did not finish.
 #
 # Nothing is downloaded. What the machine's Python lacks comes from WHEELS, which gpu_wheels.py fills on a machine with a
 # package index. Without a CUDA device it ends at once; `--device cpu --small` rehearses the stages in seconds.
@@ -21,7 +22,8 @@ WHEELS=${WHEELS:-build/gpu-wheels}
 PACKAGES=build/gpu-packages
 # stage:seconds
 STAGES=${STAGES:-environment:25 checkpoint:50 proof:60 one_answer:70 figures-gpt-oss-20b:75 figures-m2:55 kernels:85}
-[ "$STAGES" = more ] && STAGES="figures-qwen3-30b:120 host-qwen3-30b:70 graphs:80 peers-m2:60 tests:60 tiles:30"
+[ "$STAGES" = more ] && STAGES="figures-qwen3-30b:120 host-qwen3-30b:70 graphs:80 peers-m2:60 tests:60"
+[ "$STAGES" = operations ] && STAGES="environment:25 operations:190 costs:160 tiles:45"
 [ "$STAGES" = train ] && STAGES="environment:25 training:150 grouped:60 claim-2:180"
 
 mkdir -p "$OUT" || exit
@@ -36,6 +38,8 @@ for stage in $STAGES; do
   echo "--- $name (at most ${stage#*:} s)"
   case $name in
     figures-* | host-* | peers-*) program=gpu_figures.py ;;
+    operations) program=gpu_operations.py ;;
+    costs) program=gpu_costs.py ;;
     training | grouped | claim-*) program=gpu_training.py ;;
     *) program=gpu.py ;;
   esac

@@ -104,16 +104,14 @@ def load(stage: Stage, name: str, **options: Any) -> Measured:
     folder = Path(tempfile.gettempdir()) / "moebius-gpu" / f"hollow-{name}-{stage.small}"
     nbytes = write_hollow(model, folder)
     start = time.perf_counter()
-    llm = LLM(
-        str(folder),
-        device=stage.device,
-        dtype="bfloat16",
-        max_model_len=512 if stage.small else max(PROMPTS) + 64,
-        max_num_seqs=8 if stage.small else max(BATCHES),
-        enable_prefix_caching=False,
-        **({"kv_cache_memory_bytes": 2**24} if stage.small else {}),
-        **options,
-    )
+    usual: dict[str, Any] = {
+        "max_model_len": 512 if stage.small else max(PROMPTS) + 64,
+        "max_num_seqs": 8 if stage.small else max(BATCHES),
+        "enable_prefix_caching": False,
+    }
+    if stage.small:
+        usual["kv_cache_memory_bytes"] = 2**24
+    llm = LLM(str(folder), device=stage.device, dtype="bfloat16", **(usual | options))
     wall = time.perf_counter() - start
     runner = llm.client._engine.runner  # nothing that serves reaches into its weights
     drawn = 0 if stage.device == "cpu" else draw_holes(runner.model)  # whose pages are a file's
@@ -176,13 +174,13 @@ def decode(measured: Measured, requests: int, prefix: str = "") -> None:
     )
 
 
-def prefill(measured: Measured, prompt: int) -> None:
+def prefill(measured: Measured, prompt: int, prefix: str = "") -> None:
     walls = [measured.generate(1, prompt, 1) for _ in range(1 + TURNS)][1:]
     wall = statistics.median(walls)
     operations = step_operations(measured.model.sizes, [Chunk(prompt, prompt)])
     measured.stage.keep(
         **{
-            f"prefill_{prompt}": {
+            f"{prefix}prefill_{prompt}": {
                 "seconds": walls,
                 "tokens_per_second": prompt / wall,
                 "operations": operations,
