@@ -243,25 +243,26 @@ def tokens_a_second(stage: Stage, who: str, products: TorchProducts) -> None:
     measured = load(stage, "m2", max_model_len=longest, **options)
     products.forget()  # weights were drawn since
     with measured.llm:
-        *first, last = [1, 2, 4] if stage.small else REQUESTS
-        for requests in first:
+        batches = (1, 2, 4) if stage.small else REQUESTS
+        for requests in batches[:-1]:
             decode(measured, requests, f"{who}_")
             keep_cost(stage, f"decode_{requests}")
         prompt = 64 if stage.small else PROMPT
         prefill(measured, prompt, f"{who}_")
         keep_cost(stage, f"prefill_{prompt}")
         keep_trace(measured, who, products)
-        decode(measured, last, f"{who}_")
-        keep_cost(stage, f"decode_{last}")
+        decode(measured, batches[-1], f"{who}_")
+        keep_cost(stage, f"decode_{batches[-1]}")
 
 
 def keep_cost(stage: Stage, what: str) -> None:
     """How much faster torch's products are, where both were measured."""
-    rates = [stage.record.get(f"{who}_{what}") for who in (OURS, "torch")]
-    if None in rates:
+    ours = stage.record.get(f"{OURS}_{what}")
+    theirs = stage.record.get(f"torch_{what}")
+    if ours is None or theirs is None:
         return
-    ours, theirs = (rate["tokens_per_second"] for rate in rates)
-    stage.keep(cost=stage.record.get("cost", {}) | {what: theirs / ours - 1})
+    faster = theirs["tokens_per_second"] / ours["tokens_per_second"] - 1
+    stage.keep(cost=stage.record.get("cost", {}) | {what: faster})
 
 
 def keep_trace(measured: Measured, who: str, products: TorchProducts) -> None:

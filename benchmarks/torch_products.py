@@ -57,6 +57,8 @@ def experts_by_torch(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, stacked: 
     """As Ops.experts, of experts with SiLU: (T, D)."""
     product = grouped_mm()
     rows, top_k = ids_TK.shape
+    if not rows:  # as in the step that warms up
+        return torch.empty_like(x_TD)
     sorted_P, order_P = ids_TK.flatten().sort()
     ends_E = torch.searchsorted(sorted_P, stacked.numbers_E, out_int32=True)
     x_PD = x_TD[order_P // top_k]
@@ -65,7 +67,7 @@ def experts_by_torch(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, stacked: 
     inner_PF = F.silu(gate_PF) * up_PF
     out_PD = product(inner_PF, stacked.down_EDF.transpose(1, 2), offs=ends_E)
     back_PD = torch.empty_like(out_PD).index_copy_(0, order_P, out_PD)
-    of_choices_TKD = back_PD.view(rows, top_k, -1)
+    of_choices_TKD = back_PD.view(rows, top_k, x_TD.shape[1])
     return torch.bmm(weights_TK.unsqueeze(1).to(x_TD.dtype), of_choices_TKD).squeeze(1)
 
 
