@@ -8,7 +8,8 @@
 # PYTHON is .venv's by default, or python3 where there is none.
 #
 # Stages come in the order of their worth. Each has its time limit and leaves OUT/STAGE.json (gpu.py, gpu_figures.py,
-# gpu_operations.py, gpu_costs.py and gpu_training.py name them), which says `"finished": false` where it was stopped; then the next begins. Returns 2 where nothing can be measured, else 1 if a stage did not finish.
+# gpu_operations.py, gpu_costs.py and gpu_training.py name them), which says `"finished": false` where it was stopped;
+# then the next begins. Returns 2 where nothing can be measured, else 1 if a stage did not finish.
 #
 # Nothing is downloaded. What the machine's Python lacks comes from WHEELS, which gpu_wheels.py fills on a machine with a
 # package index. Without a CUDA device it ends at once; `--device cpu --small` rehearses the stages in seconds.

@@ -18,14 +18,21 @@ import torch
 from torch import Tensor
 
 from bench.test_gpu import ROOT, gpu
+from moebius.engine.kv_cache import KVCache
+from moebius.engine.runner import Runner
+from moebius.engine.workspace import StepRows
+from moebius.models.store.load import load_decoder
 from moebius.ops import ExpertWeights, Matrix
 from moebius.ops.reference import ReferenceOps
+from oracle import save_tiny
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 from gpu_kernels.conftest import counted  # noqa: E402
 from gpu_kernels.interpreting import hurry  # noqa: E402
+from gpu_kernels.standing_in import StandIn  # noqa: E402
+from gpu_kernels.test_captured import steps_of  # noqa: E402
 
 BANDWIDTH = 2e9
 PEAK = 1e9
@@ -455,6 +462,45 @@ def test_torch_computes_in_place_of_kernels_and_they_compute_again_behind_it(mod
     with counted() as launched:
         ops.linear(x, prepared)
         assert launched == ["linear"] * 2 and products.replaced["linear"] == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_captured_steps_have_torchs_products_and_read_nothing_on_the_host(
+    modules: Any, tmp_path: Path
+) -> None:
+    """A stand-in for a card notes a step and plays it again; beside it the same step uncaptured."""
+    from moebius.ops.triton import TritonOps
+    from moebius.ops.triton.captured import CapturedOps
+    from moebius.ops.triton.checked import CheckedOps
+
+    # Grouped products take rows of multiples of 16 bytes alone.
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16}
+    save_tiny(tmp_path, "qwen3_moe", num_hidden_layers=1, **sizes)
+    card = StandIn()
+    products = modules.products.TorchProducts(TritonOps)
+    runners = []
+    with products.in_place(), counted() as launched:
+        for ops, rows in (
+            (CapturedOps(card), StepRows(16, 4, sequences=4, context=12)),
+            (CheckedOps(), StepRows(16, 4)),
+        ):
+            decoder = load_decoder(tmp_path, torch.bfloat16, ops=ops)
+            specs = decoder.config.caches(torch.bfloat16)
+            device = torch.device("cpu")
+            cache = KVCache(specs, ops, num_blocks=60, block_size=4, device=device)
+            runners.append(Runner(decoder, cache, device, rows))
+        captured, plain = runners
+        assert captured.programs.step.trace.recorded
+        before = dict(products.replaced)
+        steps = zip(steps_of(captured), steps_of(plain), strict=True)
+        for step, same in list(steps)[:3]:  # a prompt, three sequences, one of them
+            found = captured.execute(step).clone()
+            torch.testing.assert_close(found, plain.execute(same), rtol=2.0**-5, atol=2.0**-5)
+            torch.testing.assert_close(
+                captured.logits([0]).clone(), plain.logits([0]), rtol=2.0**-5, atol=2.0**-5
+            )
+    assert card.replays >= 2 and not {"linear", "linear_split", "gate_up", "down"} & {*launched}
+    assert {"linear", "logits", "experts"} == before.keys()
 
 
 @pytest.mark.usefixtures("seeded")
