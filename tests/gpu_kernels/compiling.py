@@ -31,7 +31,7 @@ from triton.runtime.interpreter import InterpretedFunction
 # The most shared memory that a block of threads may have, by compute capability (CUDA C++
 # Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _DTYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
