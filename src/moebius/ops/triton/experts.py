@@ -205,21 +205,19 @@ def _tiles(
     """Those of gate and up, of whose weights a step has two tiles, and those of down."""
     device = prepared.table.device
     sizes = tiles_for(device)
-    few = sizes.few
-    # With a tile of weights more, a step fewer is on its way.
-    inner = few._replace(stages=max(2, few.stages - 1))
-    if dtype.itemsize != 2:
-        return inner, few
     share = rows // len(prepared.table) if routed else rows
 
-    def sized(tile: Tile, width: int, otherwise: Tile) -> Tile:
-        tiles = rows // tile.rows * triton.cdiv(width, tile.columns)
-        return tile if enough(tiles, share / tile.rows, device, when) else otherwise
+    def sized(codes: bool, width: int, sums: int) -> Tile:
+        few, many = (sizes.sized(many=each, codes=codes, sums=sums) for each in (False, True))
+        tiles = rows // many.rows * triton.cdiv(width, many.columns)
+        fits = dtype.itemsize == 2 and enough(tiles, share / many.rows, device, when)
+        return many if fits else few
 
-    return (
-        sized(sizes.for_many(codes=prepared.inner.codes).halved, prepared.width, inner),
-        sized(sizes.for_many(codes=prepared.outer.codes), prepared.hidden, few),
-    )
+    inner = sized(prepared.inner.codes, prepared.width, 2)
+    if inner.rows == sizes.few.rows:
+        # With a tile of weights more, a step fewer is on its way.
+        inner = inner._replace(stages=max(2, inner.stages - 1))
+    return inner, sized(prepared.outer.codes, prepared.hidden, 1)
 
 
 def _gate_up(

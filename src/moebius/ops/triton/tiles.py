@@ -43,37 +43,35 @@ class Tile(NamedTuple):
     warps: int = 4
     stages: int = 4
 
-    @property
-    def halved(self) -> "Tile":
-        """With half of the columns, where they are of two weights at once."""
-        return self._replace(columns=self.columns // 2)
-
 
 class Tiles(NamedTuple):
     """What a card's products are computed with.
 
-    few    whatever the number of rows
-    many   many rows of numbers of 16 bits. Weights that are codes take registers to be widened in:
-           of those it has no more than CODE_COLUMNS columns.
+    few            whatever the number of rows
+    many           many rows of numbers of 16 bits
+    code_columns   the most columns of weights that are codes, which take registers to be widened
+                   in: fewer where each warp widens all of them for itself, as before 9.0
     """
 
     few: Tile
     many: Tile
+    code_columns: int
 
-    def for_many(self, *, codes: bool) -> Tile:
-        columns = min(self.many.columns, CODE_COLUMNS) if codes else self.many.columns
-        return self.many._replace(columns=columns)
+    def sized(self, *, many: bool, codes: bool, sums: int = 1) -> Tile:
+        """That for many rows or for few, by what its weights are and how many sums it keeps."""
+        tile = self.many if many else self.few
+        most = (self.code_columns if codes else self.many.columns) // sums
+        return tile._replace(columns=min(tile.columns, most))
 
 
-CODE_COLUMNS = 128
 # By the least compute capability, as 10 * major + minor. Of 8.6, 8.9 and 12.x a block of threads
 # has 99 KiB, of 8.0 163 KiB, of 9.0 and 10.x 227 KiB.
 TILES: dict[int, Tiles] = {
-    80: Tiles(Tile(), Tile(128, 128, 64, 8, 4)),
-    86: Tiles(Tile(stages=3), Tile(128, 128, 64, 8, 3)),
-    90: Tiles(Tile(), Tile(128, 256, 64, 8, 4)),
-    100: Tiles(Tile(), Tile(128, 256, 64, 8, 4)),
-    120: Tiles(Tile(stages=3), Tile(128, 128, 64, 8, 3)),
+    80: Tiles(Tile(), Tile(128, 128, 64, 8, 4), 64),
+    86: Tiles(Tile(stages=3), Tile(128, 128, 64, 8, 3), 64),
+    90: Tiles(Tile(), Tile(128, 256, 64, 8, 4), 128),
+    100: Tiles(Tile(), Tile(128, 256, 64, 8, 4), 128),
+    120: Tiles(Tile(stages=3), Tile(128, 128, 64, 8, 3), 64),
 }
 # What has tiles for many rows.
 SIZED = frozenset(
