@@ -20,7 +20,7 @@ from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.steps import Rotation, Step, StepInputs
 from moebius.ops.triton import linear
 from moebius.ops.triton.kernels import attention as kernels
-from moebius.ops.triton.kernels import store
+from moebius.ops.triton.store import rotated_and_stored
 from moebius.ops.triton.tiles import ManyRows, SizedOps, enough
 from moebius.ops.triton.weights import DTYPES
 
@@ -34,8 +34,6 @@ ROWS_IN_PARTS = 16
 # What the parts of splits may take at a time. More of them are made, and joined, one launch after
 # the other; a tile whose parts alone take more has one program, which gives the same bits.
 PARTS_BYTES = 2**27
-# Heads' values that one program stores at once.
-_VALUES_AT_ONCE = 1024
 _LOG2_E = math.log2(math.e)
 # Products and sums are fused where the kernels say so: what the compiler makes of the same lines
 # in another kernel, or beside others, is another row's bits.
@@ -61,7 +59,7 @@ class Sizes(NamedTuple):
 
     def heads(self, share: int) -> int:
         """Query heads in a tile, of `share` that have one key head."""
-        return min(triton.next_power_of_2(share), self.entries)
+        return min(1 << (share - 1).bit_length(), self.entries)
 
     def rows(self, share: int) -> int:
         """Rows in a tile."""
@@ -222,7 +220,7 @@ class AttentionOps(SizedOps):
                 qkv_TI, rotation, cache, slot_mapping_T, q_norm_N, k_norm_N, eps, heads
             )
         norms = (q_norm_N, k_norm_N, eps)
-        return _store(qkv_TI, rotation, held, slot_mapping_T, norms, heads)
+        return rotated_and_stored(qkv_TI, rotation, held, slot_mapping_T, norms, heads)
 
     def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
         """The parts of splits; what else is allocated lives as long as a step's activations."""
@@ -254,80 +252,6 @@ class AttentionOps(SizedOps):
         scores = _Scores(scale, softcap, sinks_H, bias_HR)
         _check_shapes(q_THN, held, scores)
         return _attend(q_THN.contiguous(), held, planned, scores, self.many_rows)
-
-
-def _query_heads(width: int, half: int, held: ReferenceCache, heads: HeadRows) -> int:
-    """How many there are in a row of `width`. Raises ValueError for one that does not go with the
-    cache."""
-    key_heads, key_size = held.k.shape[2:]
-    value_size = held.v.shape[3]
-    q_width, _, _ = heads.sizes(width, key_heads, key_size, value_size)
-    q_heads, over = divmod(q_width, 2 * key_size if heads.gated else key_size)
-    unlike = heads.keys_as_values and key_size != value_size
-    if q_width < 0 or over or 2 * half > key_size or unlike:
-        raise ValueError(
-            f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
-            f"values of {key_heads} key heads of {key_size} values"
-        )
-    return q_heads
-
-
-def _store(
-    qkv_TI: Tensor,
-    rotation: Rotation,
-    held: ReferenceCache,
-    slots_T: Tensor,
-    norms: tuple[Tensor | None, Tensor | None, float],
-    heads: HeadRows,
-) -> Tensor:
-    rows, width = qkv_TI.shape
-    key_heads, key_size = held.k.shape[2:]
-    value_size = held.v.shape[3]
-    half = rotation.cos_TR.shape[1]
-    q_heads = _query_heads(width, half, held, heads)
-    key_tile = triton.next_power_of_2(key_size)
-    value_tile = triton.next_power_of_2(value_size)
-    heads_in_tile = max(1, _VALUES_AT_ONCE // max(key_tile, value_tile))
-    q_tiles = -(-q_heads // heads_in_tile)
-    key_tiles = 0 if heads.queries_alone else -(-key_heads // heads_in_tile)
-    out = qkv_TI.new_empty((rows, q_heads, key_size))
-    x = qkv_TI if qkv_TI.stride(1) == 1 else qkv_TI.contiguous()
-    k_scale, v_scale = held.scales or (None, None)
-    if rows and q_tiles + key_tiles:
-        store.rotate_and_store[(rows, q_tiles + 2 * key_tiles)](
-            x,
-            x.stride(0),
-            rotation.cos_TR.contiguous(),
-            rotation.sin_TR.contiguous(),
-            *norms,
-            slots_T,
-            held.key_offset,
-            out,
-            held.k,
-            held.v,
-            k_scale,
-            v_scale,
-            q_heads,
-            key_heads,
-            q_tiles,
-            key_tiles,
-            held.k.stride(0),
-            held.v.stride(0),
-            0 if k_scale is None else k_scale.stride(0),
-            KEY_SIZE=key_size,
-            VALUE_SIZE=value_size,
-            KEY_TILE=key_tile,
-            VALUE_TILE=value_tile,
-            HALF=half,
-            BLOCK_SIZE=held.block_size,
-            INTERLEAVED=rotation.interleaved,
-            Q_STEP=2 * key_size if heads.gated else key_size,
-            TURNED_FIRST=heads.turned_first,
-            KEYS_AS_VALUES=heads.keys_as_values,
-            NORMED_VALUES=heads.normed_values,
-            HEADS=heads_in_tile,
-        )
-    return out
 
 
 class _Scores(NamedTuple):

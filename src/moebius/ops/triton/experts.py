@@ -154,12 +154,9 @@ class ExpertOps(SizedOps):
         out = torch.empty((rows, prepared.hidden), dtype=x_TD.dtype, device=x_TD.device)
         if rows:
             x = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-            inside, outside = (
-                _Launch.of(rows, tile, prepared, order)
-                for tile in _tiles(rows, x.dtype, prepared, order is not None, self.many_rows)
-            )
-            _gate_up(x, inner, prepared, inside, top_k)
-            _down(inner, out, prepared, outside)
+            tiles = _tiles(rows, x.dtype, prepared, order is not None, self.many_rows)
+            _gate_up(x, inner, prepared, _Launch.of(rows, tiles[0], prepared, order), top_k)
+            _down(inner, out, prepared, _Launch.of(rows, tiles[1], prepared, order))
         return out
 
 
@@ -208,7 +205,8 @@ def _tiles(
     share = rows // len(prepared.table) if routed else rows
 
     def sized(codes: bool, width: int, sums: int) -> Tile:
-        few, many = (sizes.sized(many=each, codes=codes, sums=sums) for each in (False, True))
+        few = sizes.sized(many=False, codes=codes, sums=sums)
+        many = sizes.sized(many=True, codes=codes, sums=sums)
         tiles = rows // many.rows * triton.cdiv(width, many.columns)
         fits = dtype.itemsize == 2 and enough(tiles, share / many.rows, device, when)
         return many if fits else few

@@ -265,20 +265,10 @@ def _more_keys(
         scale_S = block_S * scale_block + inner_S
         its = tl.load(k_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
         scores = scores * its[None, :]
-    if shift_M is not None:
-        scores = scores + shift_M[:, None]
-    unit = scale
-    if softcap is not None or bias is not None:
-        scores = scores * scale
-        unit = 1.0
-    if softcap is not None:
-        # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
-        scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
-    if bias is not None:
-        far = tl.minimum(tl.maximum(at_S[None, :] - position_M[:, None], -reach), reach)
-        its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
-        sees = _sees(at_S, held_S, low_M, high_M)
-        scores += tl.load(its_bias, mask=sees, other=0.0) * _LOG2_E
+    scores, unit = _scored(
+        scores, at_S, held_S, shift_M, low_M, high_M, position_M, head_M, bias, scale, softcap,
+        reach,
+    )  # fmt: skip
     if partly:
         scores = tl.where(_sees(at_S, held_S, low_M, high_M), scores, float("-inf"))
 
@@ -296,6 +286,29 @@ def _more_keys(
     weights = narrow(weights, WEIGHTS)
     acc = dot(weights, value, acc * kept_M[:, None])
     return acc, best_M, total_M
+
+
+@triton.jit
+def _scored(
+    scores, at_S, held_S, shift_M, low_M, high_M, position_M, head_M, bias, scale, softcap, reach
+):  # fmt: skip
+    """Scores, capped, and with what is added for each distance; and what they are yet to be
+    multiplied with."""
+    unit = scale
+    if shift_M is not None:
+        scores = scores + shift_M[:, None]
+    if softcap is not None or bias is not None:
+        scores = scores * scale
+        unit = 1.0
+    if softcap is not None:
+        # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
+        scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
+    if bias is not None:
+        far = tl.minimum(tl.maximum(at_S[None, :] - position_M[:, None], -reach), reach)
+        its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
+        sees = _sees(at_S, held_S, low_M, high_M)
+        scores += tl.load(its_bias, mask=sees, other=0.0) * _LOG2_E
+    return scores, unit
 
 
 @triton.jit
