@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_kernels.compiling import launches
+from gpu_kernels.compiling import assert_compile, launches
 from gpu_kernels.conftest import DEVICE
 from gpu_kernels.test_attention import Drawn
 from gpu_kernels.test_linear import OPS, random_weight
 from moebius.ops import ExpertWeights, Matrix, Weight
-from moebius.ops.triton import TritonOps, attention, linear, tiles
+from moebius.ops.triton import TritonOps, attention, experts, linear, tiles
 from moebius.ops.triton.linear import TritonLinear
 from moebius.ops.triton.tiles import TILES, ManyRows, enough, generation, tiles_for
 from moebius.ops.triton.weights import stored
@@ -182,6 +182,36 @@ def test_which_tiles_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiles of 32 rows, by four heads of each.
     assert attended(65) == {"attend_in_order": {64, 128}, "attend_split": {64}}
     assert attended(64) == {"attend_in_order": {64}, "attend_split": {64}}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
+@pytest.mark.parametrize("entry", [80, 90])
+def test_tiles_for_many_rows_compile(entry: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sizes of real models, of plain numbers and of codes, with sums that are split and
+    without."""
+    monkeypatch.setattr("moebius.ops.triton.experts._require_held", lambda *_, **__: None)
+    for module in (linear, experts):
+        monkeypatch.setattr(module, "tiles_for", lambda _: TILES[entry])
+    ops = TritonOps()
+    ops.many_rows = ManyRows.ALWAYS
+    x = torch.zeros(256, 2048, dtype=torch.bfloat16)
+    ids = torch.zeros(256, 2, dtype=torch.int64)
+    with launches() as seen:
+        for name in ("plain", "q4_k", "mxfp4_planes"):
+            weight = random_weight(name, 256, 2048) if name != "plain" else x
+            for few_tiles in (0, linear.FEW_TILES):
+                monkeypatch.setattr(linear, "FEW_TILES", few_tiles)
+                ops.linear(x, ops.prepare_linear((weight, None), dtype=x.dtype))
+            outer = random_weight(name, 2048, 256) if name != "plain" else x.T.contiguous()
+            weights = ExpertWeights([weight] * 2, [weight] * 2, [outer] * 2)
+            held = ops.prepare_experts(weights, "silu", x.dtype)
+            ops.experts(x, torch.zeros(256, 2), ids, held)
+        for heads in ((32, 4, 128, 128), (64, 8, 64, 64)):
+            Drawn.of([(1100, 100)], heads, x.dtype).attend(ops, 0.1, window=1024)
+    large = [each for each in seen if each.constants.get("M") == 128]
+    assert {each.name for each in large} == {"linear", "gate_up", "down", "attend_in_order"}
+    assert_compile(large, capabilities=[entry])
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q6_k"])
