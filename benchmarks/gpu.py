@@ -139,19 +139,21 @@ def tiles(stage: Stage) -> None:
     import torch
 
     from moebius.ops.triton import TritonOps, linear
-    from moebius.ops.triton.tiles import Tile, tile_for
+    from moebius.ops.triton.tiles import Tile, Tiles, tiles_for
 
     size = 64 if stage.small else 4096
     rows = (1, 3) if stage.small else (1, 16, 512, 4096)
     ops = TritonOps()
-    weight = torch.randn(size, size, device=stage.device).bfloat16()
-    ours = tile_for(weight.device)
-    wanted = [ours, *(Tile(64, 128, 64, warps, stages) for warps in (4, 8) for stages in (3, 4))]
-    wanted += [Tile(128, 128, 32, 8, 4), Tile(64, 64, 128, 4, 3), Tile(64, 64, 32, 4, 4)]
+    weight = torch.randn(4 * size, size, device=stage.device).bfloat16()
+    linear.FEW_TILES = 0  # whose sums are not split
+    ours = tiles_for(weight.device)
+    wanted = [ours.few, ours.many, Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 4, 4)]
+    wanted += [Tile(128, columns, 64, 8, stages) for columns in (128, 256) for stages in (3, 4)]
+    wanted += [Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(64, 64, 128, 4, 3)]
     found: list[dict[str, Any]] = []
-    for tile in wanted[:2] if stage.small else wanted:
-        linear.tile_for = lambda _, tile=tile: tile
-        of_tile: dict[str, Any] = {"tile": tile._asdict(), "in_use": tile == ours}
+    for tile in wanted[:2] if stage.small else dict.fromkeys(wanted):
+        linear.tiles_for = lambda _, tile=tile: Tiles(tile, tile, tile.columns)
+        of_tile: dict[str, Any] = {"tile": tile._asdict(), "in_use": tile in ours}
         found.append(of_tile)
         layers = ops.prepare_linear((weight, None))
         for count in rows:
@@ -162,7 +164,7 @@ def tiles(stage: Stage) -> None:
                 of_tile[f"rows_{count}"] = type(error).__name__
                 continue
             of_tile[f"rows_{count}"] = statistics.median(walls[1:])
-        stage.keep(size=size, tiles=found)
+        stage.keep(shape=list(weight.shape), tiles=found)
 
 
 def run_tests(stage: Stage, where: str) -> None:

@@ -15,7 +15,8 @@ stream takes, some microseconds, of which a graph takes less. The calls of a rou
 weights, caches and states, which are more than the card's cache holds; so they come from memory, as
 in a step. Rows are the same in all of them, as a step's lie in the cache, too.
 
-Operations are computed as in a captured step: nothing is looked at on the host. Their sizes are
+Operations are computed as in a captured step: nothing is looked at on the host; and prompts' with
+the tiles for many rows, as on a card where these hold. Their sizes are
 those of Qwen3-30B-A3B, gpt-oss-20b, Qwen3.5-35B-A3B and GLM-4.7-Flash (gpu_cases.py), in the order
 of their worth. --small takes small ones of these kinds, in Triton's interpreter: a rehearsal, whose
 figures mean nothing.
@@ -71,8 +72,11 @@ def inputs(stage: Stage) -> Inputs:
     if stage.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     from moebius.ops.triton import TritonOps
+    from moebius.ops.triton.tiles import ManyRows
 
     class CapturedOps(TritonOps):
+        many_rows = ManyRows.WHERE_ENOUGH
+
         def looks(self) -> bool:
             return False
 

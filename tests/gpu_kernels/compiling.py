@@ -31,7 +31,7 @@ from triton.runtime.interpreter import InterpretedFunction
 # The most shared memory that a block of threads may have, by compute capability (CUDA C++
 # Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _DTYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -119,9 +119,11 @@ def _type(value: Any) -> tuple[str, bool]:
     return "fp32", False
 
 
-def assert_compile(seen: Sequence[Launch], *modules: ModuleType) -> None:
-    """All of `seen` compile for all of SHARED_BYTES and fit there; and no kernel of `modules` that
-    others may launch is missing."""
+def assert_compile(
+    seen: Sequence[Launch], *modules: ModuleType, capabilities: Sequence[int] = (*SHARED_BYTES,)
+) -> None:
+    """All of `seen` compile for these of SHARED_BYTES and fit there; and no kernel of `modules`
+    that others may launch is missing."""
     named = {(each.module, each.name) for each in seen}
     every = {
         (module.__name__, name)
@@ -133,7 +135,7 @@ def assert_compile(seen: Sequence[Launch], *modules: ModuleType) -> None:
     assert every <= named, f"not launched: {sorted(every - named)}"
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, Path(__file__)],
+            [sys.executable, Path(__file__), *map(str, capabilities)],
             input=json.dumps([dataclasses.asdict(each) for each in seen]),
             env=_environment() | {"TRITON_CACHE_DIR": cache},
             capture_output=True,
@@ -182,7 +184,7 @@ def _constant(value: Any) -> Any:
 def _main() -> int:
     failed = 0
     for each in json.load(sys.stdin):
-        for capability in SHARED_BYTES:
+        for capability in map(int, sys.argv[1:]):
             wrong = _compile(Launch(**each), capability)
             if wrong is not None:
                 failed += 1

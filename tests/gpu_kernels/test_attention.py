@@ -18,7 +18,7 @@ from moebius.ops.cache_spec import CacheSpec, key_value_spec, latent_spec
 from moebius.ops.capability import Feature, Operation, Use
 from moebius.ops.interface import Ops
 from moebius.ops.reference import ReferenceOps
-from moebius.ops.steps import StepInputs
+from moebius.ops.steps import Rotation, StepInputs
 from moebius.ops.triton import TritonOps, attention
 from moebius.ops.triton.kernels import attention as kernels
 
@@ -77,10 +77,11 @@ class Drawn:
         firsts: Sequence[int] | None = None,
         whole: bool = False,
         block_size: int = 16,
+        written_by: Ops = REF,
         **options: Any,
     ) -> Tensor:
         """In a cache in random places that is NaN wherever nothing is written, and in whose tables
-        blocks that no row sees are nowhere."""
+        blocks that no row sees are nowhere. written_by: who writes keys and values there."""
         _, kv_heads, key_size = self.k[0].shape
         dtype = self.q[0].dtype
         if spec is None:
@@ -95,7 +96,7 @@ class Drawn:
             [[0] * len(k) for k in self.k], [0] * len(tables), tables, block_size
         )
         slots = written.slot_mapping.to(DEVICE)
-        cache.write(torch.cat(list(self.k)), torch.cat(list(self.v)), slots)
+        write(written_by, cache, torch.cat(list(self.k)), torch.cat(list(self.v)), slots)
         unseen = written.block_table_host[:]
         for b in range(len(tables)):
             first = firsts[b] if firsts else 0
@@ -116,6 +117,24 @@ class Drawn:
         )
         plan = ops.plan_attention(step, block_size, window)
         return ops.paged_attention(torch.cat(list(self.q)), cache, plan, scale, **options)
+
+
+def write(ops: Ops, cache: Any, k_TGN: Tensor, v_TGN: Tensor, slots_T: Tensor) -> None:
+    """Keys and values as they are; of latents, keys that hold their values."""
+    if ops is REF:
+        cache.write(k_TGN, v_TGN, slots_T)
+        return
+    none = torch.empty(len(slots_T), 0, device=DEVICE)
+    still = Rotation(none, none)
+    rows_TI = torch.cat([k_TGN, v_TGN], 2).flatten(1)
+    assert k_TGN.shape[1] == 1
+    if cache.shared:
+        size = v_TGN.shape[2]
+        ones = torch.ones(size, device=DEVICE)
+        queries = k_TGN.new_empty(len(slots_T), 0, k_TGN.shape[2])
+        ops.rotate_and_store_latent(queries, k_TGN.flatten(1), still, cache, slots_T, ones, 1e-6)
+    else:
+        ops.rotate_and_store(rows_TI, still, cache, slots_T)
 
 
 def assert_attends(drawn: Drawn, scale: float, **options: Any) -> None:
@@ -239,11 +258,12 @@ def test_what_a_row_does_not_see_is_nothing_to_it(
     that its window has passed, but not that of the row before."""
     drawn = Drawn.of([(70, 20)], (2, 1, 16, 24), dtype)
     spec = None if kept is None else key_value_spec(1, 16, kept, 24)
-    clean = drawn.attend(OPS, 0.25, spec=spec, window=30)
+    options: dict[str, Any] = {"spec": spec, "window": 30, "written_by": OPS}
+    clean = drawn.attend(OPS, 0.25, **options)
     for plane, key in product(("k", "v"), (55, 25)):
         broken = getattr(drawn, plane)[0].clone()
         broken[key, 0, 3] = bad
-        found = replace(drawn, **{plane: [broken]}).attend(OPS, 0.25, spec=spec, window=30)
+        found = replace(drawn, **{plane: [broken]}).attend(OPS, 0.25, **options)
         # Rows are the positions 50 to 69.
         sees = torch.tensor([key <= at < key + 30 for at in range(50, 70)])
         assert torch.equal(found[~sees], clean[~sees])
@@ -252,14 +272,15 @@ def test_what_a_row_does_not_see_is_nothing_to_it(
             assert not found[sees].isfinite().flatten(1).all(1).any()
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_latents_that_a_row_does_not_see_are_nothing_to_it(bad: float) -> None:
+@pytest.mark.parametrize(("bad", "at"), [(torch.nan, 3), (torch.inf, 3), (torch.nan, 20)])
+def test_latents_that_a_row_does_not_see_are_nothing_to_it(bad: float, at: int) -> None:
     drawn = Drawn.of([(70, 20)], (6, 1, 24, 16), torch.float32)
     spec = latent_spec(16, 8, torch.float32)
     keys = drawn.k[0]
-    clean = replace(drawn, v=[keys[..., :16]]).attend(OPS, 0.2, spec=spec)
-    keys[55, 0, 3] = bad
-    found = replace(drawn, v=[keys[..., :16]]).attend(OPS, 0.2, spec=spec)
+    options: dict[str, Any] = {"spec": spec, "written_by": OPS}
+    clean = replace(drawn, v=[keys[..., :16]]).attend(OPS, 0.2, **options)
+    keys[55, 0, at] = bad
+    found = replace(drawn, v=[keys[..., :16]]).attend(OPS, 0.2, **options)
     assert torch.equal(found[:5], clean[:5]) and not found[5:].isfinite().flatten(1).all(1).any()
 
 
@@ -285,9 +306,10 @@ def test_tiles_of_a_step() -> None:
     tiles = plan.of_rows(2)
     assert tiles.in_parts.tolist() == [[0, 0, 2, 63, 128, 0], [0, 2, 1, 65, 129, 2]]
     assert (tiles.splits, tiles.rows_in_parts, tiles.most_rows) == (2, 3, 2)
-    in_order = tiles.in_order[:, :5].tolist()
-    assert in_order[:2] == [[1, 3, 1, 0, 11], [3, 4, 2, 37, 102]]
-    assert in_order[-1] == [3, 20, 1, 53, 117] and len(in_order) == 10
+    assert tiles.in_order[:, :5].tolist() == [[1, 3, 1, 0, 11]]
+    chunks = tiles.chunks[:, :5].tolist()
+    assert chunks[0] == [3, 4, 2, 37, 102]
+    assert chunks[-1] == [3, 20, 1, 53, 117] and len(chunks) == 9
     assert tiles is plan.of_rows(2)
 
 

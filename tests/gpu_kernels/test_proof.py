@@ -35,8 +35,9 @@ from moebius.models.store.load import Loader, load_decoder
 from moebius.ops.capability import Operation, Use
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.steps import StepInputs
-from moebius.ops.triton import TritonOps
+from moebius.ops.triton import TritonOps, linear
 from moebius.ops.triton.checked import CheckedOps
+from moebius.ops.triton.tiles import ManyRows
 from oracle import save_tiny
 
 FEW = ProofSizes(long=12, step=8, sequences=3)
@@ -141,6 +142,35 @@ def test_each_broken_kernel_is_found_and_falls_back(
     assert len(lines) == 4 and all("plain PyTorch computes it" in line for line in lines)
     assert not any("\n" in line for line in lines)
     assert_computes_as_the_reference(tmp_path, ops)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_tiles_for_many_rows_are_used_where_their_bits_are_those_for_few(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of linear layers are broken: they alone are named, and none is used; what computes few
+    rows is right, and proven."""
+    save_tiny(tmp_path, "qwen3_moe", vocab_size=300)
+    in_order = linear._in_order
+
+    def another_bit(x: Tensor, launch: Any, out: Tensor, dtype: torch.dtype) -> None:
+        in_order(x, launch, out, dtype)
+        if launch.many is None:
+            bits = out.view(torch.int16 if out.element_size() == 2 else torch.int32)
+            bits ^= 1
+
+    if broken:
+        monkeypatch.setattr(linear, "_in_order", another_bit)
+    ops = CheckedOps()
+    assert ops.many_rows is ManyRows.NEVER
+    with caplog.at_level(logging.INFO):
+        proof = proof_of(tmp_path, ops, torch.bfloat16)
+    assert proof.holds and not proof.failed
+    assert ops.many_rows is (ManyRows.NEVER if broken else ManyRows.WHERE_ENOUGH)
+    lines = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert len(lines) == (2 if broken else 0)  # logits are linear's, too
+    assert all("prompts are computed with those for few" in line for line in lines)
+    assert proof.few_alone.keys() <= {Operation.LINEAR, Operation.LOGITS}
 
 
 def assert_computes_as_the_reference(directory: Path, ops: CheckedOps) -> None:

@@ -31,6 +31,7 @@ from moebius.ops.steps import StateInputs, StepInputs
 from moebius.ops.triton.checked import METHODS, CheckedOps
 from moebius.ops.triton.inspector import Inspector
 from moebius.ops.triton.sampling_proof import sampling_failure
+from moebius.ops.triton.tiles import SIZED, ManyRows
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +61,15 @@ class ProofSizes:
 class Proof:
     """What was found: operations that fell back and why, and how long it took.
 
-    reason: why nothing was proven at all.
+    reason     why nothing was proven at all
+    few_alone  why tiles for many rows are not used, by operation
     """
 
     operations: frozenset[Operation] = frozenset()
     failed: dict[Operation, str] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
+    few_alone: dict[Operation, str] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -84,6 +87,13 @@ class Proof:
         if self.reason:
             log.warning("kernels are not used on this card: %s", self.reason)
             return
+        for operation, reason in self.few_alone.items():
+            log.warning(
+                "the kernel for %s failed on this card with tiles for many rows: %s; prompts are "
+                "computed with those for few",
+                operation,
+                reason,
+            )
         log.info(
             "%d of %d operations were proven on this card, in %.1f s",
             len(self.operations - self.failed.keys()),
@@ -138,6 +148,8 @@ def prove(
     for operation, reason in failed.items():
         ops.fall_back(operation, reason)
     ops.prove(proof.operations)
+    if not (proof.reason or proof.few_alone or proof.failed.keys() & SIZED):
+        ops.many_rows = ManyRows.WHERE_ENOUGH
     proof.tell()
     return proof
 
@@ -184,11 +196,26 @@ class Attempt:
             return Proof(reason="an encoder's layers have not been proven on any")
         model = _some_layers(self._decoder, self._ops, self._loader, self._weights)
         schedule = Schedule.of(self._decoder, self._kv_dtype, self._sizes)
+        proof = self._try(model, schedule, few_alone=False)
+        if proof.failed.keys() & SIZED:
+            # Whatever it was, it may be the tiles for many rows.
+            again = self._try(model, schedule, few_alone=True)
+            again.few_alone = {
+                operation: reason
+                for operation, reason in proof.failed.items()
+                if operation not in again.failed
+            }
+            proof = again
+        return proof
+
+    def _try(self, model: Decoder, schedule: "Schedule", *, few_alone: bool) -> Proof:
         device = self._loader.device
-        self._trial = Trial(model, schedule, device, self._block_size, self._kv_dtype)
-        self._trial.inspector.abandoned |= self._abandoned
-        failed = self._trial.run()
-        return Proof(self._trial.operations, failed)
+        self._trial = None  # whose cache makes room
+        trial = Trial(model, schedule, device, self._block_size, self._kv_dtype, few_alone)
+        self._trial = trial
+        trial.inspector.abandoned |= self._abandoned
+        failed = trial.run()
+        return Proof(trial.operations, failed)
 
 
 def require_idle(device: torch.device, at: str, seconds: float = IDLE_SECONDS) -> None:
@@ -277,7 +304,11 @@ class Schedule:
 
 
 class Trial:
-    """A schedule's tokens through a model, all at once and step by step."""
+    """A schedule's tokens through a model, all at once and step by step.
+
+    Products have tiles for few rows and for many: with the latter, but where there are to be the
+    former alone, all is computed at once, and every other step.
+    """
 
     def __init__(
         self,
@@ -286,8 +317,12 @@ class Trial:
         device: torch.device,
         block_size: int,
         kv_dtype: torch.dtype | None,
+        few_alone: bool = False,
     ) -> None:
         self._model = model
+        self._sizes = [ManyRows.ALWAYS, ManyRows.NEVER]
+        if few_alone:
+            self._sizes = [ManyRows.NEVER, ManyRows.NEVER]
         self._schedule = schedule
         self._device = device
         self._lengths = schedule.lengths
@@ -320,10 +355,12 @@ class Trial:
         ops = self._model.ops
         assert isinstance(ops, CheckedOps)
         whole = tuple(enumerate(self._lengths))
+        ops.many_rows = self._sizes[0]
         logits_LV = self._step(ops, whole, [0] * len(whole), 0)
         self.inspector.compare()
         computed = [0] * len(whole)
-        for step in self._schedule.steps:
+        for number, step in enumerate(self._schedule.steps, 1):
+            ops.many_rows = self._sizes[number % 2]
             self._step(ops, step, computed, 1)
             for sequence, rows in step:
                 computed[sequence] += rows

@@ -16,12 +16,12 @@ from moebius.ops.cache_spec import CacheSpec
 from moebius.ops.capability import Operation
 from moebius.ops.config import PLAIN_HEADS, HeadRows
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
-from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.steps import Rotation, Step, StepInputs
 from moebius.ops.triton import linear
 from moebius.ops.triton.kernels import attention as kernels
-from moebius.ops.triton.kernels import store
+from moebius.ops.triton.store import rotated_and_stored
+from moebius.ops.triton.tiles import ManyRows, SizedOps, enough
 from moebius.ops.triton.weights import DTYPES
 
 OPERATIONS = frozenset({Operation.ROTATE_AND_STORE, Operation.PAGED_ATTENTION})
@@ -34,9 +34,10 @@ ROWS_IN_PARTS = 16
 # What the parts of splits may take at a time. More of them are made, and joined, one launch after
 # the other; a tile whose parts alone take more has one program, which gives the same bits.
 PARTS_BYTES = 2**27
-# Heads' values that one program stores at once.
-_VALUES_AT_ONCE = 1024
 _LOG2_E = math.log2(math.e)
+# Products and sums are fused where the kernels say so: what the compiler makes of the same lines
+# in another kernel, or beside others, is another row's bits.
+_AS_WRITTEN = {"enable_fp_fusion": False}
 
 
 def computes(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
@@ -56,19 +57,24 @@ class Sizes(NamedTuple):
     warps: int
     stages: int
 
+    def heads(self, share: int) -> int:
+        """Query heads in a tile, of `share` that have one key head."""
+        return min(1 << (share - 1).bit_length(), self.entries)
+
+    def rows(self, share: int) -> int:
+        """Rows in a tile."""
+        return self.entries // self.heads(share)
+
 
 def sizes_of(key_size: int, value_size: int, dtype: torch.dtype) -> Sizes:
     """For heads of these sizes: no more registers than two sums of values leave, and no more shared
     memory than 99 KiB, what a block of threads of the smaller chips since Ampere has.
 
-    One size serves prompts and decodes, so that a row is computed by the same instructions. A
-    decode leaves most of a tile empty: its products are still faster than its keys come.
+    A decode leaves most of a tile empty: its products are still faster than its keys come.
     """
     widest = max(key_size, value_size)
-    if widest <= 64:
+    if widest <= 128:
         found = Sizes(entries=64, keys=64, warps=4, stages=2)
-    elif widest <= 128:
-        found = Sizes(entries=64, keys=64, warps=8, stages=2)
     elif widest <= 256:
         found = Sizes(entries=32, keys=32, warps=8, stages=2)
     else:
@@ -76,6 +82,17 @@ def sizes_of(key_size: int, value_size: int, dtype: torch.dtype) -> Sizes:
     if dtype == torch.float32:
         found = found._replace(keys=max(16, found.keys // 2), stages=1)
     return found
+
+
+def sizes_for_many(sizes: Sizes, dtype: torch.dtype) -> Sizes:
+    """For prompts' rows, which fill larger tiles and so read a key for more of them at once.
+
+    A row is computed by the same instructions: there are as many warps more as there are entries,
+    each with all keys of its own entries, and keys are tiled alike.
+    """
+    if sizes.entries < 64 or dtype.itemsize != 2:
+        return sizes
+    return sizes._replace(entries=2 * sizes.entries, warps=2 * sizes.warps)
 
 
 def key_tiles(size: int) -> tuple[int, int]:
@@ -90,13 +107,15 @@ def key_tiles(size: int) -> tuple[int, int]:
 class Tiles(NamedTuple):
     """Tiles of a step's rows, (P, 6) int32 each, as kernels/attention.py reads them.
 
-    in_order        one program goes through all splits
-    in_parts        a program each
+    chunks          of sequences with many rows; one program goes through all splits
+    in_order        of those with few, which have one split
+    in_parts        of those with few and several splits, which have a program each
     splits          the most that one of `in_parts` has
     rows_in_parts   of all of `in_parts` together
     most_rows       of one of them
     """
 
+    chunks: Tensor
     in_order: Tensor
     in_parts: Tensor
     splits: int
@@ -167,13 +186,15 @@ def _tiles(step: StepInputs, seen_T3: Tensor, rows: int) -> Tiles:
     low_P = seen_T3[first_P, 0].long()
     high_P = seen_T3[first_P + count_P - 1, 1].long()
     splits_P = -(-high_P // SPLIT) - low_P // SPLIT
-    parted_P = (rows_B[sequence_P] <= ROWS_IN_PARTS) & (splits_P > 1)
+    few_P = rows_B[sequence_P] <= ROWS_IN_PARTS
+    parted_P = few_P & (splits_P > 1)
     parted_count_P = count_P.where(parted_P, 0)
     part_row_P = parted_count_P.cumsum(0) - parted_count_P
     columns = (sequence_P, first_P, count_P, low_P, high_P, part_row_P)
     tiles_P6 = torch.stack(columns, dim=1).int()
     return Tiles(
-        tiles_P6[~parted_P].to(step.device),
+        tiles_P6[~few_P].to(step.device),
+        tiles_P6[few_P & ~parted_P].to(step.device),
         tiles_P6[parted_P].to(step.device),
         int(splits_P.where(parted_P, 0).amax()) if len(splits_P) else 0,
         int(parted_count_P.sum()),
@@ -181,7 +202,7 @@ def _tiles(step: StepInputs, seen_T3: Tensor, rows: int) -> Tiles:
     )
 
 
-class AttentionOps(ReferenceOps):
+class AttentionOps(SizedOps):
     def rotate_and_store(
         self,
         qkv_TI: Tensor,
@@ -199,7 +220,7 @@ class AttentionOps(ReferenceOps):
                 qkv_TI, rotation, cache, slot_mapping_T, q_norm_N, k_norm_N, eps, heads
             )
         norms = (q_norm_N, k_norm_N, eps)
-        return _store(qkv_TI, rotation, held, slot_mapping_T, norms, heads)
+        return rotated_and_stored(qkv_TI, rotation, held, slot_mapping_T, norms, heads)
 
     def scratch_bytes(self, widest: int, spec: CacheSpec, block_size: int, context: int) -> int:
         """The parts of splits; what else is allocated lives as long as a step's activations."""
@@ -230,81 +251,7 @@ class AttentionOps(ReferenceOps):
             return super().paged_attention(q_THN, cache, plain, scale, softcap, sinks_H, bias_HR)
         scores = _Scores(scale, softcap, sinks_H, bias_HR)
         _check_shapes(q_THN, held, scores)
-        return _attend(q_THN.contiguous(), held, planned, scores)
-
-
-def _query_heads(width: int, half: int, held: ReferenceCache, heads: HeadRows) -> int:
-    """How many there are in a row of `width`. Raises ValueError for one that does not go with the
-    cache."""
-    key_heads, key_size = held.k.shape[2:]
-    value_size = held.v.shape[3]
-    q_width, _, _ = heads.sizes(width, key_heads, key_size, value_size)
-    q_heads, over = divmod(q_width, 2 * key_size if heads.gated else key_size)
-    unlike = heads.keys_as_values and key_size != value_size
-    if q_width < 0 or over or 2 * half > key_size or unlike:
-        raise ValueError(
-            f"{width} columns, rotated in {half} pairs a head, are not the queries, keys and "
-            f"values of {key_heads} key heads of {key_size} values"
-        )
-    return q_heads
-
-
-def _store(
-    qkv_TI: Tensor,
-    rotation: Rotation,
-    held: ReferenceCache,
-    slots_T: Tensor,
-    norms: tuple[Tensor | None, Tensor | None, float],
-    heads: HeadRows,
-) -> Tensor:
-    rows, width = qkv_TI.shape
-    key_heads, key_size = held.k.shape[2:]
-    value_size = held.v.shape[3]
-    half = rotation.cos_TR.shape[1]
-    q_heads = _query_heads(width, half, held, heads)
-    key_tile = triton.next_power_of_2(key_size)
-    value_tile = triton.next_power_of_2(value_size)
-    heads_in_tile = max(1, _VALUES_AT_ONCE // max(key_tile, value_tile))
-    q_tiles = -(-q_heads // heads_in_tile)
-    key_tiles = 0 if heads.queries_alone else -(-key_heads // heads_in_tile)
-    out = qkv_TI.new_empty((rows, q_heads, key_size))
-    x = qkv_TI if qkv_TI.stride(1) == 1 else qkv_TI.contiguous()
-    k_scale, v_scale = held.scales or (None, None)
-    if rows and q_tiles + key_tiles:
-        store.rotate_and_store[(rows, q_tiles + 2 * key_tiles)](
-            x,
-            x.stride(0),
-            rotation.cos_TR.contiguous(),
-            rotation.sin_TR.contiguous(),
-            *norms,
-            slots_T,
-            held.key_offset,
-            out,
-            held.k,
-            held.v,
-            k_scale,
-            v_scale,
-            q_heads,
-            key_heads,
-            q_tiles,
-            key_tiles,
-            held.k.stride(0),
-            held.v.stride(0),
-            0 if k_scale is None else k_scale.stride(0),
-            KEY_SIZE=key_size,
-            VALUE_SIZE=value_size,
-            KEY_TILE=key_tile,
-            VALUE_TILE=value_tile,
-            HALF=half,
-            BLOCK_SIZE=held.block_size,
-            INTERLEAVED=rotation.interleaved,
-            Q_STEP=2 * key_size if heads.gated else key_size,
-            TURNED_FIRST=heads.turned_first,
-            KEYS_AS_VALUES=heads.keys_as_values,
-            NORMED_VALUES=heads.normed_values,
-            HEADS=heads_in_tile,
-        )
-    return out
+        return _attend(q_THN.contiguous(), held, planned, scores, self.many_rows)
 
 
 class _Scores(NamedTuple):
@@ -335,41 +282,101 @@ def _check_shapes(q_THN: Tensor, held: ReferenceCache, scores: _Scores) -> None:
         )
 
 
-def _compiled_in(held: ReferenceCache, sizes: Sizes) -> dict[str, int | bool]:
-    """What kernels/attention.py is compiled for, but for the heads in a tile."""
-    key_size = held.k.shape[3]
-    value_size = held.v.shape[3]
-    main, rest = key_tiles(key_size)
-    return {
-        "KEY_SIZE": key_size,
-        "VALUE_SIZE": value_size,
-        "KEY_MAIN": main,
-        "KEY_REST": rest,
-        "VALUE_TILE": max(16, triton.next_power_of_2(value_size)),
-        "BLOCK_SIZE": held.block_size,
-        "VALUE_STEP": key_size if held.shared else value_size,
-        "SHARED": held.shared and main == value_size,
-        "M": sizes.entries,
-        "KEYS": sizes.keys,
-        "SPLIT": SPLIT,
-        "num_warps": sizes.warps,
-        "num_stages": sizes.stages,
-    }
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attention:
+    """What all launches of one attention share: what they read, and where results go.
+
+    share: query heads of a key head.
+    """
+
+    reads: dict[str, object]
+    held: ReferenceCache
+    sinks_H: Tensor | None
+    share: int
+    out: Tensor
+
+    def groups(self, sizes: Sizes) -> int:
+        """Programs of a tile of rows: each has query heads of one key head."""
+        return self.held.k.shape[2] * -(-self.share // sizes.heads(self.share))
+
+    def given(self, sizes: Sizes) -> dict[str, object]:
+        """What is read, and what kernels/attention.py is compiled for."""
+        held = self.held
+        key_size = held.k.shape[3]
+        value_size = held.v.shape[3]
+        main, rest = key_tiles(key_size)
+        return {
+            **self.reads,
+            "KEY_SIZE": key_size,
+            "VALUE_SIZE": value_size,
+            "KEY_MAIN": main,
+            "KEY_REST": rest,
+            "VALUE_TILE": max(16, triton.next_power_of_2(value_size)),
+            "BLOCK_SIZE": held.block_size,
+            "VALUE_STEP": key_size if held.shared else value_size,
+            "SHARED": held.shared and main == value_size,
+            "M": sizes.entries,
+            "HEADS": sizes.heads(self.share),
+            "KEYS": sizes.keys,
+            "SPLIT": SPLIT,
+            "num_warps": sizes.warps,
+            "num_stages": sizes.stages,
+            **_AS_WRITTEN,
+        }
+
+    def in_order(self, tiles_P6: Tensor, sizes: Sizes) -> None:
+        if len(tiles_P6):
+            kernels.attend_in_order[(len(tiles_P6), self.groups(sizes))](
+                **self.given(sizes), tiles=tiles_P6, sinks=self.sinks_H, out=self.out
+            )
+
+    def in_parts(self, tiles: Tiles, sizes: Sizes, at_once: int) -> None:
+        """So many tiles at a time."""
+        rows = min(tiles.rows_in_parts, at_once * tiles.most_rows)
+        shape = (rows, self.out.shape[1], tiles.splits)
+        part_acc = self.out.new_empty((*shape, self.out.shape[2]), dtype=torch.float32)
+        part_sums = self.out.new_empty((*shape, 2), dtype=torch.float32)
+        for some in torch.split(tiles.in_parts, at_once):
+            kernels.attend_split[(len(some), self.groups(sizes), tiles.splits)](
+                **self.given(sizes), tiles=some, part_acc=part_acc, part_sums=part_sums
+            )
+            _join(part_acc, part_sums, some, tiles, self.sinks_H, self.out)
 
 
-def _attend(q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scores) -> Tensor:
+def _attend(
+    q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scores, when: ManyRows
+) -> Tensor:
+    share = q_THN.shape[1] // held.k.shape[2]
+    out = q_THN.new_empty((*q_THN.shape[:2], held.v.shape[3]))
+    attention = _Attention(_reads(q_THN, held, plan, scores), held, scores.sinks_H, share, out)
+    few = sizes_of(held.k.shape[3], held.v.shape[3], q_THN.dtype)
+    tiles = plan.of_rows(few.rows(share))
+    attention.in_order(tiles.in_order, few)
+    at_once = _tiles_at_once(tiles, out)
+    if at_once:
+        attention.in_parts(tiles, few, at_once)
+    else:
+        attention.in_order(tiles.in_parts, few)
+    if len(tiles.chunks):
+        many = sizes_for_many(few, q_THN.dtype)
+        larger = plan.of_rows(many.rows(share)).chunks
+        if enough(len(larger) * attention.groups(many), 1.0, q_THN.device, when):
+            attention.in_order(larger, many)
+        else:
+            attention.in_order(tiles.chunks, few)
+    return out
+
+
+def _reads(
+    q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scores
+) -> dict[str, object]:
     heads = q_THN.shape[1]
     key_heads = held.k.shape[2]
-    share = heads // key_heads
-    sizes = sizes_of(held.k.shape[3], held.v.shape[3], q_THN.dtype)
-    heads_in_tile = min(triton.next_power_of_2(share), sizes.entries)
-    tiles = plan.of_rows(sizes.entries // heads_in_tile)
-    groups = key_heads * -(-share // heads_in_tile)
     k_scale, v_scale = held.scales or (None, None)
     softcap = scores.softcap
     # All of a query's scores may be more or less by the same, where nothing else joins them.
     shifts = softcap is None and scores.sinks_H is None
-    reads = {
+    return {
         "q": q_THN,
         "k": held.k,
         "v": held.v,
@@ -388,23 +395,8 @@ def _attend(q_THN: Tensor, held: ReferenceCache, plan: TritonPlan, scores: _Scor
         "v_block": held.v.stride(0),
         "scale_block": 0 if k_scale is None else k_scale.stride(0),
         "key_heads": key_heads,
-        "share": share,
-        "HEADS": heads_in_tile,
-        **_compiled_in(held, sizes),
+        "share": heads // key_heads,
     }
-    out = q_THN.new_empty((*q_THN.shape[:2], held.v.shape[3]))
-    whole = [tiles.in_order]
-    at_once = _tiles_at_once(tiles, out)
-    if at_once:
-        _attend_in_parts(reads, tiles, groups, scores.sinks_H, out, at_once)
-    else:
-        whole.append(tiles.in_parts)
-    for each in whole:
-        if len(each):
-            kernels.attend_in_order[(len(each), groups)](
-                **reads, tiles=each, sinks=scores.sinks_H, out=out
-            )
-    return out
 
 
 def _tiles_at_once(tiles: Tiles, out: Tensor) -> int:
@@ -412,25 +404,6 @@ def _tiles_at_once(tiles: Tiles, out: Tensor) -> int:
     heads, value_size = out.shape[1:]
     floats = tiles.most_rows * heads * tiles.splits * (value_size + 2)
     return min(len(tiles.in_parts), PARTS_BYTES // (4 * floats)) if floats else 0
-
-
-def _attend_in_parts(
-    reads: dict[str, object],
-    tiles: Tiles,
-    groups: int,
-    sinks_H: Tensor | None,
-    out: Tensor,
-    at_once: int,
-) -> None:
-    rows = min(tiles.rows_in_parts, at_once * tiles.most_rows)
-    shape = (rows, out.shape[1], tiles.splits)
-    part_acc = out.new_empty((*shape, out.shape[2]), dtype=torch.float32)
-    part_sums = out.new_empty((*shape, 2), dtype=torch.float32)
-    for some in torch.split(tiles.in_parts, at_once):
-        kernels.attend_split[(len(some), groups, tiles.splits)](
-            **reads, tiles=some, part_acc=part_acc, part_sums=part_sums
-        )
-        _join(part_acc, part_sums, some, tiles, sinks_H, out)
 
 
 def _join(
@@ -454,4 +427,5 @@ def _join(
         VALUE_TILE=max(16, triton.next_power_of_2(value_size)),
         SPLIT=SPLIT,
         num_warps=1,
+        **_AS_WRITTEN,
     )

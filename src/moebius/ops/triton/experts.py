@@ -15,8 +15,7 @@ from moebius.ops.reference.experts import ReferenceExperts
 from moebius.ops.steps import ExpertWeights
 from moebius.ops.triton.kernels import experts as kernels
 from moebius.ops.triton.linear import DTYPE_OF
-from moebius.ops.triton.looking import LookingOps
-from moebius.ops.triton.tiles import Tile, tile_for
+from moebius.ops.triton.tiles import ManyRows, SizedOps, Tile, enough, tiles_for
 from moebius.ops.triton.weights import (
     DTYPES,
     PLAIN,
@@ -69,7 +68,7 @@ class _Sorted:
     starts: Tensor
 
 
-class ExpertOps(LookingOps):
+class ExpertOps(SizedOps):
     """Experts whose weights are in formats of weights.READ, one for gate and up and one for down;
     others, and those that are trained, plain PyTorch widens for each product."""
 
@@ -155,15 +154,15 @@ class ExpertOps(LookingOps):
         out = torch.empty((rows, prepared.hidden), dtype=x_TD.dtype, device=x_TD.device)
         if rows:
             x = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-            launch = _Launch.of(rows, prepared, order)
-            _gate_up(x, inner, prepared, launch, top_k)
-            _down(inner, out, prepared, launch)
+            tiles = _tiles(rows, x.dtype, prepared, order is not None, self.many_rows)
+            _gate_up(x, inner, prepared, _Launch.of(rows, tiles[0], prepared, order), top_k)
+            _down(inner, out, prepared, _Launch.of(rows, tiles[1], prepared, order))
         return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Launch:
-    """What both products of a feed-forward are launched with.
+    """What a product of a feed-forward is launched with.
 
     tiles            of rows, the most that there may be
     tile             what they are computed with
@@ -178,26 +177,45 @@ class _Launch:
     constants: dict[str, object]
 
     @classmethod
-    def of(cls, rows: int, prepared: TritonExperts, order: _Sorted | None) -> "_Launch":
-        experts = len(prepared.table)
-        tile = tile_for(prepared.table.device)
+    def of(cls, rows: int, tile: Tile, prepared: TritonExperts, order: _Sorted | None) -> "_Launch":
         constants = {
             "BIAS": prepared.bias,
             "ROUTED": order is not None,
-            "EXPERTS": triton.next_power_of_2(experts),
+            "EXPERTS": triton.next_power_of_2(len(prepared.table)),
             "M": tile.rows,
             "N": tile.columns,
             "K": tile.depth,
             "num_warps": tile.warps,
-            # A step of theirs has two tiles of weights.
-            "num_stages": max(2, tile.stages - 1),
+            "num_stages": tile.stages,
         }
         if order is None:
             tiles = triton.cdiv(rows, tile.rows)
             return cls(rows, tiles, prepared.table, prepared.table, tile, constants)
         # Each expert's last tile may hold but one row.
-        tiles = min(rows, rows // tile.rows + experts)
+        tiles = min(rows, rows // tile.rows + len(prepared.table))
         return cls(rows, tiles, order.starts, order.order, tile, constants)
+
+
+def _tiles(
+    rows: int, dtype: torch.dtype, prepared: TritonExperts, routed: bool, when: ManyRows
+) -> tuple[Tile, Tile]:
+    """Those of gate and up, of whose weights a step has two tiles, and those of down."""
+    device = prepared.table.device
+    sizes = tiles_for(device)
+    share = rows // len(prepared.table) if routed else rows
+
+    def sized(codes: bool, width: int, sums: int) -> Tile:
+        few = sizes.sized(many=False, codes=codes, sums=sums)
+        many = sizes.sized(many=True, codes=codes, sums=sums)
+        tiles = rows // many.rows * triton.cdiv(width, many.columns)
+        fits = dtype.itemsize == 2 and enough(tiles, share / many.rows, device, when)
+        return many if fits else few
+
+    inner = sized(prepared.inner.codes, prepared.width, 2)
+    if inner.rows == sizes.few.rows:
+        # With a tile of weights more, a step fewer is on its way.
+        inner = inner._replace(stages=max(2, inner.stages - 1))
+    return inner, sized(prepared.outer.codes, prepared.hidden, 1)
 
 
 def _gate_up(

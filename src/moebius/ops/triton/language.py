@@ -60,6 +60,12 @@ def rounded(x, like):
 
 
 @triton.jit
+def unlike_numbers(x):
+    """1 for NaN and infinities, 0 for all else."""
+    return (~(tl.abs(x) < float("inf"))).to(tl.int32)
+
+
+@triton.jit
 def tanh(x):
     """The hyperbolic tangent of float32, to some units in the last place, near 0 too."""
     size = tl.abs(x)

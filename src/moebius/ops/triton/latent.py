@@ -124,6 +124,7 @@ def _store(
         INTERLEAVED=rotation.interleaved,
         HALF=_lanes(half),
         REST=_lanes(rest),
+        KEY=_lanes(width - len(norm_C)),
         BLOCK=triton.next_power_of_2(len(norm_C)),
     )
 

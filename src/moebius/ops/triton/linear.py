@@ -1,7 +1,8 @@
 """Rows of tables and linear layers by Triton kernels."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 import torch
@@ -14,8 +15,7 @@ from moebius.ops.formats import dtype_name
 from moebius.ops.prepared import PreparedLinear, own
 from moebius.ops.reference.linear import ReferenceLinear, plain_dtype
 from moebius.ops.triton.kernels import linear as kernels
-from moebius.ops.triton.looking import LookingOps
-from moebius.ops.triton.tiles import Tile, tile_for
+from moebius.ops.triton.tiles import ManyRows, SizedOps, Tile, enough, tiles_for
 from moebius.ops.triton.weights import (
     DTYPES,
     PLAIN,
@@ -61,6 +61,7 @@ class _Launch:
     bias     the dtype of their biases, empty for none
     split    how many numbers are summed by themselves; 0: all
     tile     what it is computed with
+    many     the same with the tile for many rows
     """
 
     stored: Stored
@@ -69,6 +70,7 @@ class _Launch:
     bias: str
     split: int
     tile: Tile
+    many: "_Launch | None" = None
 
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
         """What the kernels of products are compiled for."""
@@ -82,6 +84,15 @@ class _Launch:
         """Whether each split has a program of its own."""
         nbytes = 4 * rows * width * triton.cdiv(columns, self.split or columns)
         return self.split > 0 and rows <= FEW_ROWS and nbytes <= PARTS_BYTES
+
+    def of_rows(self, rows: int, dtype: torch.dtype, when: ManyRows) -> "_Launch":
+        """With the tile for so many rows of this dtype."""
+        many = self.many
+        if many is None or dtype.itemsize != 2:
+            return self
+        filled = rows / many.tile.rows
+        tiles = math.ceil(filled) * len(many.tiles)
+        return many if enough(tiles, filled, self.tiles.device, when) else self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +115,7 @@ class TritonLinear(PreparedLinear):
         return self.held.is_of(_tensors(layers))
 
 
-class LinearOps(LookingOps):
+class LinearOps(SizedOps):
     """Products of rows in weights.DTYPES with the formats of weights.READ; weights in others,
     and those that are trained, plain PyTorch widens for each product."""
 
@@ -186,10 +197,11 @@ class LinearOps(LookingOps):
         x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
         for launch in layers.launches:
             dtype = computed_in(x.dtype, launch.weight, wide=wide)
-            if launch.in_parts(rows, columns, out.shape[1]):
+            sized = launch.of_rows(rows, dtype, self.many_rows)
+            if sized is launch and launch.in_parts(rows, columns, out.shape[1]):
                 _in_parts(x, launch, out, dtype)
             else:
-                _in_order(x, launch, out, dtype)
+                _in_order(x, sized, out, dtype)
         for at, layer in layers.others:
             found = super().logits(x, layer) if wide else super().linear(x, layer)
             out[:, at : at + found.shape[1]] = found
@@ -285,7 +297,18 @@ def _kind(weight: Weight, bias: Tensor | None) -> tuple[Stored | None, str]:
 def _launch(
     kind: Stored, bias: str, layers: Sequence[tuple[int, Layer]], device: torch.device
 ) -> _Launch:
-    tile = tile_for(device)
+    """Sums are split as the tile for few rows asks for it, whichever computes them."""
+    sizes = tiles_for(device)
+    weight = layers[0][1][0]
+    few = _columns(layers, sizes.few)
+    split = SPLIT if len(few) <= FEW_TILES and weight.shape[1] >= LONG else 0
+    tile = sizes.sized(many=True, codes=kind.codes, sums=2 if split else 1)
+    many = _Launch(kind, _columns(layers, tile).to(device), weight, bias, split, tile)
+    return replace(many, tiles=few.to(device), tile=sizes.few, many=many)
+
+
+def _columns(layers: Sequence[tuple[int, Layer]], tile: Tile) -> Tensor:
+    """What the kernel reads of each tile of columns."""
     tiles = []
     for column, (weight, bias_O) in layers:
         planes = addresses(weight)
@@ -295,7 +318,4 @@ def _launch(
             (*planes, row, min(size - row, tile.columns), biases, column + row)
             for row in range(0, size, tile.columns)
         ]
-    table = torch.tensor(tiles, dtype=torch.int64).view(-1, 6).to(device)
-    weight = layers[0][1][0]
-    split = SPLIT if len(tiles) <= FEW_TILES and weight.shape[1] >= LONG else 0
-    return _Launch(kind, table, weight, bias, split, tile)
+    return torch.tensor(tiles, dtype=torch.int64).view(-1, 6)

@@ -189,9 +189,9 @@ class StaticStep(StepInputs):
         if window is not None:
             splits = min(splits, window // SPLIT + 2)
         none = tiles_P6[:0]
-        tiles = Tiles(tiles_P6, none, 0, 0, 0)
+        tiles = Tiles(none, tiles_P6, none, 0, 0, 0)
         if splits > 1:
-            tiles = Tiles(none, tiles_P6, splits, len(rows), 1)
+            tiles = Tiles(none, none, tiles_P6, splits, len(rows), 1)
         return StaticPlan(self, block_size, window, seen_T3, seen_T3, static=tiles)
 
     def state_plan(self) -> StatePlan:

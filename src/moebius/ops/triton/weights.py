@@ -15,8 +15,9 @@ from moebius.ops.weights import Matrix, Weight
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What numbers that are not codes may be stored in.
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
+_PLAIN_NAMES = frozenset(map(dtype_name, PLAIN))
 _BYTES = ("q8_0", "q4_k", "q6_k", "mxfp4")
-READ = frozenset({*map(dtype_name, PLAIN), *_BYTES, "mxfp4_planes", "fp8"})
+READ = frozenset({*_PLAIN_NAMES, *_BYTES, "mxfp4_planes", "fp8"})
 """Formats whose kernels are ours, by their names without parameters."""
 # What is loaded two bytes at a time.
 _IN_PAIRS = ("q8_0", "q6_k")
@@ -41,6 +42,11 @@ class Stored(NamedTuple):
     scale: str = ""
     scale_rows: int = 0
     scale_columns: int = 0
+
+    @property
+    def codes(self) -> bool:
+        """They are no plain numbers, and widened where they are read."""
+        return self.format not in _PLAIN_NAMES
 
     def constants(self) -> dict[str, object]:
         """What is compiled into a kernel, as they call it."""

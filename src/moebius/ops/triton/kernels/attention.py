@@ -6,6 +6,9 @@ finds in all of them is joined from the first to the last, by the same operation
 program goes through all splits, or a program takes each of them and another joins the parts: so
 either may serve a row. All of the scores are in units of log 2.
 
+A weight of 0 times a value that is not finite would be no number: none is in the cache, whose keys
+say so in its place (kernels/store.py).
+
 Numbers that differ from step to step are not specialised, so that all steps run one program.
 
 A tile has M entries, of `HEADS` query heads each: entry m is head m % HEADS of row m // HEADS.
@@ -36,20 +39,26 @@ def attend_in_order(
     group, row_M, head_M, inside_M = _entries(first_row, rows, share, M, HEADS)
     low_M, high_M, position_M = _seen(rows_seen, row_M, inside_M)
     main, rest = _queries(q, row_M, head_M, inside_M, heads, KEY_SIZE, KEY_MAIN, KEY_REST)
-    shift_M = _shift(main, rest, key_offset, group, KEY_SIZE, KEY_MAIN, KEY_REST)
-    acc = tl.zeros((M, VALUE_TILE), tl.float32)
-    best_M = tl.full((M,), float("-inf"), tl.float32)
-    total_M = tl.zeros((M,), tl.float32)
-    for split in span(low // SPLIT, (high + SPLIT - 1) // SPLIT):
-        part_acc, part_best_M, part_total_M = _split(
+    shift_M = None
+    if key_offset is not None:
+        shift_M = _shift(main, rest, key_offset, group, KEY_SIZE, KEY_MAIN, KEY_REST)
+    all_from, all_to = _seen_by_all(low_M, high_M, low, high)
+    acc, best_M, total_M = _nothing(M, VALUE_TILE)
+    part_acc, part_best_M, part_total_M = _nothing(M, VALUE_TILE)
+    # One loop over all tiles of keys, so that those of the next split are on their way already.
+    for first in span(low // KEYS * KEYS, high, KEYS):
+        if first % SPLIT == 0:
+            acc, best_M, total_M = _join(acc, best_M, total_M, part_acc, part_best_M, part_total_M)
+            part_acc, part_best_M, part_total_M = _nothing(M, VALUE_TILE)
+        part_acc, part_best_M, part_total_M = _more_keys(
+            part_acc, part_best_M, part_total_M, first, low, high, all_from, all_to,
             main, rest, shift_M, low_M, high_M, position_M, head_M, group,
-            tl.maximum(low, split * SPLIT), tl.minimum(high, split * SPLIT + SPLIT),
             k, v, k_scale, v_scale, bias, table + sequence * table_width,
             scale, softcap, reach, k_block, v_block, scale_block, key_heads,
             KEY_SIZE, VALUE_SIZE, KEY_MAIN, KEY_REST, VALUE_TILE, BLOCK_SIZE,
             VALUE_STEP, SHARED, M, KEYS,
         )  # fmt: skip
-        acc, best_M, total_M = _join(acc, best_M, total_M, part_acc, part_best_M, part_total_M)
+    acc, best_M, total_M = _join(acc, best_M, total_M, part_acc, part_best_M, part_total_M)
     _finish(
         acc, best_M, total_M, sinks, row_M, head_M, inside_M, out, heads, VALUE_SIZE, VALUE_TILE
     )
@@ -69,16 +78,23 @@ def attend_split(
     group, row_M, head_M, inside_M = _entries(first_row, rows, share, M, HEADS)
     low_M, high_M, position_M = _seen(rows_seen, row_M, inside_M)
     main, rest = _queries(q, row_M, head_M, inside_M, heads, KEY_SIZE, KEY_MAIN, KEY_REST)
-    shift_M = _shift(main, rest, key_offset, group, KEY_SIZE, KEY_MAIN, KEY_REST)
+    shift_M = None
+    if key_offset is not None:
+        shift_M = _shift(main, rest, key_offset, group, KEY_SIZE, KEY_MAIN, KEY_REST)
     split = low // SPLIT + tl.program_id(2)
-    acc, best_M, total_M = _split(
-        main, rest, shift_M, low_M, high_M, position_M, head_M, group,
-        tl.maximum(low, split * SPLIT), tl.minimum(high, split * SPLIT + SPLIT),
-        k, v, k_scale, v_scale, bias, table + sequence * table_width,
-        scale, softcap, reach, k_block, v_block, scale_block, key_heads,
-        KEY_SIZE, VALUE_SIZE, KEY_MAIN, KEY_REST, VALUE_TILE, BLOCK_SIZE,
-        VALUE_STEP, SHARED, M, KEYS,
-    )  # fmt: skip
+    begin = tl.maximum(low, split * SPLIT)
+    end = tl.minimum(high, split * SPLIT + SPLIT)
+    all_from, all_to = _seen_by_all(low_M, high_M, low, high)
+    acc, best_M, total_M = _nothing(M, VALUE_TILE)
+    for first in span(begin // KEYS * KEYS, end, KEYS):
+        acc, best_M, total_M = _more_keys(
+            acc, best_M, total_M, first, low, high, all_from, all_to,
+            main, rest, shift_M, low_M, high_M, position_M, head_M, group,
+            k, v, k_scale, v_scale, bias, table + sequence * table_width,
+            scale, softcap, reach, k_block, v_block, scale_block, key_heads,
+            KEY_SIZE, VALUE_SIZE, KEY_MAIN, KEY_REST, VALUE_TILE, BLOCK_SIZE,
+            VALUE_STEP, SHARED, M, KEYS,
+        )  # fmt: skip
     inside_M = inside_M & (split * SPLIT < high)
     part_M = (part_row + row_M - first_row) * heads + head_M
     part_M = part_M * tl.num_programs(2) + tl.program_id(2)
@@ -105,9 +121,7 @@ def join_splits(
     inside_1 = tl.program_id(2) + one < rows
     at = tl.arange(0, VALUE_TILE)
     mask = inside_1[:, None] & (at < VALUE_SIZE)[None, :]
-    acc = tl.zeros((1, VALUE_TILE), tl.float32)
-    best_1 = tl.full((1,), float("-inf"), tl.float32)
-    total_1 = tl.zeros((1,), tl.float32)
+    acc, best_1, total_1 = _nothing(1, VALUE_TILE)
     part_1 = ((part_row + row_1 - first_row) * heads + head_1) * splits
     for _i in span(0, (high + SPLIT - 1) // SPLIT - low // SPLIT):
         its_acc = tl.load(
@@ -181,119 +195,131 @@ def _shift(
     main, rest, key_offset, group, KEY_SIZE: tl.constexpr, KEY_MAIN: tl.constexpr,
     KEY_REST: tl.constexpr,
 ):  # fmt: skip
-    """Each query's product with what keys are held less, or zeros."""
-    shift_M = tl.sum(tl.zeros_like(main).to(tl.float32), 1)
-    if key_offset is not None:
-        at = tl.arange(0, KEY_MAIN)
+    """Each query's product with what keys are held less."""
+    at = tl.arange(0, KEY_MAIN)
+    offset = tl.load(key_offset + group * KEY_SIZE + at, mask=at < KEY_SIZE, other=0.0)
+    shift_M = tl.sum(main.to(tl.float32) * offset[None, :], 1)
+    if KEY_REST > 0:
+        at = KEY_MAIN + tl.arange(0, KEY_REST)
         offset = tl.load(key_offset + group * KEY_SIZE + at, mask=at < KEY_SIZE, other=0.0)
-        shift_M = tl.sum(main.to(tl.float32) * offset[None, :], 1)
-        if KEY_REST > 0:
-            at = KEY_MAIN + tl.arange(0, KEY_REST)
-            offset = tl.load(key_offset + group * KEY_SIZE + at, mask=at < KEY_SIZE, other=0.0)
-            shift_M += tl.sum(rest.to(tl.float32) * offset[None, :], 1)
+        shift_M += tl.sum(rest.to(tl.float32) * offset[None, :], 1)
     return shift_M
 
 
 @triton.jit
-def _split(
-    main, rest, shift_M, low_M, high_M, position_M, head_M, group, begin, end,
+def _nothing(M: tl.constexpr, VALUE_TILE: tl.constexpr):
+    """What was found where no key was seen: sums of values, best scores, sums of weights."""
+    acc = tl.zeros((M, VALUE_TILE), tl.float32)
+    return acc, tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+
+
+@triton.jit
+def _seen_by_all(low_M, high_M, low, high):
+    """The keys that all rows see, of those that see any."""
+    all_from = tl.maximum(tl.max(low_M, 0), low)
+    all_to = tl.min(tl.where(high_M > low_M, high_M, 0x7FFFFFFF), 0)
+    return all_from, tl.minimum(all_to, high)
+
+
+@triton.jit
+def _sees(at_S, held_S, low_M, high_M):
+    """Which keys each row sees, (M, S)."""
+    sees = (at_S[None, :] >= low_M[:, None]) & (at_S[None, :] < high_M[:, None])
+    return sees & held_S[None, :]
+
+
+@triton.jit
+def _more_keys(
+    acc, best_M, total_M, first, low, high, all_from, all_to,
+    main, rest, shift_M, low_M, high_M, position_M, head_M, group,
     k, v, k_scale, v_scale, bias, blocks, scale, softcap, reach, k_block, v_block, scale_block,
     key_heads, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_MAIN: tl.constexpr,
     KEY_REST: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     VALUE_STEP: tl.constexpr, SHARED: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Over the keys from `begin` to before `end`: the sum of values by weights 2^(score - best),
-    the best score, and the sum of the weights. Nothing else of the cache is read."""
+    """With a tile of keys from `first` on: the sum of values by weights 2^(score - best), the best
+    score, and the sum of the weights. Of the cache nothing is read that is not between `low` and
+    `high`.
+
+    What a row does not see is looked at only where there is such a thing, which changes no bit of
+    what it does see.
+    """
     # Weights times scales of codes may be too small for a float16.
     WEIGHTS: tl.constexpr = (
         tl.bfloat16 if v_scale is not None and main.dtype == tl.float16 else main.dtype
     )
-    # Keys that all rows see, of those that see any.
-    all_from = tl.max(low_M, 0)
-    all_to = tl.min(tl.where(high_M > low_M, high_M, 0x7FFFFFFF), 0)
-    acc = tl.zeros((M, VALUE_TILE), tl.float32)
-    best_M = tl.full((M,), float("-inf"), tl.float32)
-    total_M = tl.zeros((M,), tl.float32)
-    for first in span(begin // KEYS * KEYS, end, KEYS):
-        at_S = first + tl.arange(0, KEYS)
-        held_S = (at_S >= begin) & (at_S < end)
-        block_S = tl.load(blocks + at_S // BLOCK_SIZE, mask=held_S, other=0).to(tl.int64)
-        # What is nowhere is not read, whoever asks for it.
-        held_S = held_S & (block_S >= 0)
-        inner_S = at_S % BLOCK_SIZE * key_heads + group
-        k_S = k + block_S * k_block + inner_S * KEY_SIZE
-        key_main = _keys(k_S, held_S, 0, KEY_SIZE, KEY_MAIN, main.dtype)
-        scores = dot(main, key_main, tl.zeros((M, KEYS), tl.float32))
-        if KEY_REST > 0:
-            key_rest = _keys(k_S, held_S, KEY_MAIN, KEY_SIZE, KEY_REST, main.dtype)
-            scores = dot(rest, key_rest, scores)
-        if k_scale is not None:
-            scale_S = block_S * scale_block + inner_S
-            its = tl.load(k_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
-            scores = scores * its[None, :]
-        sees = (at_S[None, :] >= low_M[:, None]) & (at_S[None, :] < high_M[:, None])
-        sees = sees & held_S[None, :]
-        far = at_S[None, :] - position_M[:, None]
-        scores = (scores + shift_M[:, None]) * scale
-        scores = _scored(scores, sees, far, head_M, bias, softcap, reach)
+    partly = (first < all_from) | (first + KEYS > all_to)
+    at_S = first + tl.arange(0, KEYS)
+    held_S = (at_S >= low) & (at_S < high)
+    block_S = tl.load(blocks + at_S // BLOCK_SIZE, mask=held_S, other=0).to(tl.int64)
+    # What is nowhere is not read, whoever asks for it.
+    held_S = held_S & (block_S >= 0)
+    inner_S = at_S % BLOCK_SIZE * key_heads + group
+    k_S = k + block_S * k_block + inner_S * KEY_SIZE
+    key_main = _keys(k_S, held_S, 0, KEY_SIZE, KEY_MAIN, main.dtype)
+    scores = dot(main, key_main, tl.zeros((M, KEYS), tl.float32))
+    if KEY_REST > 0:
+        key_rest = _keys(k_S, held_S, KEY_MAIN, KEY_SIZE, KEY_REST, main.dtype)
+        scores = dot(rest, key_rest, scores)
+    if k_scale is not None:
+        scale_S = block_S * scale_block + inner_S
+        its = tl.load(k_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
+        scores = scores * its[None, :]
+    scores, unit = _scored(
+        scores, at_S, held_S, shift_M, low_M, high_M, position_M, head_M, bias, scale, softcap,
+        reach,
+    )  # fmt: skip
+    if partly:
+        scores = tl.where(_sees(at_S, held_S, low_M, high_M), scores, float("-inf"))
 
-        weights, best_M, total_M, kept_M = _weighed(scores, best_M, total_M)
-        if SHARED:
-            value = tl.trans(key_main)
-        else:
-            v_S = v + block_S * v_block + inner_S * VALUE_STEP
-            value = _values(v_S, held_S, VALUE_SIZE, VALUE_TILE, WEIGHTS)
-        if v_scale is not None:
-            its = tl.load(v_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
-            weights = tl.where(sees, weights * its[None, :], 0.0)
-        weights = narrow(weights, WEIGHTS)
-        before = acc * kept_M[:, None]
-        acc = dot(weights, value, before)
-        if v_scale is None:
-            partly = tl.maximum(first, begin) < all_from
-            partly = partly | (tl.minimum(first + KEYS, end) > all_to)
-            acc = _without_unseen(acc, before, weights, value, sees, partly)
+    weights, best_M, total_M, kept_M = _weighed(scores, unit, best_M, total_M)
+    if SHARED:
+        value = tl.trans(key_main)
+    else:
+        v_S = v + block_S * v_block + inner_S * VALUE_STEP
+        value = _values(v_S, held_S, VALUE_SIZE, VALUE_TILE, WEIGHTS)
+    if v_scale is not None:
+        its = tl.load(v_scale + scale_S, mask=held_S, other=0.0).to(tl.float32)
+        weights = weights * its[None, :]
+        if partly:
+            weights = tl.where(_sees(at_S, held_S, low_M, high_M), weights, 0.0)
+    weights = narrow(weights, WEIGHTS)
+    acc = dot(weights, value, acc * kept_M[:, None])
     return acc, best_M, total_M
 
 
 @triton.jit
-def _scored(scores, sees, far, head_M, bias, softcap, reach):
-    """Scores, capped, and with what is added for each distance; minus infinity where a row does not
-    see."""
+def _scored(
+    scores, at_S, held_S, shift_M, low_M, high_M, position_M, head_M, bias, scale, softcap, reach
+):  # fmt: skip
+    """Scores, capped, and with what is added for each distance; and what they are yet to be
+    multiplied with."""
+    unit = scale
+    if shift_M is not None:
+        scores = scores + shift_M[:, None]
+    if softcap is not None or bias is not None:
+        scores = scores * scale
+        unit = 1.0
     if softcap is not None:
         # softcap * tanh(scores / softcap), by exp(2 x) = 2^(2 x log2(e))
         scores = softcap - 2.0 * softcap / (tl.exp2(scores * _TWICE_LOG2_E / softcap) + 1.0)
     if bias is not None:
-        far = tl.minimum(tl.maximum(far, -reach), reach)
+        far = tl.minimum(tl.maximum(at_S[None, :] - position_M[:, None], -reach), reach)
         its_bias = bias + head_M[:, None] * (2 * reach + 1) + reach + far
+        sees = _sees(at_S, held_S, low_M, high_M)
         scores += tl.load(its_bias, mask=sees, other=0.0) * _LOG2_E
-    return tl.where(sees, scores, float("-inf"))
+    return scores, unit
 
 
 @triton.jit
-def _weighed(scores, best_M, total_M):
-    """Weights 2^(score - best); the best score so far and the sum of weights, these included; and
-    what those before are worth now."""
-    better_M = tl.maximum(best_M, tl.max(scores, 1))
+def _weighed(scores, unit, best_M, total_M):
+    """Weights 2^(unit * score - best); the best score so far and the sum of weights, these
+    included; and what those before are worth now. unit is above 0."""
+    better_M = tl.maximum(best_M, tl.max(scores, 1) * unit)
     finite_M = tl.where(better_M == float("-inf"), 0.0, better_M)
-    weights = tl.exp2(scores - finite_M[:, None])
+    weights = tl.exp2(tl.fma(scores, unit, -finite_M[:, None]))
     kept_M = tl.exp2(best_M - finite_M)
     return weights, better_M, tl.fma(total_M, kept_M, tl.sum(weights, 1)), kept_M
-
-
-@triton.jit
-def _without_unseen(acc, before, weights, value, sees, partly):
-    """acc = before + weights value, in which a weight of 0 times what is not finite is no number.
-    Where rows see but `partly` the same keys: without what each of them does not see."""
-    if partly:
-        wide = value.to(tl.float32)
-        broken = ~(tl.abs(wide) < float("inf"))
-        if tl.max(tl.max(broken.to(tl.int32), 1), 0) > 0:
-            clean = narrow(tl.where(broken, 0.0, wide), weights.dtype)
-            clean = dot(weights, clean, before)
-            seen = dot(sees.to(tl.float16), broken.to(tl.float16), tl.zeros_like(acc))
-            acc = tl.where(seen > 0, acc, clean)
-    return acc
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from moebius.ops.triton.kernels.rows import norm_and_store, turn
-from moebius.ops.triton.language import dot, narrow
+from moebius.ops.triton.language import dot, narrow, unlike_numbers
 
 
 @triton.jit
@@ -59,11 +59,14 @@ def store_latents(
     latent, row_stride, weight, cos, sin, slots, cache, block_stride, token_stride, block_size,
     size, half, width, eps,
     WEIGHT_WIDE: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token's latent, normed, and its key into its slot of the cache; nowhere where it has none
     (below 0). The key's first 2 * half values turn (none if HALF is 0), and what is behind them, up
-    to `width` values in all, is as it is (nothing if REST is 0)."""
+    to `width` values in all, is as it is (nothing if REST is 0).
+
+    A latent that is not finite is zeros, under a key that is no number: see kernels/store.py.
+    """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     if slot >= 0:
@@ -71,12 +74,18 @@ def store_latents(
         own = latent + row * row_stride
         at = tl.arange(0, BLOCK)
         value = tl.load(own + at, mask=at < size, other=0.0).to(tl.float32)
+        broken = tl.max(unlike_numbers(value), 0) > 0
+        value = tl.where(broken, 0.0, value)
         norm_and_store(value, weight, into, size, eps, WEIGHT_WIDE, False, BLOCK)
-        if HALF:
-            one = tl.zeros((1, 1), tl.int32)
-            x = own + size + one
-            turn(x, into + size + one, one == 0, cos, sin, row, half, INTERLEAVED, 1, HALF)
-        if REST:
-            behind = size + 2 * half + tl.arange(0, REST)
-            rest = tl.load(own + behind, mask=behind < width, other=0.0)
-            tl.store(into + behind, rest, mask=behind < width)
+        if broken:
+            behind = size + tl.arange(0, KEY)
+            tl.store(into + behind, float("nan"), mask=behind < width)
+        else:
+            if HALF:
+                one = tl.zeros((1, 1), tl.int32)
+                x = own + size + one
+                turn(x, into + size + one, one == 0, cos, sin, row, half, INTERLEAVED, 1, HALF)
+            if REST:
+                behind = size + 2 * half + tl.arange(0, REST)
+                rest = tl.load(own + behind, mask=behind < width, other=0.0)
+                tl.store(into + behind, rest, mask=behind < width)

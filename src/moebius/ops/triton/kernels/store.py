@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moebius.ops.triton.language import narrow, rounded
+from moebius.ops.triton.language import narrow, rounded, unlike_numbers
 
 _MOST_CODE = tl.constexpr(127.0)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -22,7 +22,13 @@ def rotate_and_store(
 ):  # fmt: skip
     """Up to HEADS heads of one row: query heads in the first `q_tiles` programs of the row, key
     heads in the next `key_tiles`, and value heads in as many more. A row of no slot (below 0) is
-    written nowhere."""
+    written nowhere.
+
+    Attention meets keys and values tile by tile, and a row gives those that it does not see no
+    weight: a score is passed over, but a weight of 0 times what is not finite is no number. So a
+    head whose values are not all finite is written as zeros, under a key that is no number: who
+    sees it has none to show, and nobody else is told.
+    """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     x = qkv + row * row_stride
@@ -41,8 +47,9 @@ def rotate_and_store(
     elif tile < q_tiles + key_tiles:
         _store_keys(
             (tile - q_tiles) * HEADS + tl.arange(0, HEADS), keys, row, tl.load(slots + row), cos,
-            sin, k_norm, eps, key_offset, k, k_scale, key_heads, k_block, scale_block,
-            KEY_SIZE, KEY_TILE, HALF, BLOCK_SIZE, INTERLEAVED, TURNED_FIRST,
+            sin, k_norm, eps, key_offset, k, k_scale, key_heads, k_block, scale_block, values,
+            KEY_SIZE, KEY_TILE, VALUE_SIZE, VALUE_TILE, HALF, BLOCK_SIZE, INTERLEAVED,
+            TURNED_FIRST,
         )  # fmt: skip
     else:
         _store_values(
@@ -55,7 +62,8 @@ def rotate_and_store(
 @triton.jit
 def _store_keys(
     head_H, x, row, slot, cos, sin, norm, eps, offset, plane, scale, heads, block, scale_block,
-    SIZE: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    values, SIZE: tl.constexpr, TILE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    VALUE_TILE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr, TURNED_FIRST: tl.constexpr,
 ):  # fmt: skip
     inside_H = (head_H < heads) & (slot >= 0)
@@ -71,6 +79,8 @@ def _store_keys(
     entry_H = slot % BLOCK_SIZE * heads + head_H
     plane_H = plane + slot // BLOCK_SIZE * block + entry_H * SIZE
     if scale is None:
+        its = _read(values + head_H * VALUE_SIZE, inside_H, VALUE_SIZE, VALUE_TILE)
+        value = tl.where(_broken(its), float("nan"), value)
         _store(value, plane_H, inside_H, SIZE, TILE)
     else:
         scale_H = scale + slot // BLOCK_SIZE * scale_block + entry_H
@@ -83,15 +93,14 @@ def _store_values(
     SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     inside_H = (head_H < heads) & (slot >= 0)
-    at = tl.arange(0, TILE)
-    mask = inside_H[:, None] & (at < SIZE)[None, :]
-    x_H = x + head_H * SIZE
-    value = tl.load(x_H[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = _read(x + head_H * SIZE, inside_H, SIZE, TILE)
+    broken = _broken(value)
     if NORMED:
         value = rounded(value * _factor(value, eps, SIZE), x)
     entry_H = slot % BLOCK_SIZE * heads + head_H
     plane_H = plane + slot // BLOCK_SIZE * block + entry_H * SIZE
     if scale is None:
+        value = tl.where(broken, 0.0, value)
         _store(value, plane_H, inside_H, SIZE, TILE)
     else:
         scale_H = scale + slot // BLOCK_SIZE * scale_block + entry_H
@@ -117,7 +126,7 @@ def _turned(
         partner = tl.where(is_first, at + HALF, at - HALF)
     partner = tl.where(turns, partner, at)
     mask = inside_H[:, None] & (at < SIZE)[None, :]
-    value = tl.load(x_H[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = _read(x_H, inside_H, SIZE, TILE)
     # The other of its pair: read again, from the caches nearby.
     other = tl.load(x_H[:, None] + partner[None, :], mask=mask, other=0.0).to(tl.float32)
     its_cos = tl.load(cos + row * HALF + pair, mask=turns, other=1.0)
@@ -134,6 +143,20 @@ def _turned(
         if norm is not None:
             value = _weighted(value * _factor(value, eps, SIZE), norm + at, at < SIZE, x_H)
     return value
+
+
+@triton.jit
+def _read(x_H, inside_H, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Heads (HEADS, TILE) in float32; zeros behind their SIZE, and where there is none."""
+    at = tl.arange(0, TILE)
+    mask = inside_H[:, None] & (at < SIZE)[None, :]
+    return tl.load(x_H[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _broken(value):
+    """Whether a head's values are not all finite, (HEADS, 1)."""
+    return tl.max(unlike_numbers(value), 1)[:, None] > 0
 
 
 @triton.jit
