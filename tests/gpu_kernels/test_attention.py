@@ -360,7 +360,13 @@ def test_it_is_declared() -> None:
 def test_splits_and_tiles_of_keys_end_at_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for size, dtype in product((6, 64, 80, 128, 192, 256, 576), DTYPES):
-        assert attention.SPLIT % attention.sizes_of(size, size, dtype).keys == 0
+        for codes in (False, True):
+            sizes = attention.sizes_of(size, size, dtype, codes=codes)
+            assert attention.SPLIT % sizes.keys == 0
+            # A row's sums over keys are one warp's with tiles for few rows and for many.
+            many = attention.sizes_for_many(sizes, dtype)
+            assert many == sizes or many.entries // many.warps == sizes.entries // sizes.warps == 16
+            assert many._replace(entries=sizes.entries, warps=sizes.warps) == sizes
         main, rest = attention.key_tiles(size)
         assert main + rest >= size and all(
             n == 0 or (n >= 16 and n & (n - 1) == 0) for n in (main, rest)

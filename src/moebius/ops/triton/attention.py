@@ -66,21 +66,24 @@ class Sizes(NamedTuple):
         return self.entries // self.heads(share)
 
 
-def sizes_of(key_size: int, value_size: int, dtype: torch.dtype) -> Sizes:
+def sizes_of(key_size: int, value_size: int, dtype: torch.dtype, *, codes: bool = False) -> Sizes:
     """For heads of these sizes: no more registers than two sums of values leave, and no more shared
     memory than 99 KiB, what a block of threads of the smaller chips since Ampere has.
 
-    A decode leaves most of a tile empty: its products are still faster than its keys come.
+    A decode leaves most of a tile empty: its products are still faster than its keys come. codes:
+    the cache's, which take registers to be widened in.
     """
     widest = max(key_size, value_size)
     if widest <= 128:
         found = Sizes(entries=64, keys=64, warps=4, stages=2)
     elif widest <= 256:
-        found = Sizes(entries=32, keys=32, warps=8, stages=2)
+        found = Sizes(entries=64, keys=32, warps=8, stages=2)
     else:
-        found = Sizes(entries=16, keys=32, warps=8, stages=1)
+        found = Sizes(entries=32, keys=32, warps=8, stages=1)
     if dtype == torch.float32:
         found = found._replace(keys=max(16, found.keys // 2), stages=1)
+    elif codes:
+        found = found._replace(keys=32)
     return found
 
 
@@ -88,9 +91,10 @@ def sizes_for_many(sizes: Sizes, dtype: torch.dtype) -> Sizes:
     """For prompts' rows, which fill larger tiles and so read a key for more of them at once.
 
     A row is computed by the same instructions: there are as many warps more as there are entries,
-    each with all keys of its own entries, and keys are tiled alike.
+    each with all keys of its own entries, and keys are tiled alike. Heads beyond 128 values leave
+    no registers for that.
     """
-    if sizes.entries < 64 or dtype.itemsize != 2:
+    if sizes.warps > 4 or dtype.itemsize != 2:
         return sizes
     return sizes._replace(entries=2 * sizes.entries, warps=2 * sizes.warps)
 
@@ -349,7 +353,7 @@ def _attend(
     share = q_THN.shape[1] // held.k.shape[2]
     out = q_THN.new_empty((*q_THN.shape[:2], held.v.shape[3]))
     attention = _Attention(_reads(q_THN, held, plan, scores), held, scores.sinks_H, share, out)
-    few = sizes_of(held.k.shape[3], held.v.shape[3], q_THN.dtype)
+    few = sizes_of(held.k.shape[3], held.v.shape[3], q_THN.dtype, codes=bool(held.scales))
     tiles = plan.of_rows(few.rows(share))
     attention.in_order(tiles.in_order, few)
     at_once = _tiles_at_once(tiles, out)
