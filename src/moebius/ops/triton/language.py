@@ -14,6 +14,9 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 _WIDE = tl.constexpr(INTERPRETED)
+# Whether there are instructions for two numbers of 16 bits: a card's own, which no interpreter
+# knows.
+PACKED = tl.constexpr(not INTERPRETED)
 
 
 def _interpreted_range(*bounds):
