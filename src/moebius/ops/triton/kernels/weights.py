@@ -14,6 +14,7 @@ moebius.ops.formats does; moebius.ops.triton.weights says which are read.
 import triton
 import triton.language as tl
 
+from moebius.ops.triton.kernels import packed
 from moebius.ops.triton.language import PACKED, dot, narrow, span
 
 
@@ -130,6 +131,7 @@ def _q4_k(
     """Blocks of 144 bytes: float16 units of scales and of minima, eight of these of six bits each,
     and codes: 32 bytes hold one group in their low bits and the next in their high ones."""
     G: tl.constexpr = K // 32
+    RUNS: tl.constexpr = K // 64
     group = k // 32 + tl.arange(0, G)
     start, here = _blocks(address, row, inside, group, columns // 32, stride, ALIGNED)
     block = start + (group // 8)[None, :] * 144
@@ -142,12 +144,25 @@ def _q4_k(
     least = tl.where(late, (rest >> 4) | ((second >> 6) << 4), second & 63)
     scale = _half(block, here) * scale.to(tl.float32)
     least = _half(block + 2, here) * least.to(tl.float32)
-    run = block + 16 + part // 2 * 32
-    at = run[:, :, None] + tl.arange(0, 32)[None, None, :]
-    both = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
-    codes = (both >> (part % 2 * 4)[:, :, None]) & 15
-    wide = codes.to(tl.float32) * scale[:, :, None] - least[:, :, None]
+    run = k // 64 + tl.arange(0, RUNS)
+    start, here = _blocks(address, row, inside, run, columns // 64, stride, ALIGNED)
+    at = start + (run // 4 * 144 + 16 + run % 4 * 32)[None, :]
+    both = tl.load(at[:, :, None] + tl.arange(0, 32)[None, None, :], mask=here[:, :, None], other=0)
+    low, high = _nibbles(both)
+    codes = tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), (N, G, 32))
+    wide = codes * scale[:, :, None] - least[:, :, None]
     return tl.reshape(wide, (N, K))
+
+
+@triton.jit
+def _nibbles(both):
+    """The low and the high four bits of each byte, as float32."""
+    if PACKED:
+        low, high = packed.nibbles(both)
+    else:
+        low = both.to(tl.int32) & 15
+        high = both.to(tl.int32) >> 4
+    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
@@ -229,10 +244,10 @@ def _mxfp4_planes(
     at = k // 2 + tl.arange(0, K // 2)
     start, here = _blocks(address, row, inside, at, columns // 2, stride, ALIGNED)
     both = tl.load(start + at[None, :], mask=here, other=0)
-    if PACKED and DTYPE == tl.bfloat16:
+    if PACKED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = tl.where(exponent == 0, 0x40, tl.where(exponent == 255, 0x7FC0, exponent << 7))
         scale = tl.broadcast_to(bits.to(tl.int16)[:, :, None], (N, G, 16))
-        low, high = _e2m1_pairs(both, tl.reshape(scale, (N, K // 2)))
+        low, high = packed.e2m1(both, tl.reshape(scale, (N, K // 2)))
         wide = tl.interleave(low, high)
     else:
         both = both.to(tl.int32)
@@ -240,62 +255,6 @@ def _mxfp4_planes(
         codes = tl.reshape(tl.interleave(both & 15, both >> 4), (N, G, 32))
         wide = tl.reshape(_e2m1_twice(codes) * scale[:, :, None], (N, K))
     return wide
-
-
-@triton.jit
-def _e2m1_pairs(both, scale):
-    """What the low and the high four bits of each byte stand for, times a scale: bfloat16, exactly.
-
-    scale: bfloat16 by its bits, int16. Two numbers go through each instruction, and a number costs
-    four of these, where a card's memory brings a code in the time of three or four: a sign and three
-    bits of a code, put where a bfloat16 has its sign and the last bits of its exponent and the first
-    of its fraction, are 2^-126 times what the code stands for, zero and the half that has no leading
-    one included.
-    """
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 two, sign, rest, unit, none;
-        mov.b32 unit, 0x7E807E80;
-        mov.b32 none, 0x80008000;
-        prmt.b32 two, $4, 0, 0x4140;
-        shl.b32 sign, two, 12;
-        shl.b32 rest, two, 6;
-        and.b32 sign, sign, 0x80008000;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 rest, rest, sign;
-        fma.rn.bf16x2 rest, rest, unit, none;
-        fma.rn.bf16x2 $0, rest, $5, none;
-        shl.b32 sign, two, 8;
-        shl.b32 rest, two, 2;
-        and.b32 sign, sign, 0x80008000;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 rest, rest, sign;
-        fma.rn.bf16x2 rest, rest, unit, none;
-        fma.rn.bf16x2 $2, rest, $5, none;
-        prmt.b32 two, $4, 0, 0x4342;
-        shl.b32 sign, two, 12;
-        shl.b32 rest, two, 6;
-        and.b32 sign, sign, 0x80008000;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 rest, rest, sign;
-        fma.rn.bf16x2 rest, rest, unit, none;
-        fma.rn.bf16x2 $1, rest, $6, none;
-        shl.b32 sign, two, 8;
-        shl.b32 rest, two, 2;
-        and.b32 sign, sign, 0x80008000;
-        and.b32 rest, rest, 0x01C001C0;
-        or.b32 rest, rest, sign;
-        fma.rn.bf16x2 rest, rest, unit, none;
-        fma.rn.bf16x2 $3, rest, $6, none;
-        }
-        """,
-        "=r,=r,=r,=r,r,r,r",
-        [both, scale],
-        (tl.bfloat16, tl.bfloat16),
-        True,
-        4,
-    )
 
 
 @triton.jit
