@@ -137,7 +137,7 @@ def assert_compile(
         done = subprocess.run(
             [sys.executable, Path(__file__), *map(str, capabilities)],
             input=json.dumps([dataclasses.asdict(each) for each in seen]),
-            env=_environment() | {"TRITON_CACHE_DIR": cache},
+            env=compiler_environment() | {"TRITON_CACHE_DIR": cache},
             capture_output=True,
             text=True,
             timeout=580,
@@ -145,13 +145,14 @@ def assert_compile(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _environment() -> dict[str, str]:
+def compiler_environment() -> dict[str, str]:
+    """Without the interpreter, with the same modules."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def _compile(launch: Launch, capability: int) -> str | None:
-    """Says what is wrong, in the process without the interpreter."""
+def compiled(launch: Launch, capability: int) -> Any:
+    """What Triton makes of it, in a process without the interpreter."""
     import importlib
 
     from triton.backends.compiler import GPUTarget
@@ -166,8 +167,13 @@ def _compile(launch: Launch, capability: int) -> str | None:
             (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned
         },
     )
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def _compile(launch: Launch, capability: int) -> str | None:
+    """Says what is wrong, in the process without the interpreter."""
     try:
-        made = compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+        made = compiled(launch, capability)
     except Exception as wrong:
         return f"{type(wrong).__name__}: {wrong}"
     if made.metadata.shared > SHARED_BYTES[capability]:

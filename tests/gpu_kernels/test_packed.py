@@ -41,7 +41,7 @@ def fma_of_pairs(dtype: torch.dtype) -> Callable[[Words, Words, Words], Words]:
 
 
 def run(text: str, operands: dict[int, Words]) -> dict[int, Words]:
-    """What instructions make of words: all of `operands`, by number, results among them."""
+    """What instructions make of words: operands by number, results among them."""
     registers = {f"${number}": words for number, words in operands.items()}
     shape = next(iter(operands.values()))
 
@@ -59,7 +59,7 @@ def run(text: str, operands: dict[int, Words]) -> dict[int, Words]:
             registers[into] = prmt(value(given[0]), value(given[1]), int(given[2], 0))
         else:
             registers[into] = INSTRUCTIONS[name](*map(value, given))
-    return {number: registers[f"${number}"] for number in range(4)}
+    return {int(name[1:]): words for name, words in registers.items() if name.startswith("$")}
 
 
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
@@ -110,3 +110,15 @@ def test_nibbles() -> None:
     codes = torch.from_numpy(words.view(np.uint8).reshape(-1, 4).astype(np.int64))
     assert torch.equal(numbers(found, (0, 1), torch.float16), (codes & 15).double())
     assert torch.equal(numbers(found, (2, 3), torch.float16), (codes >> 4).double())
+
+
+def test_e4m3() -> None:
+    """As torch reads them."""
+    words = every_byte()
+    found = numbers(run(packed.E4M3.value, {2: words}), (0, 1), torch.bfloat16)
+    codes = torch.from_numpy(words.view(np.uint8).reshape(-1, 4).copy())
+    wanted = codes.view(torch.float8_e4m3fn).double()
+    assert torch.equal(found.abs() == 480, wanted.isnan())
+    there = ~wanted.isnan()
+    assert torch.equal(found[there], wanted[there])
+    assert torch.equal(found.signbit(), wanted.signbit())

@@ -1,8 +1,10 @@
-"""Codes of four bits, two at a time: a card's own instructions for pairs of 16-bit numbers.
+"""Codes of four and eight bits, two at a time: a card's own instructions for pairs of 16-bit
+numbers.
 
-A card's memory brings a code of four bits in the time of some three instructions; one number at a
-time takes ten and more. What is here has no meaning in the interpreter, which computes the same
-with plain operations (kernels/weights.py); tests read the instructions one by one.
+A card's memory brings a code of four bits in the time of some three instructions, and one of eight
+bits in that of six; one number at a time takes ten and more. What is here has no meaning in the
+interpreter, which computes the same with plain operations (kernels/weights.py); tests read the
+instructions one by one.
 
 $0 and so on are an assembler's operands: results first.
 """
@@ -80,6 +82,31 @@ or.b32 code, code, 0x64006400;
 fma.rn.f16x2 $3, code, sixteenth, its_offset;
 }
 """)
+# What four bytes $2 are in FP8's E4M3 (arXiv 2209.05433), as bfloat16, but 480 for what is no
+# number: $0 and $1.
+#
+# As above: with all four bits of an exponent and three of a fraction, 2^-120 times the number.
+E4M3 = tl.constexpr("""
+{
+.reg .b32 two, sign, rest, unit, none;
+mov.b32 unit, 0x7B807B80;
+mov.b32 none, 0x80008000;
+prmt.b32 two, $2, 0, 0x4140;
+shl.b32 sign, two, 8;
+shl.b32 rest, two, 4;
+and.b32 sign, sign, 0x80008000;
+and.b32 rest, rest, 0x07F007F0;
+or.b32 rest, rest, sign;
+fma.rn.bf16x2 $0, rest, unit, none;
+prmt.b32 two, $2, 0, 0x4342;
+shl.b32 sign, two, 8;
+shl.b32 rest, two, 4;
+and.b32 sign, sign, 0x80008000;
+and.b32 rest, rest, 0x07F007F0;
+or.b32 rest, rest, sign;
+fma.rn.bf16x2 $1, rest, unit, none;
+}
+""")
 
 
 @triton.jit
@@ -97,3 +124,9 @@ def nibbles(both):
     return tl.inline_asm_elementwise(
         NIBBLES, "=r,=r,=r,=r,r", [both], (tl.float16, tl.float16), True, 4
     )
+
+
+@triton.jit
+def e4m3(codes):
+    """Bytes of E4M3 as bfloat16, exactly; 480 or -480 for what is no number."""
+    return tl.inline_asm_elementwise(E4M3, "=r,=r,r", [codes], tl.bfloat16, True, 4)

@@ -268,11 +268,7 @@ def _fp8(
     at = k + tl.arange(0, K)
     here = inside[:, None] & (at < columns)[None, :]
     pointers = plain(address, "uint8", ALIGNED) + row[:, None] * stride + at[None, :]
-    bits = tl.load(pointers, mask=here, other=0).to(tl.uint16)
-    # The fields of a float16, whose exponents begin 8 lower.
-    half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    number = half.to(tl.float32) * 256.0
-    number = tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
+    number = _e4m3(tl.load(pointers, mask=here, other=0))
     block = row * 0
     if SCALE_ROWS != 0:
         block = row // SCALE_ROWS
@@ -286,7 +282,22 @@ def _fp8(
     else:
         pointers = of_row[:, None] + (at // SCALE_COLUMNS)[None, :]
         scale = _scale(tl.load(pointers, mask=here, other=0), SCALE)
-    return tl.where(here, number * scale, 0.0)
+    # Where there is no code it is a zero, under no scale or one that other columns here have, too.
+    return number * scale
+
+
+@triton.jit
+def _e4m3(codes):
+    """What bytes stand for, as float32."""
+    if PACKED:
+        number = packed.e4m3(codes).to(tl.float32)
+    else:
+        bits = codes.to(tl.uint16)
+        # The fields of a float16, whose exponents begin 8 lower.
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        number = half.to(tl.float32) * 256.0
+    # All ones but for the sign, which would be the next number behind the largest, are none.
+    return tl.where(tl.abs(number) == 480.0, float("nan"), number)
 
 
 @triton.jit
