@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from moebius.engine import sampler
+from moebius.engine.logprobs import token_logprobs
 from moebius.engine.sampler import Sampled, uniform
 from moebius.engine.step_memory import sampling_bytes
 from moebius.errors import EngineError, NumericalError
@@ -457,7 +458,7 @@ def test_logprobs_are_the_models_own_before_any_sampler() -> None:
 
 def test_prompt_logprobs() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(6))
-    scored = sampler.token_logprobs(logits, [4, 5, 6], 1, OPS)
+    scored = token_logprobs(logits, [4, 5, 6], 1, OPS)
     expected = torch.log_softmax(logits.double(), -1)
     assert scored is not None
     assert [s.logprob for s in scored] == pytest.approx(
@@ -465,4 +466,4 @@ def test_prompt_logprobs() -> None:
     )
     assert [s.top[0][0] for s in scored] == expected.argmax(-1).tolist()
     logits[1, 1] = math.nan
-    assert sampler.token_logprobs(logits, [4, 5, 6], 1, OPS) is None
+    assert token_logprobs(logits, [4, 5, 6], 1, OPS) is None

@@ -10,6 +10,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -17,18 +18,23 @@ from torch import Tensor
 
 import moebius
 from covering import chosen
-from moebius.engine import steps_ahead
+from moebius.engine import sampler, steps_ahead
 from moebius.engine.client import StepOutput
 from moebius.engine.engine import Engine
-from moebius.engine.sampler import draw_of, drawn_from_logits, outcome, sample
+from moebius.engine.sampler import Sampled, begin, needs_host, sample
 from moebius.engine.trace import TraceWriter, replay
+from moebius.errors import ConstraintError, NumericalError
 from moebius.models.decoder import Decoder
 from moebius.models.store.load import load_decoder
 from moebius.ops.steps import StepInputs
+from moebius.request.constraint import Constraint
+from moebius.request.engine_request import EngineRequest
 from moebius.request.finish import FinishReason
-from moebius.schedule.request import SamplingParams
+from moebius.request.params import ServingLimits
+from moebius.schedule.request import Request, SamplingParams
 from oracle import save_tiny
 from random_schedules import (
+    CONSTRAINTS,
     MAX_MODEL_LEN,
     Schedule,
     Seen,
@@ -36,6 +42,7 @@ from random_schedules import (
     answers,
     build,
     each_alone,
+    groups_of,
     parts,
     random_schedule,
     request_of,
@@ -59,23 +66,45 @@ def decoder(model_type: str = "") -> Decoder:
         return load_decoder(Path(directory), torch.bfloat16, ops=cpu.CpuOps(1), mapped=False)
 
 
-def plain(wish: Wish, rng: random.Random) -> Wish:
-    """What a device draws by itself."""
+def drawn_ahead(wish: Wish, rng: random.Random) -> Wish:
+    """What a device draws by itself: in each way, under any of what changes logits before, and with
+    log-probabilities."""
+
+    def maybe(*values: float) -> float | None:
+        return rng.choice(values) if rng.random() < 0.3 else None
+
+    max_tokens = rng.choice((1, 3, 8, 40, 60))
+    wanted = {
+        "top_k": maybe(3),
+        "top_p": maybe(0.8),
+        "presence_penalty": maybe(-1.5, 0.7),
+        "frequency_penalty": maybe(-0.4, 0.3),
+        "repetition_penalty": maybe(0.6, 1.4),
+        "logit_bias": {id: rng.uniform(-5, 5) for id in rng.sample(range(256), rng.choice((0, 9)))},
+        "logprobs": maybe(0, 3, 20),
+        "min_tokens": maybe(1, max_tokens),
+        "stop_token_ids": tuple(rng.sample(range(256), rng.choice((0, 0, 9)))),
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
     params = SamplingParams(
         temperature=rng.choice((0.0, 0.7, 1.3)),
-        top_k=rng.choice((0, 0, 3)),
-        top_p=rng.choice((1.0, 1.0, 0.8)),
-        max_tokens=rng.choice((1, 2, 3, 8, 40)),
-        min_tokens=rng.choice((0, 0, 1)),
+        max_tokens=max_tokens,
         ignore_eos=True,
+        **given,  # type: ignore[arg-type]
     )
-    return replace(wish, params=params, constraint=None)
+    banned = Constraint(bad_words=tuple((id,) for id in range(0, 250, 3)))
+    return replace(wish, params=params, constraint=banned if rng.random() < 0.2 else None)
 
 
 def asked_of(count: int, vocab: int, rng: random.Random, share: float = 1.0) -> list[Wish]:
-    """Wishes, a share of them plain."""
+    """Wishes, a share of which a device draws by itself. Every third is also there with another
+    seed, as with n = 2."""
     found = wishes(count, vocab, rng)
-    return [plain(wish, rng) if rng.random() < share else wish for wish in found]
+    found = [drawn_ahead(wish, rng) if rng.random() < share else wish for wish in found]
+    for first in range(0, count - 1, 3):
+        second = found[first + 1]
+        found[first + 1] = replace(found[first], id=second.id, seed=second.seed)
+    return found
 
 
 class Watched:
@@ -112,7 +141,7 @@ def test_answers_are_the_same(share: float, monkeypatch: pytest.MonkeyPatch) -> 
     watched = Watched(monkeypatch)
     schedules = [random_schedule(len(asked), rng) for _ in range(6)]
     check(one, asked, schedules)
-    assert watched.begun > 30
+    assert watched.begun > 100
 
 
 def test_small_and_warm_caches_are_among_them() -> None:
@@ -132,26 +161,27 @@ def test_answers_are_the_same_with_windows_and_states(
     one = decoder(model_type)
     asked = asked_of(12, 300, rng)
     watched = Watched(monkeypatch)
-    check(one, asked, [random_schedule(len(asked), rng, least=2) for _ in range(4)])
-    assert watched.begun > 10
+    groups = groups_of(one)
+    check(one, asked, [random_schedule(len(asked), rng, groups, least=2) for _ in range(4)])
+    assert watched.begun > 40
 
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens in an engine: a step is handed over, and tokens are waited for."""
     seen: list[str] = []
-    fetch = steps_ahead.fetch
+    fetch = sampler.fetch
 
-    def fetched(ids_R: Tensor) -> Callable[[], list[int]]:
-        wait = fetch(ids_R)
+    def fetched(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        wait = fetch(*tensors)
 
-        def waited() -> list[int]:
+        def waited() -> tuple[Tensor, ...]:
             seen.append("wait")
             return wait()
 
         return waited
 
-    monkeypatch.setattr(steps_ahead, "fetch", fetched)
+    monkeypatch.setattr(sampler, "fetch", fetched)
     execute = steps_ahead.Runner.execute
 
     def executed(self: steps_ahead.Runner, inputs: StepInputs) -> Tensor:
@@ -202,10 +232,54 @@ def test_a_step_is_handed_over_before_the_last_ones_tokens_are_read(order: list[
 
 
 def test_what_needs_the_host_is_computed_as_it_was(order: list[str]) -> None:
+    """One request is enough: the others would wait for it anyway."""
     engine = engine_of(2)
-    engine.add(request_of(wish_of("top", logprobs=1), engine))
+    engine.add(request_of(wish_of("few", allowed_token_ids=(3, 4, 5)), engine))
     run(engine)
-    assert order == ["step"] * 12
+    assert order == ["step", "wait"] * 12
+
+
+AHEAD_OF_TOKENS: tuple[dict[str, object], ...] = (
+    {"logprobs": 0},
+    {"logprobs": 20, "temperature": 0.0},
+    {"min_tokens": 9, "stop_token_ids": tuple(range(100))},
+    {"logit_bias": {3: 100.0}},
+    {"presence_penalty": 0.5},
+    {"frequency_penalty": -0.5, "top_k": 3},
+    {"repetition_penalty": 1.2, "temperature": 0.0},
+    {"repetition_penalty": 0.5, "logprobs": 2, "top_p": 0.9},
+)
+
+
+@pytest.mark.parametrize("params", AHEAD_OF_TOKENS, ids=str)
+def test_log_probabilities_and_penalties_need_no_host(
+    params: dict[str, object], order: list[str]
+) -> None:
+    """Not even one token is read before the step behind it has begun."""
+    wish = wish_of("r0", **params)
+    expected = each_alone(decoder(), [wish])[wish.id]
+    order.clear()
+    engine = engine_of(2)
+    engine.abort("r0")
+    engine.add(request_of(wish, engine))
+    found = run(engine)["r0"]
+    steps = len(expected[0])
+    assert order[: 2 * steps - 1] == ["step", *["ahead", "wait"] * (steps - 1)]
+    assert order.count("step") == 1
+    assert tokens(found) == expected[0]
+    assert [each for output in found for each in output.logprobs] == expected[1]
+
+
+def test_banned_ids_need_no_host(order: list[str]) -> None:
+    """Words of one token; where they are longer it depends on what was drawn."""
+    for words, ahead in ((((3,), (4,)), True), (((3,), (4, 5)), False)):
+        order.clear()
+        engine = engine_of(1)
+        held = replace(wish_of("held"), constraint=Constraint(bad_words=words))
+        engine.add(request_of(held, engine))
+        found = run(engine)
+        assert ("ahead" in order) == ahead
+        assert tokens(found["held"]) == each_alone(decoder(), [held])["held"][0]
 
 
 def test_who_comes_meanwhile_is_computed_beside(order: list[str]) -> None:
@@ -309,11 +383,22 @@ def test_a_failed_step_ends_its_requests_alone(
     assert one.scheduler.drained
 
 
+@pytest.mark.parametrize(
+    ("params", "broken_id"),
+    [
+        ({}, slice(None)),
+        ({"logprobs": 1, "repetition_penalty": 1.2}, slice(None)),
+        ({"presence_penalty": 1.0, "top_k": 5}, 7),
+        # Banned, and so seen by none but the log-probabilities.
+        ({"logprobs": 1, "min_tokens": 12, "stop_token_ids": (7,)}, 7),
+    ],
+    ids=str,
+)
 def test_numbers_that_are_not_finite_end_their_request_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    params: dict[str, object], broken_id: int | slice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no id of none is looked up in the step behind."""
-    one = engine_of(2)
+    one = engine_of(2, **params)
     for _ in range(3):
         one.step()
     logits = steps_ahead.Runner.logits
@@ -322,7 +407,7 @@ def test_numbers_that_are_not_finite_end_their_request_alone(
 
     def broken(self: steps_ahead.Runner, rows: Sequence[int], shared: bool = False) -> Tensor:
         found = logits(self, rows, shared)
-        found[0] = torch.nan
+        found[0, broken_id] = torch.nan
         return found
 
     def executed(self: steps_ahead.Runner, inputs: StepInputs) -> Tensor:
@@ -338,55 +423,138 @@ def test_numbers_that_are_not_finite_end_their_request_alone(
     assert "NaN" in str(found["r0"][-1].error)
     assert found["r1"][-1].finish_reason is FinishReason.LENGTH
     assert min(map(min, looked_up)) >= 0
+    assert tokens(found["r1"]) == alone("r1", **params)[4:]
 
 
-def test_what_a_device_draws_is_what_the_sampler_draws() -> None:
-    """For each of the kinds, at the position that a request's next token has."""
-    one = engine_of(0)
-    kinds: tuple[dict[str, object], ...] = (
-        {"temperature": 0.0},
-        {"temperature": 1.0},
-        {"top_k": 1},
-        {"temperature": 1e-30},
-        {"top_k": 5, "top_p": 0.9},
-        {"top_p": 0.5},
-        {"min_p": 0.2},
-    )
-    requests = [
-        request_of(wish_of(str(number), **params), one) for number, params in enumerate(kinds)
-    ]
-    assert all(map(drawn_from_logits, requests))
-    logits_LV = torch.randn(len(requests), 300, generator=torch.Generator().manual_seed(0))
-    ops = one.runner.ops
-    draws = [draw_of(request, ops, request.num_tokens) for request in requests]
-    chosen = ops.choose(logits_LV, draws).tolist()
-    drawn = [outcome(each, token) for each, token in zip(requests, chosen, strict=True)]
-    assert drawn == sample(logits_LV, requests, ops)
+def test_who_has_nothing_left_to_draw_ends_alone() -> None:
+    """With the error that it has where the host draws."""
+    model = decoder("qwen3_moe")
+    everything = Constraint(bad_words=tuple((id,) for id in range(300)))
+    expected = each_alone(model, [wish_of("r1")])["r1"][0]
+    errors = []
+    for ahead in (True, False):
+        one = build(model, replace(AHEAD, ahead=ahead))
+        one.add(request_of(replace(wish_of("banned"), constraint=everything), one))
+        one.add(request_of(wish_of("r1"), one))
+        found = run(one)
+        errors.append(found["banned"][-1].error)
+        assert tokens(found["banned"]) == [] and tokens(found["r1"]) == expected
+    assert all(isinstance(error, ConstraintError) for error in errors)
+    assert str(errors[0]) == str(errors[1])
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"logprobs": 0},
-        {"min_tokens": 2},
-        {"logit_bias": {3: 1.0}},
-        {"presence_penalty": 0.5},
-        {"repetition_penalty": 1.2},
-        {"allowed_token_ids": (3, 4)},
-        {"temperature": 0.0, "logprobs": 2},
-        {"temperature": 0.0, "min_tokens": 2},
-    ],
-    ids=str,
+def test_ends_that_are_all_there_is_leave_nothing_to_draw() -> None:
+    """Where min_tokens bans them; behind the token that the device alone knows they are drawn."""
+    wish = {"min_tokens": 3, "stop_token_ids": tuple(range(200))}
+    requests = [behind([1], [2], **wish), behind([1], [2, 2], **wish), behind([1], [2], top_k=1)]
+    logits_LV = torch.zeros(3, 200)
+    found = begin(logits_LV, requests, [3, 4, 3], decoder().ops, torch.tensor([2, 2, 2])).outcomes
+    assert isinstance(found[0], NumericalError) and "min_tokens" in str(found[0])
+    assert isinstance(found[1], Sampled) and found[2] == Sampled(0)
+
+
+@pytest.mark.parametrize("length", [0, 4])
+@pytest.mark.parametrize("model_type", ["", "qwen3_next"])
+def test_an_unforeseen_failure_is_its_requests_alone(
+    length: int, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it while the host knows all tokens or ahead of the last one; but where states have gone on
+    it is the step's."""
+    model = decoder(model_type)
+    expected = each_alone(model, [wish_of("r1")])["r1"][0]
+    shaping = sampler._shaping
+
+    def explode(request: Request, *args: Any) -> Any:
+        if request.id == "bad" and len(request.output_ids) >= length:
+            raise RuntimeError("boom")
+        return shaping(request, *args)
+
+    monkeypatch.setattr(sampler, "_shaping", explode)
+    one = build(model, AHEAD)
+    one.add(request_of(wish_of("r1"), one))
+    one.add(request_of(wish_of("bad", presence_penalty=0.5), one))
+    found = run(one)
+    assert found["bad"][-1].finish_reason is FinishReason.ERROR
+    if model_type and length:
+        assert found["r1"][-1].finish_reason is FinishReason.ERROR
+    else:
+        assert tokens(found["r1"]) == expected
+    assert one.scheduler.drained
+
+
+KINDS: tuple[dict[str, object], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"top_k": 1},
+    {"temperature": 1e-30},
+    {"top_k": 5, "top_p": 0.9},
+    {"top_p": 0.5},
+    {"min_p": 0.2},
 )
-def test_what_a_device_does_not_draw_by_itself(params: dict[str, object]) -> None:
-    request = request_of(wish_of("w", **params), engine_of(0))
-    assert not drawn_from_logits(request)
+CHANGES: tuple[dict[str, object], ...] = (
+    {},
+    {"logprobs": 3},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.25},
+    {"frequency_penalty": -0.7, "logprobs": 0},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.4, "logit_bias": {7: 2.0, 299: -1.0}},
+    {"min_tokens": 6, "stop_token_ids": tuple(range(0, 300, 2))},
+    {"min_tokens": 5, "stop_token_ids": tuple(range(0, 300, 2))},
+)
 
 
-def test_what_is_held_to_a_grammar_is_not_either() -> None:
-    wish = next(wish for wish in wishes(9, 300, random.Random(0)) if wish.constraint is not None)
-    held = replace(wish_of("w", temperature=0.0), constraint=wish.constraint)
-    assert not drawn_from_logits(request_of(held, engine_of(0)))
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_what_a_device_draws_is_what_the_sampler_draws(change: dict[str, object]) -> None:
+    """For each of the kinds, at the position that a request's next token has; whether the host
+    knows the last one or the device alone does, be it a new one or drawn before, read, biased or
+    banned, the first id or the last."""
+    ops = decoder().ops
+    newest = [7, 299, 0, 3, 5, 4, 298]
+    requests = [
+        behind(7 * [3, 5, 5], [*[3, 4, 4, 7], last], **change, **kind)
+        for kind, last in zip(KINDS, newest, strict=True)
+    ]
+    earlier = [behind(7 * [3, 5, 5], [3, 4, 4, 7], **change, **kind) for kind in KINDS]
+    assert not any(map(needs_host, requests))
+    logits_LV = torch.randn(len(requests), 300, generator=torch.Generator().manual_seed(0))
+    expected = sample(logits_LV, requests, ops)
+    assert all(isinstance(each, Sampled) for each in expected)
+    positions = [request.num_tokens for request in requests]
+    assert begin(logits_LV, requests, positions, ops).outcomes == expected
+    newest_L = torch.tensor(newest)
+    assert begin(logits_LV, earlier, positions, ops, newest_L).outcomes == expected
+
+
+def behind(prompt: list[int], output: list[int], **params: object) -> Request:
+    """A request that has come so far."""
+    limits = ServingLimits(300, MAX_MODEL_LEN)
+    wanted = SamplingParams(max_tokens=40, **params)  # type: ignore[arg-type]
+    asked = EngineRequest.create(
+        "r", prompt, wanted, limits, arrival=0.0, seed=11, output_ids=output
+    )
+    return Request(asked)
+
+
+def test_a_great_many_ids_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has the newest id that is its own."""
+    ops = decoder().ops
+    changes = [change for change in CHANGES if "logprobs" not in change]
+    earlier = [behind([3, 5, 5], [3, 4], **change) for change in changes]
+    requests = [behind([3, 5, 5], [3, 4, row], **change) for row, change in enumerate(changes)]
+    logits_LV = torch.randn(len(requests), 300, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sampler, "SAMPLED_IDS", 8)
+    found = begin(logits_LV, earlier, [6] * len(earlier), ops, torch.arange(len(earlier)))
+    monkeypatch.undo()
+    assert found.outcomes == sample(logits_LV, requests, ops)
+
+
+def test_what_a_device_does_not_draw_by_itself() -> None:
+    one = engine_of(0)
+    assert needs_host(request_of(wish_of("w", allowed_token_ids=(3, 4)), one))
+    for held in CONSTRAINTS:
+        # Grammars, behind reasoning too, and words of several tokens.
+        if held is not None:
+            assert needs_host(request_of(replace(wish_of("w"), constraint=held), one))
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,16 @@ from torch.overrides import TorchFunctionMode
 from gpu_kernels.compiling import assert_compile, launches
 from gpu_kernels.conftest import DEVICE
 from gpu_kernels.standing_in import inside_interpreter
+from moebius.engine import sampler
 from moebius.ops.draws import Draw
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.sampling import ALL_BANNED, LOWEST, NOT_FINITE, UNDECIDED, Shaping
-from moebius.ops.triton import TritonOps, sampling
+from moebius.ops.triton import TritonOps
+from moebius.ops.triton import sampling as triton_sampling
 from moebius.ops.triton.kernels import sampling as kernels
+from moebius.request.engine_request import EngineRequest
+from moebius.request.params import SamplingParams, ServingLimits
+from moebius.schedule.request import Request
 
 OPS = TritonOps()
 REF = ReferenceOps()
@@ -29,7 +34,7 @@ VOCABS = [1, 16, 33, 100]
 
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sampling, "_PART", 16)
+    monkeypatch.setattr(triton_sampling, "_PART", 16)
     return None
 
 
@@ -115,13 +120,15 @@ def test_what_is_chosen_is_what_is_drawn_and_nobody_waits_for_it(vocab: int) -> 
         *OPS.draw(logits, [3], [1.3], [0.5]),
         *OPS.draw_candidates(logits, [4, 5], draws[4:]),
     ]
+    order = [4, 0, 5, 2, 1, 3]
     with Unread():
-        chosen = [OPS.choose(logits, draws)]
-    chosen.append(ReferenceOps.choose(OPS, logits, draws))
-    for one in chosen:
+        chosen = OPS.choose(logits, range(6), draws)
+        some = OPS.choose(logits, order, [draws[row] for row in order])
+    for one in (chosen, ReferenceOps.choose(OPS, logits, range(6), draws)):
         assert one.dtype == torch.int64 and one.tolist() == expected
-    assert OPS.choose(logits[:2], [draws[0]] * 2).tolist() == OPS.argmax(logits[:2])
-    assert OPS.choose(logits[:0], []).tolist() == []
+    assert some.tolist() == [expected[row] for row in order]
+    assert OPS.choose(logits, [1, 0], [draws[0]] * 2).tolist() == OPS.argmax(logits, [1, 0])
+    assert OPS.choose(logits, [], []).tolist() == []
 
 
 @pytest.mark.usefixtures("short_parts")
@@ -145,24 +152,23 @@ def test_draws_from_candidates(vocab: int) -> None:
         )
         for _ in range(40)
     ]
-    drawn = OPS.draw_candidates(logits, range(40), draws)
+    drawn = OPS.choose(logits, range(40), draws).tolist()
     assert drawn == REF.draw_candidates(logits, range(40), draws)
     assert drawn[7] == ALL_BANNED
     assert (UNDECIDED in drawn) == (vocab > 7)
-    alone = [OPS.draw_candidates(logits, [row], [draw])[0] for row, draw in enumerate(draws)]
+    alone = [OPS.choose(logits, [row], [draw]).item() for row, draw in enumerate(draws)]
     assert alone == drawn
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_a_row_that_is_not_finite_draws_no_candidate() -> None:
+    """Be they few, or so many that they are the host's."""
     logits = tied(3, 100)
     logits[1, 4] = torch.inf
     few, many = Draw(0.9, 0.5, 20, top_p=0.9), Draw(0.9, 0.5, 90, whole=True)
-    drawn = OPS.draw_candidates(logits, [1, 1, 0, 2], [few, many, many, few])
+    drawn = OPS.choose(logits, [1, 1, 0, 2], [few, many, many, few]).tolist()
     assert drawn[:2] == [NOT_FINITE] * 2
     assert drawn[2:] == REF.draw_candidates(logits, [0, 2], [many, few])
-    with pytest.raises(ValueError, match="more than 64 candidates"):
-        OPS.choose(logits, [few, many, few])
 
 
 @pytest.mark.usefixtures("short_parts")
@@ -214,8 +220,11 @@ def test_ranks() -> None:
         rows, tokens = [3, 3, 0, 1], [vocab - 1, 0, vocab // 2, vocab // 3]
         orders = [sorted(range(vocab), key=lambda i, x=logits[r]: (-float(x[i]), i)) for r in rows]
         expected = [1 + order.index(token) for order, token in zip(orders, tokens, strict=True)]
-        assert OPS.ranks(logits, rows, tokens) == expected
-    assert OPS.ranks(logits, [], []) == []
+        ids = torch.tensor(tokens, device=DEVICE)
+        with Unread():
+            found = OPS.ranks(logits, rows, ids)
+        assert found.dtype == torch.int64 and found.tolist() == expected
+    assert OPS.ranks(logits, [], torch.zeros(0, dtype=torch.int64, device=DEVICE)).tolist() == []
 
 
 def naive_shaping(logits_V: Tensor, shaping: Shaping) -> Tensor:
@@ -277,6 +286,63 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(vocab: int) -> None:
 
 
 @pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("vocab", [1, 17, 300])
+def test_what_the_device_alone_knows_is_drawn_once_more(vocab: int) -> None:
+    """Whether a shaping names it already, as whatever, or not; where the vocabulary begins and where
+    it ends. The bits are those of a loop that knows it."""
+    rng = random.Random(vocab)
+    logits = 4 * torch.randn(6, vocab, device=DEVICE)
+    logits[0] = -0.0
+    before = logits.view(torch.int32).clone()
+    rows = [5, 0, 3, 2, 1]
+    for _ in range(8):
+        shapings = [some_shaping(rng, vocab) for _ in rows[1:]]
+        shapings.append(PLAIN._replace(repetition=0.7, presence=0.4, frequency=0.3))
+        newest = [some_id(shaping, vocab, rng) for shaping in shapings]
+        expected = logits.clone()
+        for row, shaping, id in zip(rows, shapings, newest, strict=True):
+            known = shaping._replace(drawn=[*shaping.drawn, id])
+            expected[row] = naive_shaping(logits[row], known)
+        newest_R = ids(*newest)
+        with Unread(), OPS.shaped(logits, rows, shapings, newest_R):
+            shaped = logits.clone()
+        assert torch.equal(shaped.view(torch.int32), expected.view(torch.int32))
+        assert torch.equal(logits.view(torch.int32), before)
+        with REF.shaped(logits, rows, shapings, newest_R):
+            assert torch.equal(logits.view(torch.int32), expected.view(torch.int32))
+
+
+def some_id(shaping: Shaping, vocab: int, rng: random.Random) -> int:
+    """One that the shaping names, or another, or the first, or the last."""
+    named = [*shaping.bias, *shaping.seen, *shaping.drawn, *shaping.banned]
+    return rng.choice((rng.choice(named or [0]), rng.randrange(vocab), 0, vocab - 1))
+
+
+@pytest.mark.parametrize(
+    ("id", "logit", "expected"),
+    [
+        pytest.param(0, 1.0, 1.0 / 0.5 - (0.25 + 0.125), id="new"),
+        pytest.param(1, -1.0, -1.0 * 0.5 - (0.25 + 0.125), id="new-negative"),
+        pytest.param(2, 1.0, (1.0 + 2.0) / 0.5 - (0.25 + 0.125), id="biased"),
+        pytest.param(3, -1.0, -1.0 * 0.5 - (0.25 + 0.125), id="of-the-prompt"),
+        pytest.param(4, 1.0, 1.0 / 0.5 - (0.25 + 2 * 0.125), id="drawn-once"),
+        pytest.param(5, -1.0, -1.0 * 0.5 - (0.25 + 4 * 0.125), id="drawn-three-times"),
+        pytest.param(6, 1.0, LOWEST, id="banned"),
+        pytest.param(7, 1.0, 1.0 / 0.5 - (0.25 + 0.125), id="last"),
+    ],
+)
+@pytest.mark.parametrize("ops", [OPS, REF], ids=["kernels", "reference"])
+def test_penalties_by_hand(ops: TritonOps, id: int, logit: float, expected: float) -> None:
+    """All numbers are exact in binary. Another row, with nothing to penalise, is left alone."""
+    logits = torch.full((2, 8), logit, device=DEVICE)
+    given = Shaping({2: 2.0}, (3, 3), (5, 4, 5, 5), 0.5, 0.25, 0.125, (6,))
+    with ops.shaped(logits, [1, 0], [given, PLAIN], ids(id, id)):
+        assert logits[1, id].item() == expected
+        assert logits[0].tolist() == [logit] * 8
+    assert logits.tolist() == [[logit] * 8] * 2
+
+
+@pytest.mark.usefixtures("short_parts")
 def test_what_is_not_finite_stays_so_where_others_are_allowed() -> None:
     """But infinity, which is bounded as all is that is not allowed."""
     logits = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]], device=DEVICE)
@@ -286,6 +352,75 @@ def test_what_is_not_finite_stays_so_where_others_are_allowed() -> None:
         assert logits[0, 1:].tolist() == [LOWEST, -torch.inf, LOWEST]
 
 
+@pytest.mark.parametrize("prompt", [0, 400])
+def test_named_ids_take_no_more_memory_than_is_planned(prompt: int) -> None:
+    """64 bytes for each that counts (engine/step_memory.py), of rows with many and with none."""
+    logits = torch.zeros(3, 500, device=DEVICE)
+    shapings = [PLAIN._replace(seen=range(prompt), repetition=1.5)] * 3
+    listed = triton_sampling._Listed(triton_sampling._Rows(logits, range(3)), shapings)
+    made = (*listed.changes, *listed.with_newest(ids(1, 2, 3)), listed._numbers)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in made}
+    assert sum(storages.values()) <= 64 * sum(shaping.num_ids for shaping in shapings)
+
+
+WAYS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.3},
+    {"top_k": 5},
+    {"top_k": 5, "top_p": 0.8},
+    {"top_k": 5, "min_p": 0.1},
+)
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"presence_penalty": 1.1},
+    {"frequency_penalty": -0.7},
+    {"repetition_penalty": 0.4, "logit_bias": {7: 2.0, 39: -1.0}},
+    {"repetition_penalty": 1.7, "frequency_penalty": 0.3, "presence_penalty": -0.2},
+    {"min_tokens": 4, "stop_token_ids": (0, 7, 11)},
+    {"min_tokens": 5, "stop_token_ids": (0, 7, 11), "repetition_penalty": 1.2},
+)
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_no_token_is_waited_for_before_the_next_is_drawn() -> None:
+    """With what is asked of it in all ways, together; and the bits are those that the host gets where
+    it knows the token."""
+    rng = random.Random(1)
+    wishes = [{**way, **change} for way in WAYS for change in CHANGES]
+    output = [7, 4, 4]
+    newest = [rng.choice((0, 4, 5, 7, 39)) for _ in wishes]
+    for row, wish in enumerate(wishes):
+        wish.update(logprobs=rng.choice((None, 0, 3)), seed=row)
+    earlier = [behind(output, wish) for wish in wishes]
+    known = [behind([*output, id], wish) for wish, id in zip(wishes, newest, strict=True)]
+    logits = 3 * torch.randn(len(wishes), 40, device=DEVICE)
+    positions = [request.num_tokens for request in known]
+    newest_L = ids(*newest)
+    with Unread():
+        drawing = sampler.begin(logits, earlier, positions, OPS, newest_L)
+    assert drawing.outcomes == sampler.sample(logits, known, OPS)
+    exact = logits.double().log_softmax(-1)
+    for row, (outcome, wish) in enumerate(zip(drawing.outcomes, wishes, strict=True)):
+        assert isinstance(outcome, sampler.Sampled)
+        assert (outcome.logprob is None) == (wish["logprobs"] is None)
+        if outcome.logprob is not None:
+            own = exact[row, outcome.token_id]
+            assert outcome.logprob.logprob == pytest.approx(own.item(), abs=1e-5)
+            assert outcome.logprob.rank == 1 + int((exact[row] > own).sum())
+            best = exact[row].sort(descending=True).indices[: wish["logprobs"]]
+            assert [id for id, _ in outcome.logprob.top] == best.tolist()
+
+
+def behind(output: list[int], wish: dict[str, Any]) -> Request:
+    """A request behind a prompt and so much output."""
+    params = SamplingParams(max_tokens=9, **wish)
+    limits = ServingLimits(40, 100)
+    asked = EngineRequest.create(
+        "r", [5, 7, 7], params, limits, arrival=0.0, seed=wish["seed"], output_ids=output
+    )
+    return Request(asked)
+
+
 PLAIN = Shaping({}, (), (), 1.0, 0.0, 0.0, ())
 
 
@@ -293,13 +428,15 @@ PLAIN = Shaping({}, (), (), 1.0, 0.0, 0.0, ())
     ("call", "says"),
     [
         (lambda x: OPS.argmax(x, [2]), r"rows from 2 to 2 are not all below 2"),
-        (lambda x: OPS.ranks(x, [0, 1], [0, 5]), r"token ids from 0 to 5 .* below 5"),
+        (lambda x: OPS.ranks(x, [0, 1], ids(0)), "1 parameters for 2 rows"),
+        (lambda x: OPS.ranks(x, [2], ids(0)), r"rows from 2 to 2 are not all below 2"),
         (lambda x: OPS.draw(x, [0, 1], [1.0], [0.5, 0.5]), "1 parameters for 2 rows"),
         (lambda x: OPS.argmax(x.double()), "contiguous float32, not torch.float64"),
         (lambda x: OPS.argmax(x.T), "contiguous float32"),
         (lambda x: shape(x, PLAIN._replace(banned=(5,))), "outside the vocabulary of 5"),
         (lambda x: shape(x, PLAIN._replace(bias={-1: 1.0})), "outside the vocabulary of 5"),
         (lambda x: shape(x, PLAIN._replace(allowed=np.zeros(0, np.uint32))), "1 words of uint32"),
+        (lambda x: shape(x, PLAIN, ids(1)), "1 parameters for 2 rows"),
     ],
 )
 def test_bad_arguments_are_refused(call: Callable[[Tensor], object], says: str) -> None:
@@ -309,8 +446,12 @@ def test_bad_arguments_are_refused(call: Callable[[Tensor], object], says: str) 
     assert not logits.any()
 
 
-def shape(logits: Tensor, wrong: Shaping) -> None:
-    with OPS.shaped(logits, [0, 1], [PLAIN._replace(banned=(1,)), wrong]):
+def ids(*ids: int) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int64, device=DEVICE)
+
+
+def shape(logits: Tensor, wrong: Shaping, newest: Tensor | None = None) -> None:
+    with OPS.shaped(logits, [0, 1], [PLAIN._replace(banned=(1,)), wrong], newest):
         pytest.fail("shaped")
 
 
@@ -341,8 +482,8 @@ def test_kernels_compile() -> None:
         OPS.draw(logits, [0, 1], [1.0] * 2, [0.5] * 2)
         OPS.log_softmax_top_k(logits, [0, 1], [20, 1])
         OPS.log_softmax_top_k(logits[:, :100].contiguous(), [0, 1], [1, 1])
-        OPS.ranks(logits, [0, 1], [3, 4])
-        OPS.choose(logits, [Draw(0.8, 0.5, 20, whole=True), Draw(0.0, 0.0)])
-        with OPS.shaped(logits, [1], [PLAIN._replace(banned=(1, 2), allowed=allowed)]):
+        OPS.ranks(logits, [0, 1], ids(3, 4))
+        OPS.choose(logits, [0, 1], [Draw(0.8, 0.5, 20, whole=True), Draw(0.0, 0.0)])
+        with OPS.shaped(logits, [1], [PLAIN._replace(banned=(1, 2), allowed=allowed)], ids(3)):
             pass
     assert_compile(seen, kernels)

@@ -414,7 +414,9 @@ def test_ranks(ops: CpuOps) -> None:
             sorted(range(vocab), key=lambda i, x=logits[row]: (-float(x[i]), i)) for row in rows
         ]
         expected = [1 + order.index(token) for order, token in zip(orders, tokens, strict=True)]
-        assert ops.ranks(logits, rows, tokens) == REF.ranks(logits, rows, tokens) == expected
+        for each in (ops, REF):
+            found = each.ranks(logits, rows, torch.tensor(tokens))
+            assert found.dtype == torch.int64 and found.tolist() == expected
 
 
 def random_words(rng: random.Random, vocab: int) -> NDArray[np.uint32]:
@@ -457,7 +459,7 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None
             Shaping(
                 bias={token: rng.uniform(-100, 100) for token in some(5)},
                 seen=tuple(some(500)),
-                drawn=some(100),
+                drawn=[*some(100), rng.randrange(vocab)],
                 repetition=rng.choice((1.0, 0.3, 1.7)),
                 presence=rng.choice((0.0, -1.3, 2.0)),
                 frequency=rng.choice((0.0, 0.1, -0.7)),
@@ -471,6 +473,12 @@ def test_shaping_has_one_rounding_and_leaves_nothing_behind(ops: CpuOps) -> None
             expected[row] = naive_shaping(logits[row], shaping)
         for each in (ops, REF):
             with each.shaped(logits, rows, shapings):
+                assert torch.equal(bits(logits_seen(each, logits)), bits(expected))
+            assert torch.equal(bits(logits), before)
+            # The last of what was drawn may come beside the rest.
+            earlier = [shaping._replace(drawn=shaping.drawn[:-1]) for shaping in shapings]
+            newest = torch.tensor([shaping.drawn[-1] for shaping in shapings])
+            with each.shaped(logits, rows, earlier, newest):
                 assert torch.equal(bits(logits_seen(each, logits)), bits(expected))
             assert torch.equal(bits(logits), before)
             with (
@@ -506,7 +514,7 @@ def drawn_in_all_ways(ops: CpuOps, logits: Tensor) -> list[object]:
         ops.argmax(logits),
         [ops.draw(logits, range(rows), heats, [uniform] * rows) for uniform in uniforms],
         *(each.tolist() for each in best),
-        ops.ranks(logits, range(rows), [0, vocab - 1, vocab // 2, 0]),
+        ops.ranks(logits, range(rows), torch.tensor([0, vocab - 1, vocab // 2, 0])).tolist(),
     ]
 
 

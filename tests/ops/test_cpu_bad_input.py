@@ -236,13 +236,13 @@ def test_ids_out_of_range() -> None:
         lambda row: OPS.argmax(X, [0, row]),
         lambda row: OPS.draw(X, [row], [1.0], [0.5]),
         lambda row: OPS.log_softmax_top_k(X, [row], [1]),
-        lambda row: OPS.ranks(X, [row], [0]),
+        lambda row: OPS.ranks(X, [row], torch.tensor([0])),
     ):
         for row in (-1, 3):
             with pytest.raises(IndexError, match=f"row {row} is none of 3"):
                 call(row)
     with pytest.raises(IndexError, match="token id 8 is none of 8"):
-        OPS.ranks(X, [0], [8])
+        OPS.ranks(X, [0], torch.tensor([8]))
 
 
 @pytest.mark.parametrize("field", ["bias", "seen", "drawn", "banned"])
@@ -270,7 +270,7 @@ def test_as_many_parameters_as_rows() -> None:
         lambda: OPS.draw(X, [0, 1], [1.0, 1.0], [0.5]),
         lambda: OPS.log_softmax_top_k(X, [0, 1], [1]),
         lambda: OPS.log_softmax_top_k(X, [0, 1], [1, 1], [1.0]),
-        lambda: OPS.ranks(X, [0, 1], [1]),
+        lambda: OPS.ranks(X, [0, 1], torch.tensor([1])),
     ):
         with pytest.raises(ValueError, match="1 parameter for 2 rows"):
             call()

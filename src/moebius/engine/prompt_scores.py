@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from moebius.engine.client import TokenLogprob
+from moebius.engine.logprobs import token_logprobs
 from moebius.engine.runner import Runner
-from moebius.engine.sampler import token_logprobs
 from moebius.engine.step_memory import PROMPT_LOGIT_ROWS
 from moebius.schedule.request import Request
 

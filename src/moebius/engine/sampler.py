@@ -10,36 +10,39 @@ kind needs:
     whole vocabulary  a draw from all ids
     candidates        a draw from what top_k, top_p and min_p leave of the most likely ids
 A row of any kind may be shaped before: logit_bias, penalties and bans (min_tokens', a grammar's)
-change its logits while it draws. What touches the whole vocabulary is the backend's
-(ops/sampling.py); here are the few candidates it leaves.
+change its logits while it draws. What touches logits is the backend's (ops/sampling.py). A device
+that works by itself is waited for where its tokens are read (`Drawing`), and not before.
 
-Legend: L rows, V vocabulary, K candidates of one row.
+Legend: L rows of logits, V vocabulary, R rows that are asked about.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from moebius.engine.client import TokenLogprob
 from moebius.engine.devices import is_lost
 from moebius.engine.faults import failure, say
+from moebius.engine.logprobs import begin_logprobs
 from moebius.engine.restriction import Restriction
 from moebius.engine.step_memory import SAMPLED_IDS
 from moebius.errors import ConstraintError, MoebiusError, NumericalError, frames
 from moebius.ops import Shaping
 from moebius.ops.draws import Draw
-from moebius.ops.sampling import ALL_BANNED, UNDECIDED, SamplerOps
+from moebius.ops.sampling import ALL_BANNED, NOT_FINITE, UNDECIDED, SamplerOps
+from moebius.ops.transfer import fetch, send_numbers
 from moebius.request.params import SamplingParams
 from moebius.schedule.request import Request
 
 log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 # Below, every difference of float32 logits is beyond exp's range: greedy, but for exact ties.
 _COLDEST = 1e-20
@@ -97,15 +100,15 @@ def sample(
         ]
 
 
-def draw_of(request: Request, ops: SamplerOps, position: int | None = None) -> Draw:
-    """How a request's token at `position` is drawn; None: its next one."""
+def draw_of(request: Request, ops: SamplerOps, position: int) -> Draw:
+    """How a request's token at `position` is drawn."""
     params = request.params
     if params.greedy:
         return _GREEDY
     nucleus = params.top_p < 1.0 or params.min_p > 0.0
     return Draw(
         temperature=max(params.temperature, _COLDEST),
-        uniform=uniform(request.asked.seed, request.num_tokens if position is None else position),
+        uniform=uniform(request.asked.seed, position),
         width=params.top_k if params.top_k > 0 else ops.first_look if nucleus else 0,
         whole=params.top_k > 0,
         top_p=params.top_p,
@@ -113,26 +116,35 @@ def draw_of(request: Request, ops: SamplerOps, position: int | None = None) -> D
     )
 
 
-def drawn_from_logits(request: Request) -> bool:
-    """Whether a request's next tokens are a matter of their logits and of its `draw_of` alone. Else
-    the host is needed between two steps."""
-    params = request.params
-    return (
-        request.asked.constraint is None
-        and not params.allowed_token_ids
-        and not params.shapes_logits
-        and params.logprobs is None
-        and len(request.output_ids) >= params.min_tokens
-    )
+def needs_host(request: Request) -> bool:
+    """Whether the host has to read a request's last token before its next one can be drawn, as that
+    is held to what the host finds out. Else a device can draw by itself."""
+    constraint = request.asked.constraint
+    if constraint is not None:
+        held = constraint.grammar is not None or constraint.budget is not None
+        if held or any(len(ids) > 1 for ids in constraint.bad_words):
+            return True
+    return bool(request.params.allowed_token_ids)
 
 
-def outcome(request: Request, chosen: int) -> Sampled | MoebiusError | None:
-    """What `SamplerOps.choose` brought a request; None where it is to be drawn by `sample`."""
-    if chosen == UNDECIDED:
-        return None
-    row = _Row(0, request, None, _GREEDY)
-    row.take(chosen)
-    return row.outcome
+def begin(
+    logits_LV: Tensor,
+    requests: Sequence[Request],
+    positions: Sequence[int],
+    ops: SamplerOps,
+    newest_L: Tensor | None = None,
+) -> "Drawing":
+    """Begin to draw a token a row; row i's stands at positions[i] of requests[i], which does not
+    need the host.
+
+    newest_L: (L,) int64, beside the logits: the tokens before these, where the device alone knows
+    them; None: the requests have them.
+    """
+    rows = [
+        _Row.of(index, request, _bans(request), ops, position)
+        for index, (request, position) in enumerate(zip(requests, positions, strict=True))
+    ]
+    return Drawing(logits_LV, rows, ops, newest_L)
 
 
 def _sample_alone(
@@ -155,15 +167,81 @@ def _sample(
     if all(request.params.plain for request in requests) and not any(restrictions):
         return [Sampled(token) if token >= 0 else not_finite() for token in ops.argmax(logits_LV)]
     rows = [
-        _Row(index, request, _shaping(request, restriction or _FREE), draw_of(request, ops))
+        _Row.of(index, request, restriction or _FREE, ops, request.num_tokens)
         for index, (request, restriction) in enumerate(zip(requests, restrictions, strict=True))
     ]
-    for part in _parts(rows, lambda row: row.shaping.num_ids if row.shaping else 0):
-        shaped = [row for row in part if row.shaping]
-        with ops.shaped(logits_LV, _indices(shaped), _shapings(shaped)):
-            _draw_each_kind(logits_LV, part, ops)
-    _add_logprobs(logits_LV, rows, ops)
+    undecided = rows
+    while undecided:
+        Drawing(logits_LV, undecided, ops).wait()
+        undecided = [row for row in undecided if row.token_id == UNDECIDED]
+        for row in undecided:
+            row.draw = row.draw._replace(width=8 * row.draw.width)
     return [row.outcome for row in rows]
+
+
+class Drawing:
+    """Tokens of some rows, and log-probabilities, which the device has or will have.
+
+    ids_R: (R,) int64 beside the logits, what `SamplerOps.choose` gives.
+    """
+
+    def __init__(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence["_Row"],
+        ops: SamplerOps,
+        newest_L: Tensor | None = None,
+    ) -> None:
+        self._rows = rows
+        self.ids_R = _chosen(logits_LV, rows, ops, newest_L)
+        self._ids = fetch(self.ids_R)
+        self._scored = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
+        if self._scored:
+            asked = [rows[place] for place in self._scored]
+            drawn_R = self.ids_R.clamp(min=0)
+            if len(asked) < len(rows):
+                drawn_R = drawn_R[send_numbers(self._scored, torch.int64, drawn_R.device)]
+            tops = [row.params.logprobs or 0 for row in asked]
+            self._logprobs = begin_logprobs(logits_LV, _indices(asked), drawn_R, tops, ops)
+
+    def wait(self) -> None:
+        """Give each row what it drew."""
+        (ids_R,) = self._ids()
+        for row, token_id in zip(self._rows, ids_R.tolist(), strict=True):
+            row.token_id = token_id
+        if self._scored:
+            for place, logprob in zip(self._scored, self._logprobs(), strict=True):
+                self._rows[place].take(logprob)
+
+    @cached_property
+    def outcomes(self) -> list[Sampled | MoebiusError | None]:
+        """What each row brought; None where its draw needs more candidates: `sample` makes it."""
+        self.wait()
+        return [None if row.token_id == UNDECIDED else row.outcome for row in self._rows]
+
+
+def _chosen(
+    logits_LV: Tensor, rows: Sequence["_Row"], ops: SamplerOps, newest_L: Tensor | None
+) -> Tensor:
+    """What each row draws, shaped as it is to be; newest_L as in `begin`."""
+    found: list[Tensor] = []
+    for part in _parts(rows, logits_LV.shape[-1]):
+        with _shaped(logits_LV, part, ops, newest_L):
+            found.append(ops.choose(logits_LV, _indices(part), [row.draw for row in part]))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _shaped(
+    logits_LV: Tensor, rows: Sequence["_Row"], ops: SamplerOps, newest_L: Tensor | None
+) -> AbstractContextManager[None]:
+    indices = [row.index for row in rows if row.shaping is not None]
+    shapings = [row.shaping for row in rows if row.shaping is not None]
+    if not shapings:
+        return nullcontext()
+    newest_R = None
+    if newest_L is not None:
+        newest_R = newest_L[send_numbers(indices, torch.int64, newest_L.device)]
+    return ops.shaped(logits_LV, indices, shapings, newest_R)
 
 
 @dataclass(slots=True)
@@ -173,32 +251,45 @@ class _Row:
     index     its place in logits_LV
     shaping   what its request asks for before temperature, if anything
     draw      how its token is drawn
-    token_id  what it drew; None where there is nothing: its logits are not finite, or
-    banned    all of them are
+    token_id  what it drew, or what stands for none (ops/sampling.py)
     """
 
     index: int
     request: Request
     shaping: Shaping | None
     draw: Draw
-    token_id: int | None = None
-    banned: bool = False
+    token_id: int = NOT_FINITE
     logprob: TokenLogprob | None = None
+
+    @classmethod
+    def of(
+        cls,
+        index: int,
+        request: Request,
+        restriction: Restriction,
+        ops: SamplerOps,
+        position: int,
+    ) -> Self:
+        """Of a request's token at `position`."""
+        shaping = _shaping(request, restriction, position)
+        return cls(index, request, shaping, draw_of(request, ops, position))
 
     @property
     def params(self) -> SamplingParams:
         return self.request.params
 
-    def take(self, token_id: int) -> None:
-        """What the backend drew: an id, or what stands for none."""
-        self.banned = token_id == ALL_BANNED
-        self.token_id = token_id if token_id >= 0 else None
+    def take(self, logprob: TokenLogprob) -> None:
+        """The log-probability of what was drawn."""
+        self.logprob = logprob
+        # A logit that is not finite, hidden from the draw by min_tokens.
+        if self.token_id >= 0 and math.isnan(logprob.logprob):
+            self.token_id = NOT_FINITE
 
     @property
     def outcome(self) -> Sampled | MoebiusError:
-        if self.banned:
+        if self.token_id == ALL_BANNED:
             return self._all_banned()
-        if self.token_id is None:
+        if self.token_id < 0:
             return not_finite()
         return Sampled(self.token_id, self.logprob)
 
@@ -213,13 +304,13 @@ class _Row:
         )
 
 
-def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T]]:
+def _parts(rows: Iterable[_Row], vocab: int) -> Iterator[list[_Row]]:
     """Rows in order, as many at a time as the plan has memory for: all at once unless they ask for
-    a great many ids."""
-    part: list[_T] = []
+    a great many ids, which are named or candidates."""
+    part: list[_Row] = []
     total = 0
     for row in rows:
-        size = num_ids(row)
+        size = min(row.draw.width, vocab) + (row.shaping.num_ids if row.shaping else 0)
         if part and total + size > SAMPLED_IDS:
             yield part
             part = []
@@ -229,9 +320,19 @@ def _parts(rows: Iterable[_T], num_ids: Callable[[_T], int]) -> Iterator[list[_T
     yield part
 
 
-def _shaping(request: Request, restriction: Restriction) -> Shaping | None:
+def _bans(request: Request) -> Restriction:
+    """What a request that does not need the host is held to."""
+    constraint = request.asked.constraint
+    if constraint is None or not constraint.bad_words:
+        return _FREE
+    return Restriction(banned=tuple({ids[-1] for ids in constraint.bad_words}))
+
+
+def _shaping(request: Request, restriction: Restriction, position: int) -> Shaping | None:
+    """Of a request's token at `position`."""
     params = request.params
-    too_short = len(request.output_ids) < params.min_tokens and not restriction.shortens
+    too_short = position - len(request.prompt_ids) < params.min_tokens
+    too_short = too_short and not restriction.shortens
     if not (too_short or params.shapes_logits or not restriction.free):
         return None
     repetition = params.repetition_penalty != 1.0
@@ -248,107 +349,9 @@ def _shaping(request: Request, restriction: Restriction) -> Shaping | None:
     )
 
 
-def _draw_each_kind(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
-    drawing = [row for row in rows if row.draw.temperature]
-    _take_best(logits_LV, [row for row in rows if not row.draw.temperature], ops)
-    _draw_from_all(logits_LV, [row for row in drawing if not row.draw.width], ops)
-    _draw_from_candidates(logits_LV, [row for row in drawing if row.draw.width], ops)
-
-
 def _indices(rows: Iterable[_Row]) -> list[int]:
     return [row.index for row in rows]
 
 
-def _shapings(rows: Iterable[_Row]) -> list[Shaping]:
-    return [row.shaping for row in rows if row.shaping]
-
-
-def _take_best(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
-    for row, token in zip(rows, ops.argmax(logits_LV, _indices(rows)), strict=True):
-        row.take(token)
-
-
-def _draw_from_all(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
-    temperatures = [row.draw.temperature for row in rows]
-    uniforms = [row.draw.uniform for row in rows]
-    tokens = ops.draw(logits_LV, _indices(rows), temperatures, uniforms)
-    for row, token in zip(rows, tokens, strict=True):
-        row.take(token)
-
-
-def _draw_from_candidates(logits_LV: Tensor, rows: Sequence[_Row], ops: SamplerOps) -> None:
-    """Rows that saw too few candidates for their top_p or min_p take part in another round."""
-    vocab = logits_LV.shape[-1]
-    while rows:
-        undecided: list[_Row] = []
-        for part in _parts(rows, lambda row: min(row.draw.width, vocab)):
-            draws = [row.draw for row in part]
-            drawn = ops.draw_candidates(logits_LV, _indices(part), draws)
-            for row, token in zip(part, drawn, strict=True):
-                row.take(token)
-                if token == UNDECIDED:
-                    undecided.append(row)
-        for row in undecided:
-            row.draw = row.draw._replace(width=8 * row.draw.width)
-        rows = undecided
-
-
-def _add_logprobs(logits_LV: Tensor, rows: Iterable[_Row], ops: SamplerOps) -> None:
-    asked: list[_Row] = []
-    token_ids: list[int] = []
-    tops: list[int] = []
-    for row in rows:
-        top = row.params.logprobs
-        if top is not None and row.token_id is not None:
-            asked.append(row)
-            token_ids.append(row.token_id)
-            tops.append(top)
-    if not asked:
-        return
-    logprobs = _logprobs(logits_LV, _indices(asked), token_ids, tops, ops)
-    for row, logprob in zip(asked, logprobs, strict=True):
-        row.logprob = logprob
-        # A logit that is not finite, hidden from the draw by min_tokens.
-        if math.isnan(logprob.logprob):
-            row.token_id = None
-
-
 def not_finite() -> NumericalError:
     return NumericalError("the model produced NaN or infinite logits for this request")
-
-
-def token_logprobs(
-    logits_LV: Tensor, token_ids: Sequence[int], top: int, ops: SamplerOps
-) -> list[TokenLogprob] | None:
-    """Log-probabilities of given tokens, one a row: what prompt log-probabilities are. None if not
-    finite."""
-    found = _logprobs(logits_LV, range(len(token_ids)), token_ids, [top] * len(token_ids), ops)
-    return None if any(math.isnan(each.logprob) for each in found) else found
-
-
-def _logprobs(
-    logits_LV: Tensor,
-    rows: Sequence[int],
-    token_ids: Sequence[int],
-    tops: Sequence[int],
-    ops: SamplerOps,
-) -> list[TokenLogprob]:
-    """Row by row: the token's log-probability, its rank, and the `top` most likely tokens'."""
-    log_sums_R, values, ids = ops.log_softmax_top_k(logits_LV, rows, tops)
-    best = list(zip(ids.tolist(), values.tolist(), strict=True))
-    own = logits_LV[list(rows), list(token_ids)].tolist()
-    ranks = ops.ranks(logits_LV, rows, token_ids)
-    found: list[TokenLogprob] = []
-    stop = 0
-    for row, log_sum in enumerate(log_sums_R.tolist()):
-        start = stop
-        stop += min(tops[row], logits_LV.shape[-1])
-        found.append(
-            TokenLogprob(
-                token_id=token_ids[row],
-                logprob=own[row] - log_sum,
-                rank=ranks[row],
-                top=tuple((token, value - log_sum) for token, value in best[start:stop]),
-            )
-        )
-    return found

@@ -94,8 +94,8 @@ def sampling_bytes(vocab_size: int, max_model_len: int) -> int:
     Rows that ask for many ids take turns (SAMPLED_IDS); one row asks for at most the vocabulary as
     candidates, or its context as tokens to penalise. An id takes up to 64 bytes: among candidates
     itself, twice while they are sorted, and its logit; under a penalty itself, where it is found,
-    what changes, and the logit that it had. Beyond that plain PyTorch widens a few rows at a time,
-    and a draw one row's candidates, to eight numbers of eight bytes an id.
+    five numbers of what changes, and the logit that it had. Beyond that plain PyTorch widens a few
+    rows at a time, and a draw one row's candidates, to eight numbers of eight bytes an id.
     """
     ids = max(SAMPLED_IDS, vocab_size, max_model_len + LIMITS.logit_bias + LIMITS.stop_token_ids)
     return 64 * ids + ROWS_AT_ONCE * vocab_size * 8 * _INT64

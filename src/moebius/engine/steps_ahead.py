@@ -14,23 +14,27 @@ A recurrent state cannot be taken back; but of a request that goes on, the plan 
 that its state has come to, now or later. Of one that does not, or starts again, the state is gone.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moebius.engine.batch import Batch, build_batch
+from moebius.engine.devices import is_lost
+from moebius.engine.faults import say
 from moebius.engine.runner import Runner
-from moebius.engine.sampler import Sampled, draw_of, drawn_from_logits, outcome
+from moebius.engine.sampler import Drawing, Sampled, begin, draw_of, needs_host
 from moebius.engine.trace import TraceWriter
 from moebius.engine.tracing import Tracing
-from moebius.errors import MoebiusError
-from moebius.ops.transfer import fetch, send_numbers
+from moebius.errors import MoebiusError, frames
+from moebius.ops.transfer import send_numbers
 from moebius.schedule.request import Request
 from moebius.schedule.scheduler import Scheduler, StepPlan
+
+log = logging.getLogger(__name__)
 
 Outcomes = tuple[list[Request], list[Sampled | MoebiusError | None]]
 """Requests, and for each its token, or why it ends without one; None: it is computed again."""
@@ -44,8 +48,8 @@ class StepsAhead(Protocol):
         """What is left of a plan to be computed."""
 
     def draw(self, rest: StepPlan, batch: Batch) -> bool:
-        """Begin to draw the tokens of a batch that was just computed; False where the host is
-        needed for that."""
+        """Begin to draw the tokens of a batch that was just computed; False where the host is to
+        do that."""
 
     def finish(self, plan: StepPlan, trace: Tracing) -> Outcomes:
         """Begin with what the next plan will want, where all of this one's tokens are being drawn;
@@ -74,18 +78,6 @@ class NoStepsAhead:
 NO_STEPS_AHEAD = NoStepsAhead()
 
 
-class _Drawing:
-    """Tokens of some rows, which the device has or will have: ids_R (R,) int64."""
-
-    def __init__(self, ids_R: Tensor) -> None:
-        self.ids_R = ids_R
-        self._wait = fetch(ids_R)
-
-    @cached_property
-    def ids(self) -> list[int]:
-        return self._wait()
-
-
 class _Drawn(NamedTuple):
     """The token of a request at position `end`, which is row `row` of a drawing.
 
@@ -95,7 +87,7 @@ class _Drawn(NamedTuple):
     request: Request
     end: int
     preemptions: int
-    drawing: _Drawing
+    drawing: Drawing
     row: int
 
     @property
@@ -144,14 +136,15 @@ class DeviceStepsAhead:
         if batch.prompts or not all(map(self._draws, batch.sampled)):
             return False
         ends = [request.num_tokens for request in batch.sampled]
-        self._due.update(self._drawn(batch, ends))
-        return True
+        drawn = self._drawn(batch, ends)
+        self._due.update(drawn)
+        return bool(drawn)
 
     def finish(self, plan: StepPlan, trace: Tracing) -> Outcomes:
         if len(self._due) == len(plan.chunks):
             self._begin_following(plan, trace)
         due = self._due.values()
-        outcomes = [outcome(known.request, known.drawing.ids[known.row]) for known in due]
+        outcomes = [known.drawing.outcomes[known.row] for known in due]
         for known, found in zip(due, outcomes, strict=True):
             if found is None:
                 self._ahead.pop(known.request.id, None)
@@ -166,9 +159,9 @@ class DeviceStepsAhead:
     def _draws(self, request: Request) -> bool:
         """Whether the device draws a request's next token, and likely the one behind it."""
         ops = self._runner.ops
-        draw = draw_of(request, ops)
+        draw = draw_of(request, ops, request.num_tokens)
         return (
-            drawn_from_logits(request)
+            not needs_host(request)
             and draw.width <= ops.first_look
             and (self._goes_back or draw.whole or not draw.width)
             and self._undecided.get(request.id) != request.num_tokens
@@ -184,16 +177,24 @@ class DeviceStepsAhead:
         requests = self._scheduler.requests
         batch = build_batch(following, requests, self._block_size, self._runner.device, drawn_T)
         self._runner.execute(batch.inputs)
-        self._ahead.update(self._drawn(batch, [chunk.end for chunk in chunks]))
+        self._ahead.update(self._drawn(batch, [chunk.end for chunk in chunks], drawn_T))
 
-    def _drawn(self, batch: Batch, ends: Sequence[int]) -> dict[str, _Drawn]:
-        """Begin to draw the token at each row's end."""
-        logits_LV = self._runner.logits(batch.sampled_rows)
-        ops = self._runner.ops
-        draws = [
-            draw_of(request, ops, end) for request, end in zip(batch.sampled, ends, strict=True)
-        ]
-        drawing = _Drawing(ops.choose(logits_LV, draws))
+    def _drawn(
+        self, batch: Batch, ends: Sequence[int], newest_L: Tensor | None = None
+    ) -> dict[str, _Drawn]:
+        """Begin to draw the token at each row's end; newest_L: those before, if not read yet.
+
+        Where that fails there are none: the host draws then, and finds out whose fault it is.
+        """
+        try:
+            logits_LV = self._runner.logits(batch.sampled_rows)
+            drawing = begin(logits_LV, batch.sampled, ends, self._runner.ops, newest_L)
+        except Exception as error:
+            # States have gone on with what was not read, and it is not computed again.
+            if is_lost(error) or not (self._goes_back or newest_L is None):
+                raise
+            say(log.warning, "drawing on the device failed; the host draws: %s", frames(error))
+            return {}
         return {
             request.id: _Drawn(request, end, request.num_preemptions, drawing, row)
             for row, (request, end) in enumerate(zip(batch.sampled, ends, strict=True))

@@ -1,6 +1,7 @@
 """A draw from the most likely ids: what top_k, top_p and min_p leave of them."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,27 @@ class Draw(NamedTuple):
     whole: bool = False
     top_p: float = 1.0
     min_p: float = 0.0
+
+
+class Kinds(NamedTuple):
+    """The places of draws among others, by what they draw from: the most likely id alone, the whole
+    vocabulary, or candidates."""
+
+    greedy: list[int]
+    free: list[int]
+    narrow: list[int]
+
+
+def kinds_of(draws: Sequence[Draw]) -> Kinds:
+    kinds = Kinds([], [], [])
+    for place, draw in enumerate(draws):
+        if not draw.temperature:
+            kinds.greedy.append(place)
+        elif not draw.width:
+            kinds.free.append(place)
+        else:
+            kinds.narrow.append(place)
+    return kinds
 
 
 def draw_from_candidates(

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moebius.ops.draws import Draw, draw_from_candidates
+from moebius.ops.draws import Draw, draw_from_candidates, kinds_of
+from moebius.ops.transfer import send_numbers
 
 # In place of minus infinity, which means a broken model.
 LOWEST = torch.finfo(torch.float32).min
@@ -26,6 +27,8 @@ ALL_BANNED = -2
 UNDECIDED = -3
 # An id that is looked up takes up to 64 bytes, one of a row that is copied 4: a word of 32 ids.
 _WORD_IDS = 2
+# What a row takes whose newest id comes beside its shaping.
+_NEWEST_IDS = 3
 # Rows whose vocabulary is widened to float64 at a time.
 ROWS_AT_ONCE = 8
 
@@ -66,7 +69,8 @@ class Shaping(NamedTuple):
     @property
     def num_ids(self) -> int:
         """At least as many as ids are looked up; a row that may be copied counts by its bytes."""
-        return self.named if self.allowed is None else self.named + _WORD_IDS * len(self.allowed)
+        words = 0 if self.allowed is None else len(self.allowed)
+        return self.named + _NEWEST_IDS + _WORD_IDS * words
 
     @property
     def named(self) -> int:
@@ -131,20 +135,29 @@ class SamplerOps(ABC):
                 drawn.append(UNDECIDED if id is None else id)
         return drawn
 
-    def choose(self, logits_LV: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """Of all rows what `argmax`, `draw` or `draw_candidates` gives, whichever a row's Draw asks
-        for: (L,) int64 beside the logits. A device that works by itself is not waited for."""
-        greedy = [row for row, draw in enumerate(draws) if not draw.temperature]
-        free = [row for row, draw in enumerate(draws) if draw.temperature and not draw.width]
-        narrow = [row for row, draw in enumerate(draws) if draw.temperature and draw.width]
-        heats = [draws[row].temperature for row in free]
-        uniforms = [draws[row].uniform for row in free]
-        found = torch.empty(len(logits_LV), dtype=torch.int64)
-        found[greedy] = torch.tensor(self.argmax(logits_LV, greedy), dtype=torch.int64)
-        found[free] = torch.tensor(self.draw(logits_LV, free, heats, uniforms), dtype=torch.int64)
-        drawn = self.draw_candidates(logits_LV, narrow, [draws[row] for row in narrow])
-        found[narrow] = torch.tensor(drawn, dtype=torch.int64)
-        return found.to(logits_LV.device)
+    def choose(self, logits_LV: Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> Tensor:
+        """Of each of `rows` what `argmax`, `draw` or `draw_candidates` gives, whichever its Draw
+        asks for: (R,) int64 beside the logits. A device that works by itself is not waited for,
+        unless a row has more candidates than `first_look`."""
+        kinds = kinds_of(draws)
+        found = [NOT_FINITE] * len(rows)
+
+        def put(places: Sequence[int], tokens: Sequence[int]) -> None:
+            for place, token in zip(places, tokens, strict=True):
+                found[place] = token
+
+        if kinds.greedy:
+            put(kinds.greedy, self.argmax(logits_LV, [rows[place] for place in kinds.greedy]))
+        if kinds.free:
+            free = [rows[place] for place in kinds.free]
+            heats = [draws[place].temperature for place in kinds.free]
+            uniforms = [draws[place].uniform for place in kinds.free]
+            put(kinds.free, self.draw(logits_LV, free, heats, uniforms))
+        if kinds.narrow:
+            narrow = [rows[place] for place in kinds.narrow]
+            own = [draws[place] for place in kinds.narrow]
+            put(kinds.narrow, self.draw_candidates(logits_LV, narrow, own))
+        return send_numbers(found, torch.int64, logits_LV.device)
 
     @abstractmethod
     def log_softmax_top_k(
@@ -162,17 +175,39 @@ class SamplerOps(ABC):
         """
 
     @abstractmethod
-    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        """The place of one token a row among all of the vocabulary: 1 for the most likely."""
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], ids_R: Tensor) -> Tensor:
+        """The place of one id a row among all of the vocabulary, 1 for the most likely: (R,) int64.
+
+        ids_R: int64, of the vocabulary, beside the logits, as the result is. A device that works by
+        itself is not waited for; the CPU's kernels raise IndexError for what is no such id.
+        """
 
     @abstractmethod
     def shaped(
-        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        shapings: Sequence[Shaping],
+        newest_R: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Within the context rows[i] of logits_LV is as shapings[i] says, for the operations above;
         each row once.
+
+        newest_R: (R,) int64 beside the logits, ids of the vocabulary: of each row one more of
+        `drawn`, which the device alone may know. The bits are those of a Shaping that names it.
 
         After it all is as it was, bit for bit. What a shaping names is written in place; whether
         what is not allowed is, too, is the backend's own. One context at a time. Raises IndexError
         for an id that is not in the vocabulary.
         """
+
+
+def with_newest(shapings: Sequence[Shaping], newest_R: Tensor | None) -> Sequence[Shaping]:
+    """The shapings with these ids among what was drawn; waits for the device that knows them."""
+    if newest_R is None:
+        return shapings
+    newest = newest_R.tolist()
+    return [
+        shaping._replace(drawn=[*shaping.drawn, id])
+        for shaping, id in zip(shapings, newest, strict=True)
+    ]

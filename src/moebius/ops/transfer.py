@@ -5,6 +5,7 @@ A copy from or to memory that is not pinned waits until the device has come to i
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,20 +23,24 @@ def send_numbers(
     device: torch.device | str,
 ) -> Tensor:
     """Numbers of the host as a tensor on the device."""
-    return send(torch.tensor(values, dtype=dtype), device)
+    # NumPy reads a list in a third of the time that torch takes.
+    wide = np.asarray(values, dtype=np.float64 if dtype.is_floating_point else np.int64)
+    return send(torch.from_numpy(wide).to(dtype), device)
 
 
-def fetch(x_R: Tensor) -> Callable[[], list[int]]:
-    """Begin to bring integers to the host; what is returned waits for them, and for them alone."""
-    if x_R.device.type != "cuda":
-        return x_R.tolist
-    host_R = torch.empty(x_R.shape, dtype=x_R.dtype, pin_memory=True)
-    host_R.copy_(x_R, non_blocking=True)
+def fetch(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Begin to bring tensors of one device to the host, in turn; what is returned waits for them,
+    and for nothing that the device is given later."""
+    if tensors[0].device.type != "cuda":
+        return lambda: tensors
+    copies = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors)
+    for copy, x in zip(copies, tensors, strict=True):
+        copy.copy_(x, non_blocking=True)
     there = torch.cuda.Event()  # type: ignore[no-untyped-call]
     there.record()
 
-    def wait() -> list[int]:
+    def wait() -> tuple[Tensor, ...]:
         there.synchronize()
-        return host_R.tolist()
+        return copies
 
     return wait

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moebius import _cpu
 from moebius.ops.cpu.base import CpuBase, address
-from moebius.ops.sampling import Shaping, TopK
+from moebius.ops.sampling import Shaping, TopK, with_newest
+from moebius.ops.transfer import send_numbers
 
 
 class SamplingOps(CpuBase):
@@ -44,13 +45,19 @@ class SamplingOps(CpuBase):
         self._native.log_softmax_top_k(self._logits(logits_LV), rows, counts, heats, *into)
         return TopK(log_sums_R, values, ids)
 
-    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        return self._native.ranks(self._logits(logits_LV), rows, token_ids)
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], ids_R: Tensor) -> Tensor:
+        ranks = self._native.ranks(self._logits(logits_LV), rows, ids_R.tolist())
+        return send_numbers(ranks, torch.int64, logits_LV.device)
 
     @contextmanager
     def shaped(
-        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        shapings: Sequence[Shaping],
+        newest_R: Tensor | None = None,
     ) -> Iterator[None]:
+        shapings = with_newest(shapings, newest_R)
         logits = _logits(logits_LV)
         named: list[int] = []
         changes: list[_cpu.Shaping] = []

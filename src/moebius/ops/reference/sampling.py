@@ -14,7 +14,15 @@ from torch import Tensor
 
 from moebius.ops.interface import Ops
 from moebius.ops.reference.routing import top_k
-from moebius.ops.sampling import ALL_BANNED, LOWEST, NOT_FINITE, ROWS_AT_ONCE, Shaping, TopK
+from moebius.ops.sampling import (
+    ALL_BANNED,
+    LOWEST,
+    NOT_FINITE,
+    ROWS_AT_ONCE,
+    Shaping,
+    TopK,
+    with_newest,
+)
 
 # For each byte of a set of ids, what eight logits are bounded by.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
@@ -86,18 +94,23 @@ class SamplingOps(Ops):
             ids.append(found[place][1])
         return TopK(log_sums_R, torch.cat(values), torch.cat(ids))
 
-    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], ids_R: Tensor) -> Tensor:
         found = []
-        for row, token in zip(rows, token_ids, strict=True):
+        for row, id in zip(rows, ids_R.tolist(), strict=True):
             logits_V = logits_LV[row]
-            before = (logits_V[:token] >= logits_V[token]).sum()
-            found.append(1 + int(before + (logits_V[token:] > logits_V[token]).sum()))
-        return found
+            before = (logits_V[:id] >= logits_V[id]).sum()
+            found.append(1 + int(before + (logits_V[id:] > logits_V[id]).sum()))
+        return _index(found, logits_LV)
 
     @contextmanager
     def shaped(
-        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        shapings: Sequence[Shaping],
+        newest_R: Tensor | None = None,
     ) -> Iterator[None]:
+        shapings = with_newest(shapings, newest_R)
         kept: list[tuple[int, Tensor, Tensor]] = []
         try:
             for row, shaping in zip(rows, shapings, strict=True):

@@ -1,6 +1,6 @@
 """From logits to tokens by Triton kernels: what comes back from the device is tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moebius.ops.capability import Operation
-from moebius.ops.draws import Draw
+from moebius.ops.draws import Draw, kinds_of
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.routing import top_k
 from moebius.ops.sampling import Shaping, TopK
-from moebius.ops.transfer import send_numbers
+from moebius.ops.transfer import send, send_numbers
 from moebius.ops.triton.kernels import sampling as kernels
 
 OPERATIONS = frozenset({Operation.SAMPLING})
@@ -43,39 +43,28 @@ class SamplingOps(ReferenceOps):
     ) -> list[int]:
         return _drawn(_Rows(logits_LV, rows), temperatures, uniforms).tolist()
 
-    def draw_candidates(
-        self, logits_LV: Tensor, rows: Sequence[int], draws: Sequence[Draw]
-    ) -> list[int]:
+    def choose(self, logits_LV: Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> Tensor:
         """A row with many candidates is drawn on the host, whoever else is there."""
-        found = [0] * len(rows)
-        few = [at for at, draw in enumerate(draws) if draw.width <= _MOST_LOOKED_FOR]
-        many = [at for at, draw in enumerate(draws) if draw.width > _MOST_LOOKED_FOR]
-        for some, draw in ((few, _few_drawn), (many, super().draw_candidates)):
-            if some:
-                drawn = draw(logits_LV, [rows[at] for at in some], [draws[at] for at in some])
-                for at, token in zip(some, drawn, strict=True):
-                    found[at] = token
-        return found
+        kinds = kinds_of(draws)
+        few = [at for at in kinds.narrow if draws[at].width <= _MOST_LOOKED_FOR]
+        many = [at for at in kinds.narrow if draws[at].width > _MOST_LOOKED_FOR]
+        found_R = _Rows(logits_LV, rows).ids()
 
-    def choose(self, logits_LV: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """Raises ValueError for a row with more candidates than `first_look`."""
-        if max((draw.width for draw in draws if draw.temperature), default=0) > self.first_look:
-            raise ValueError(f"more than {self.first_look} candidates are for draw_candidates")
-        found_L = torch.empty(len(logits_LV), dtype=torch.int64, device=logits_LV.device)
-        greedy = [row for row, draw in enumerate(draws) if not draw.temperature]
-        free = [row for row, draw in enumerate(draws) if draw.temperature and not draw.width]
-        narrow = [row for row, draw in enumerate(draws) if draw.temperature and draw.width]
-        if greedy:
-            asked = _Rows(logits_LV, greedy)
-            found_L[asked.rows_R] = _best(asked)
-        if free:
-            asked = _Rows(logits_LV, free)
-            heats = [draws[row].temperature for row in free]
-            found_L[asked.rows_R] = _drawn(asked, heats, [draws[row].uniform for row in free])
-        if narrow:
-            asked = _Rows(logits_LV, narrow)
-            found_L[asked.rows_R] = _drawn_from_few(asked, [draws[row] for row in narrow])
-        return found_L
+        def put(places: Sequence[int], draw: Callable[[_Rows, Sequence[Draw]], Tensor]) -> None:
+            if places:
+                asked = _Rows(logits_LV, [rows[at] for at in places])
+                at_P = send_numbers(places, torch.int64, found_R.device)
+                found_R[at_P] = draw(asked, [draws[at] for at in places])
+
+        put(kinds.greedy, lambda asked, _: _best(asked))
+        put(kinds.free, _drawn_from_all)
+        put(few, _drawn_from_few)
+        put(many, self._drawn_from_many)
+        return found_R
+
+    def _drawn_from_many(self, asked: "_Rows", draws: Sequence[Draw]) -> Tensor:
+        drawn = self.draw_candidates(asked.logits_LV, asked.rows, draws)
+        return asked.numbers(drawn, torch.int64)
 
     def log_softmax_top_k(
         self,
@@ -93,27 +82,30 @@ class SamplingOps(ReferenceOps):
             return TopK(log_sums_R, *_top_k_by_torch(asked, counts))
         return TopK(log_sums_R, *_top_k(asked, counts, asked.numbers(counts, torch.int64)))
 
-    def ranks(self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int]) -> list[int]:
+    def ranks(self, logits_LV: Tensor, rows: Sequence[int], ids_R: Tensor) -> Tensor:
         asked = _Rows(logits_LV, rows)
-        _require_inside("token ids", token_ids, asked.vocab)
-        tokens_R = asked.numbers(token_ids, torch.int64)
-        before = tokens_R.new_empty((len(tokens_R), asked.count))
-        if before.numel():
-            kernels.count_before[before.shape](
+        asked.require_one_each(len(ids_R))
+        counts_RP = torch.empty((len(rows), asked.count), dtype=torch.int32, device=ids_R.device)
+        if len(rows):
+            kernels.count_before[counts_RP.shape](
                 logits_LV,
                 asked.rows_R,
-                tokens_R,
-                before,
+                ids_R,
+                counts_RP,
                 asked.vocab,
                 asked.count,
                 PART=_PART,
                 num_warps=_PART_WARPS,
             )
-        return (before.sum(1) + 1).tolist()
+        return counts_RP.sum(1) + 1
 
     @contextmanager
     def shaped(
-        self, logits_LV: Tensor, rows: Sequence[int], shapings: Sequence[Shaping]
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        shapings: Sequence[Shaping],
+        newest_R: Tensor | None = None,
     ) -> Iterator[None]:
         asked = _Rows(logits_LV, rows)
         banning = [
@@ -121,14 +113,15 @@ class SamplingOps(ReferenceOps):
             for row, shaping in zip(rows, shapings, strict=True)
             if shaping.allowed is not None
         ]
-        places, kept = _change(asked, rows, shapings)
+        changed = _change(asked, shapings, newest_R)
         whole = _Rows(logits_LV, [row for row, _ in banning])
         kept_RV = _ban_others(whole, [words for _, words in banning])
         try:
             yield
         finally:
             _put_back(logits_LV, whole.rows_R, kept_RV)
-            _put_back(logits_LV.view(-1), places, kept)
+            for change in changed:
+                _put_back(logits_LV.view(-1), change.places, change.kept)
 
 
 class _Known(NamedTuple):
@@ -143,7 +136,7 @@ class _Known(NamedTuple):
 class _Rows:
     """Rows of logits that are asked about, in parts.
 
-    rows_R   their places, int64
+    rows     their places; rows_R on the device, int64
     count    of parts that a row has; `padded` is the power of two from there on
     """
 
@@ -155,6 +148,7 @@ class _Rows:
             )
         _require_inside("rows", rows, len(logits_LV))
         self.logits_LV = logits_LV
+        self.rows = rows
         self.vocab = logits_LV.shape[1]
         self.count = triton.cdiv(self.vocab, _PART)
         self.padded = triton.next_power_of_2(self.count)
@@ -162,9 +156,12 @@ class _Rows:
 
     def numbers(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """One of each row, on the device."""
-        if len(values) != len(self.rows_R):
-            raise ValueError(f"{len(values)} parameters for {len(self.rows_R)} rows")
+        self.require_one_each(len(values))
         return send_numbers(values, dtype, self.rows_R.device)
+
+    def require_one_each(self, count: int) -> None:
+        if count != len(self.rows):
+            raise ValueError(f"{count} parameters for {len(self.rows)} rows")
 
     def ids(self) -> Tensor:
         """Room for what is found, one of each row."""
@@ -236,12 +233,12 @@ def _log_sums(asked: _Rows, temperatures: Sequence[float]) -> Tensor:
     return log_sums_R
 
 
-def _few_drawn(logits_LV: Tensor, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
-    return _drawn_from_few(_Rows(logits_LV, rows), draws).tolist()
+def _drawn_from_all(asked: _Rows, draws: Sequence[Draw]) -> Tensor:
+    return _drawn(asked, [draw.temperature for draw in draws], [draw.uniform for draw in draws])
 
 
 def _drawn_from_few(asked: _Rows, draws: Sequence[Draw]) -> Tensor:
-    """As draw_candidates, of up to _MOST_LOOKED_FOR candidates a row."""
+    """As draw_candidates, of up to _MOST_LOOKED_FOR candidates a row; nobody waits for it."""
     counts = [min(draw.width, asked.vocab) for draw in draws]
     counts_R = asked.numbers(counts, torch.int64)
     log_sums_R = _log_sums(asked, [draw.temperature for draw in draws])
@@ -313,62 +310,112 @@ def _top_k_by_torch(asked: _Rows, counts: Sequence[int]) -> tuple[Tensor, Tensor
     return torch.cat([x_V[best] for x_V, best in zip(rows, ids, strict=True)]), torch.cat(ids)
 
 
-def _change(
-    asked: _Rows, rows: Sequence[int], shapings: Sequence[Shaping]
-) -> tuple[Tensor, Tensor]:
-    """Change the logits that shapings name: their places among all logits, and what they were."""
-    changes = [_changes(shaping, asked.vocab) for shaping in shapings]
-    starts = [row * asked.vocab for row in rows]
-    ids = [change.ids + start for change, start in zip(changes, starts, strict=True)]
-
-    def joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(asked.rows_R.device)
-
-    if not sum(map(len, ids)):
-        return asked.rows_R.new_empty(0), asked.logits_LV.new_empty(0)
-    places = joined(ids)
-    kept = asked.logits_LV.new_empty(len(places))
-    kernels.shape[(triton.cdiv(len(places), _CHANGES),)](
-        asked.logits_LV,
-        places,
-        kept,
-        joined([change.bias for change in changes]),
-        joined([change.repetition for change in changes]),
-        joined([change.penalty for change in changes]),
-        joined([change.banned for change in changes]),
-        len(places),
-        BLOCK=_CHANGES,
-    )
-    return places, kept
-
-
 class _Changes(NamedTuple):
-    """What becomes of one row's ids, each there once; numbers are float64 but ids and banned."""
+    """What becomes of some logits, each there once.
 
-    ids: NDArray[np.int64]
-    bias: NDArray[np.float64]
-    repetition: NDArray[np.float64]
-    penalty: NDArray[np.float64]
-    banned: NDArray[np.uint8]
+    places             among all logits, int64; kept: what they are before
+    bias to penalty    float64, as a Shaping has them for each; banned: 0 where it is not
+    """
+
+    places: Tensor
+    kept: Tensor
+    bias: Tensor
+    repetition: Tensor
+    penalty: Tensor
+    banned: Tensor
 
 
-def _changes(shaping: Shaping, vocab: int) -> _Changes:
+def _change(
+    asked: _Rows, shapings: Sequence[Shaping], newest_R: Tensor | None
+) -> Sequence[_Changes]:
+    """Change logits as shapings say; what was changed, to be put back.
+
+    A newest id that is listed already is changed twice, both times from what it was before.
+    """
+    if not shapings:
+        return []
+    listed = _Listed(asked, shapings)
+    changes = [listed.changes]
+    if newest_R is not None:
+        asked.require_one_each(len(newest_R))
+        changes.append(listed.with_newest(newest_R))
+    for each in changes:
+        if len(each.places):
+            kernels.shape[(triton.cdiv(len(each.places), _CHANGES),)](
+                asked.logits_LV, *each, len(each.places), BLOCK=_CHANGES
+            )
+    return changes
+
+
+class _Listed:
+    """The ids that shapings name, on the device, and what becomes of their logits.
+
+    Numbers are the host's, so that an id has the same ones whoever knows it first. Behind those of
+    the named ids come those of one id a row that is not named, and is drawn once.
+
+    keys_N     sorted: the ids of the first row, of the second with V added, and so on
+    numbers    (5, N): bias, repetition, penalty, whether it is banned, and the penalty of an id
+               that is drawn once more
+    """
+
+    def __init__(self, asked: _Rows, shapings: Sequence[Shaping]) -> None:
+        vocab = asked.vocab
+        named = [_named(shaping, vocab) for shaping in shapings]
+        keys = [ids + place * vocab for place, (ids, _) in enumerate(named)]
+        places = [ids + row * vocab for row, (ids, _) in zip(asked.rows, named, strict=True)]
+        integers = np.stack((np.concatenate(keys), np.concatenate(places)))
+        beyond = np.full((2, len(shapings)), len(shapings) * vocab)
+        others = [(-0.0, s.repetition, 0.0, 0.0, s.presence + s.frequency) for s in shapings]
+        numbers = [*(numbers for _, numbers in named), np.array(others).T]
+        device = asked.logits_LV.device
+        self._asked = asked
+        self._count = integers.shape[1]
+        self._keys_N, places_N = send(torch.from_numpy(np.hstack((integers, beyond))), device)
+        self._numbers = send(torch.from_numpy(np.hstack(numbers)), device)
+        places_E = places_N[: self._count]
+        bias, repetition, penalty, banned, _ = self._numbers[:, : self._count]
+        kept_E = asked.logits_LV.view(-1)[places_E]
+        self.changes = _Changes(places_E, kept_E, bias, repetition, penalty, banned)
+
+    def with_newest(self, newest_R: Tensor) -> _Changes:
+        """Of one more id a row, drawn once more; made before anything is changed."""
+        asked = self._asked
+        order_R = torch.arange(len(newest_R), device=newest_R.device)
+        key_R = order_R * asked.vocab + newest_R
+        at_R = torch.searchsorted(self._keys_N, key_R)
+        other_R = order_R + self._count
+        own_R = torch.where(self._keys_N[at_R] == key_R, at_R, other_R)
+        bias_R, _, _, banned_R, penalty_R = self._numbers[:, own_R]
+        repetition_R = self._numbers[1, self._count :]
+        places_R = asked.rows_R * asked.vocab + newest_R
+        kept_R = asked.logits_LV.view(-1)[places_R]
+        return _Changes(places_R, kept_R, bias_R, repetition_R, penalty_R, banned_R)
+
+
+def _named(shaping: Shaping, vocab: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The ids that a shaping names, each once and in order, and the numbers (5, ids) of each."""
     named = [[*shaping.bias], shaping.seen, shaping.drawn, shaping.banned]
     every = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in named])
     if len(every) and not 0 <= every.min() <= every.max() < vocab:
         raise IndexError(f"a shaping names an id outside the vocabulary of {vocab}")
     ids, places = np.unique(every, return_inverse=True)
     biased, seen, drawn, banned = np.split(places, np.cumsum([len(ids) for ids in named])[:3])
-    # Minus zero changes nothing, not even the sign of a zero.
-    bias = np.full(len(ids), -0.0)
-    bias[biased] += [*shaping.bias.values()]
-    repetition = np.ones(len(ids))
-    repetition[seen] = repetition[drawn] = shaping.repetition
     counts = np.bincount(drawn, minlength=len(ids))
-    penalty = np.where(counts, shaping.presence + shaping.frequency * counts, 0.0)
-    out = np.zeros(len(ids), dtype=np.uint8)
-    out[banned] = 1
-    return _Changes(ids, bias, repetition, penalty, out)
+    numbers = np.zeros((5, len(ids)))
+    # Minus zero changes nothing, not even the sign of a zero.
+    numbers[0] = -0.0
+    numbers[0, biased] += [*shaping.bias.values()]
+    numbers[1] = 1.0
+    numbers[1, seen] = numbers[1, drawn] = shaping.repetition
+    numbers[2] = np.where(counts, _penalties(shaping, counts), 0.0)
+    numbers[3, banned] = 1.0
+    numbers[4] = _penalties(shaping, counts + 1)
+    return ids, numbers
+
+
+def _penalties(shaping: Shaping, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of ids that were drawn so often."""
+    return shaping.presence + shaping.frequency * counts.astype(np.float64)
 
 
 def _words(allowed: NDArray[np.uint32], vocab: int) -> NDArray[np.int32]:
@@ -385,7 +432,7 @@ def _ban_others(whole: _Rows, words: Sequence[NDArray[np.int32]]) -> Tensor:
     """Bound all logits but those of allowed ids; what the rows were."""
     kept_RV = whole.logits_LV.new_empty((len(words), whole.vocab))
     if kept_RV.numel():
-        words_RW = torch.from_numpy(np.stack(words)).to(kept_RV.device)
+        words_RW = send(torch.from_numpy(np.stack(words)), kept_RV.device)
         kernels.allow[(len(words), whole.count)](
             whole.logits_LV,
             whole.rows_R,

@@ -28,7 +28,7 @@ def sampling_failure(ops: CheckedOps, logits_LV: Tensor) -> str:
 
 def _failure(ops: CheckedOps, logits_LV: Tensor) -> str:
     rows = range(len(logits_LV))
-    for draw in (_best, _drawn, _chosen, _shaped, _ranked, _top):
+    for draw in (_best, _drawn, _chosen, _shaped, _shaped_ahead, _ranked, _top):
         together = draw(ops, logits_LV.clone(), rows)
         wanted = draw(ops.reference, logits_LV.clone(), rows)
         what = draw.__name__.strip("_")
@@ -71,7 +71,7 @@ def _drawn(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
 
 
 def _chosen(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
-    """Of these rows alone, by each kind of draw."""
+    """By each kind of draw."""
     few = min(20, logits_LV.shape[1])
     kinds = (
         (0, False, 1.0, 0.0),
@@ -84,15 +84,29 @@ def _chosen(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
         width, heated, top_p, min_p = kinds[row % 4]
         heat = 0.5 + row % 3 if heated or width else 0.0
         draws.append(Draw(heat, (0.37 * (row + 1)) % 1, width, heated, top_p, min_p))
-    found: list[int] = ops.choose(logits_LV[list(rows)], draws).tolist()
+    found: list[int] = ops.choose(logits_LV, rows, draws).tolist()
     return found
 
 
 def _shaped(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
     """Of logits with penalties, and a set of allowed ids."""
-    vocab = logits_LV.shape[1]
-    allowed = np.full(-(-vocab // 32), 0x5555_5555, np.uint32)
-    shaping = Shaping(
+    shaping = _shaping(logits_LV.shape[1])
+    allowed = np.full(-(-logits_LV.shape[1] // 32), 0x5555_5555, np.uint32)
+    with ops.shaped(logits_LV, rows, [shaping._replace(allowed=allowed)] * len(rows)):
+        return _drawn(ops, logits_LV, rows)
+
+
+def _shaped_ahead(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
+    """Of logits with penalties on an id that the device alone knows: one that was drawn before, one
+    that was only read, one that is banned, one that is new."""
+    newest_R = torch.tensor([(2, 1, 4, 3)[row % 4] for row in rows], device=logits_LV.device)
+    shapings = [_shaping(logits_LV.shape[1])] * len(rows)
+    with ops.shaped(logits_LV, rows, shapings, newest_R):
+        return _drawn(ops, logits_LV, rows)
+
+
+def _shaping(vocab: int) -> Shaping:
+    return Shaping(
         bias={0: 0.5, vocab // 2: -0.5},
         seen=[1, vocab - 1],
         drawn=[0, 2, 2],
@@ -100,15 +114,13 @@ def _shaped(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
         presence=0.25,
         frequency=0.25,
         banned=[4],
-        allowed=allowed,
     )
-    with ops.shaped(logits_LV, rows, [shaping] * len(rows)):
-        return _drawn(ops, logits_LV, rows)
 
 
 def _ranked(ops: Any, logits_LV: Tensor, rows: Sequence[int]) -> list[int]:
-    tokens = [(7 * row + 3) % logits_LV.shape[1] for row in rows]
-    found: list[int] = ops.ranks(logits_LV, rows, tokens)
+    ids = [(7 * row + 3) % logits_LV.shape[1] for row in rows]
+    ids_R = torch.tensor(ids, device=logits_LV.device)
+    found: list[int] = ops.ranks(logits_LV, rows, ids_R).tolist()
     return found
 
 

@@ -18,6 +18,9 @@ _LOWEST = tl.constexpr(LOWEST)
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _ALL_BANNED = tl.constexpr(ALL_BANNED)
 _UNDECIDED = tl.constexpr(UNDECIDED)
+# Arguments of `shape` that may begin anywhere in a tensor. Compiled once for all, it has the same
+# roundings for few and for many.
+_COLUMNS = ("places", "kept", "bias", "repetition", "penalty", "banned")
 
 
 @triton.jit
@@ -181,22 +184,20 @@ def count_before(logits, rows, tokens, counts, size, parts, PART: tl.constexpr):
     tl.store(counts + place * parts + part, tl.sum((before & (at < size)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=_COLUMNS)
 def shape(
     logits, places, kept, bias, repetition, penalty, banned, count, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Changes the logits at `places`, each there once, and keeps what they were."""
+    """Puts at `places`, each there once, what becomes of the logits `kept`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    place = tl.load(places + at, mask=inside, other=0)
-    before = tl.load(logits + place, mask=inside, other=0.0)
-    tl.store(kept + at, before, mask=inside)
-    x = before.to(tl.float64) + tl.load(bias + at, mask=inside, other=0.0)
+    x = tl.load(kept + at, mask=inside, other=0.0).to(tl.float64)
+    x += tl.load(bias + at, mask=inside, other=0.0)
     factor = tl.load(repetition + at, mask=inside, other=1.0)
     x = tl.where(x > 0, x / factor, x * factor)
     after = (x - tl.load(penalty + at, mask=inside, other=0.0)).to(tl.float32)
-    after = tl.where(tl.load(banned + at, mask=inside, other=0) != 0, _LOWEST, after)
-    tl.store(logits + place, after, mask=inside)
+    after = tl.where(tl.load(banned + at, mask=inside, other=0.0) != 0, _LOWEST, after)
+    tl.store(logits + tl.load(places + at, mask=inside, other=0), after, mask=inside)
 
 
 @triton.jit
