@@ -194,7 +194,7 @@ def choose(at: Inputs, model: ModelConfig, rows: int, draw: Draw) -> Work:
     calls = []
     for _ in range(at.copies(size)):
         logits_LV = at.numbers(rows, model.vocab_size, dtype=torch.float32)
-        calls.append(partial(at.ops.choose, logits_LV, draws))
+        calls.append(partial(at.ops.choose, logits_LV, range(rows), draws))
     return Work(calls, size + 8 * rows)
 
 
