@@ -106,7 +106,7 @@ class Inputs:
         shapes = [shape for _, shape in format.planes(rows, columns)]
         codes = self.codes(*shapes[0])
         planes: tuple[Tensor, ...] = (codes,)
-        if name in _SCALES_AT or name == "mxfp4":
+        if name in _SCALES_AT:
             self._scale_blocks(name, codes.view(-1, format.nbytes))  # type: ignore[attr-defined]
         elif name == "mxfp4_planes":
             exponents = torch.full(shapes[1], EXPONENT, dtype=torch.uint8, device=self.device)
@@ -118,9 +118,7 @@ class Inputs:
         return Matrix(format, (rows, columns), planes)
 
     def _scale_blocks(self, name: str, blocks_NY: Tensor) -> None:
-        if name == "mxfp4":
-            blocks_NY[:, 0] = EXPONENT
-        for at in _SCALES_AT.get(name, ()):
+        for at in _SCALES_AT[name]:
             scales = self.numbers(len(blocks_NY), 1, spread=1e-3, dtype=torch.float16)
             blocks_NY[:, at : at + 2] = scales.view(torch.uint8)
 

@@ -6,9 +6,10 @@ thread spills to, shared memory, and the instructions of the loop that a product
 Kernels are those of the stage `operations` of benchmarks/gpu.sh, in the sizes of published models
 (gpu_operations.py), which run nowhere here: Triton's own ptxas compiles them. A step of a product
 is one turn of its loop: `step_instructions` a warp, of which `step_products` are for the matrix
-units. Recurrences, whose plans are counted on the host, are left out. A warp issues one instruction a cycle at most, and four warps at a time do: a step of four
+units. A warp issues one instruction a cycle at most, and four warps at a time do: a step of four
 warps takes as many cycles as that, unless memory takes longer, which brings some 14 bytes a cycle
-to each of an H100's processors, and 20 to an H200's.
+to each of an H100's processors, and 20 to an H200's. Recurrences, whose plans are counted on the
+host, are left out.
 """
 
 from __future__ import annotations

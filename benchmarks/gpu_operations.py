@@ -58,7 +58,7 @@ PROMPTS = (2048, 16_384)
 POINTWISE_ROWS = 16_384
 """Of what has no weights: so many that no cache holds them."""
 SAMPLED = 64
-FORMATS = ("q8_0", "q4_k", "q6_k", "mxfp4", "fp8[128x128,float32]")
+FORMATS = ("q8_0", "q4_k", "q6_k", "mxfp4_planes", "fp8[128x128,float32]")
 FORMAT_ROWS = (1, 64, 2048)
 FORMAT_SIZE = 4096
 WORDS = 400

@@ -30,7 +30,7 @@ FP8 = [
     "fp8[16x32,float8_e8m0fnu]",
     "fp8[4x48,float16]",
 ]
-CODES = ["q8_0", "q4_k", "q6_k", "mxfp4", "mxfp4_planes", *FP8]
+CODES = ["q8_0", "q4_k", "q6_k", "mxfp4_planes", *FP8]
 
 
 def random_weight(name: str, rows: int, columns: int) -> Weight:

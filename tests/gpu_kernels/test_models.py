@@ -11,13 +11,22 @@ import torch
 
 from covering import chosen
 from gpu_kernels.conftest import DEVICE
+from moebius.models.store import PlannedWeight, open_checkpoint
 from moebius.models.store.load import load_decoder
+from moebius.ops import Matrix, Ops
+from moebius.ops.formats import planes_of_blocks
+from moebius.ops.reference import ReferenceOps
 from moebius.ops.triton import TritonOps
+from moebius.quantize.export import write_model
 from moebius.request.params import SamplingParams
 from oracle import load_theirs, save_tiny
+from quantised import held
 from random_schedules import Wish, alone, answers, each_alone, groups_of, random_schedule
+from tiny import write_tokenizer
+from tiny_gpt_oss import SIZES, in_mxfp4
 
 OPS = TritonOps()
+REF = ReferenceOps()
 
 
 def is_float32(dtype: torch.dtype) -> bool:
@@ -42,6 +51,41 @@ def test_greedy_tokens_are_those_of_transformers(model_type: str, tmp_path: Path
         torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None
     )
     assert alone(decoder, wish)[0] == whole[0, 11:].tolist()
+
+
+def test_blocks_that_kernels_read_badly_become_planes(tmp_path: Path) -> None:
+    """MXFP4's of a GGUF file: planes of as many bytes, and the same numbers."""
+    model = tmp_path / "model"
+    in_mxfp4(model, vocab_size=320)
+    write_tokenizer(model)
+    out = tmp_path / "out.gguf"
+    write_model(model, out, "mxfp4")
+    checkpoint = open_checkpoint(out)
+
+    def plan(ops: Ops) -> list[PlannedWeight]:
+        return checkpoint.plan_weights("float32", "cuda", ops.formats(torch.float32))
+
+    blocks = plan(REF)
+    for mine, its in zip(plan(OPS), blocks, strict=True):
+        assert (mine.name, mine.nbytes) == (its.name, its.nbytes)
+        assert mine.format == ("mxfp4_planes" if its.format == "mxfp4" else its.format)
+    assert sum(its.format == "mxfp4" for its in blocks) == 2 * 3 * SIZES["num_local_experts"]
+    mine, its = (
+        held(load_decoder(out, torch.float32, device=DEVICE, ops=ops)) for ops in (OPS, REF)
+    )
+    for name, weight in its.items():
+        numbers, wanted = (
+            each.widened(torch.float32) if isinstance(each, Matrix) else each
+            for each in (mine[name], weight)
+        )
+        assert torch.equal(numbers, wanted), name
+
+
+def test_a_block_whose_scale_is_no_planes_is_refused() -> None:
+    blocks = torch.zeros(2, 34, dtype=torch.uint8)
+    blocks[1, 17] = 255
+    with pytest.raises(ValueError, match=r"a scale of its MXFP4 blocks is 2\^128"):
+        planes_of_blocks(blocks)
 
 
 @pytest.mark.parametrize("dtype", chosen([torch.bfloat16, torch.float32], is_float32), ids=str)

@@ -4,8 +4,9 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from moebius.gguf import GgufModel
+from moebius.gguf import GgufModel, GgufTensor
 from moebius.gguf.types import TENSOR_TYPES, BlockType
+from moebius.models.quantization.record import Repacking
 from moebius.models.store.tensors import NUMBER_BYTES, Store, StoredTensor
 
 # What types are called in moebius.ops.FORMATS; nothing here reads the others.
@@ -30,9 +31,20 @@ _FORMATS = {
 _TYPES = {_FORMATS[each.name]: each for each in TENSOR_TYPES.values() if each.name in _FORMATS}
 
 
+# What a loader makes of a format's blocks where kernels read planes, of as many bytes.
+_PLANES = {"mxfp4": "mxfp4_planes"}
+
+
 def block_type(format: str) -> BlockType:
     """What GGUF files call a format of moebius.ops.FORMATS."""
     return _TYPES[format]
+
+
+def _repacking(tensor: GgufTensor) -> Repacking | None:
+    planes = _PLANES.get(_FORMATS.get(tensor.type.name, ""))
+    if planes is None:
+        return None
+    return Repacking(planes, (tensor.stop - tensor.start) // math.prod(tensor.shape[:-2]))
 
 
 class GgufStore(Store):
@@ -51,6 +63,7 @@ class GgufStore(Store):
                 tensor.shape,
                 tensor.start,
                 tensor.stop,
+                repacking=_repacking(tensor),
             )
             for tensor in model.tensors.values()
         }

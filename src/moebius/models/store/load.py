@@ -27,7 +27,7 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import Format, Matrix, Ops, PreparedExperts, Weight, select_ops
-from moebius.ops.formats import Dense, Repacked, dtype_name, format_named
+from moebius.ops.formats import Dense, Repacked, dtype_name, format_named, planes_of_blocks
 from moebius.pages import Span, give_back
 
 Send = Callable[[Tensor], Tensor]
@@ -384,6 +384,9 @@ def _converted(weight: Weight, source: Source, wanted: str, send: Send) -> Weigh
         if isinstance(format, Repacked):
             planes = format.repacked(planes)
             format = format.target
+        elif format.name != wanted:  # blocks, where kernels read planes
+            format = format_named(wanted)
+            return Matrix(format, weight.shape, planes_of_blocks(send(planes[0].contiguous())))
     except ValueError as cause:
         raise WeightsError(f"tensor {source.name!r} cannot be repacked: {cause}") from None
     return Matrix(format, weight.shape, tuple(send(plane.contiguous()) for plane in planes))

@@ -11,7 +11,7 @@ from moebius.ops.formats.blocks_of_32 import BLOCKS_OF_32
 from moebius.ops.formats.blocks_of_256 import BLOCKS_OF_256
 from moebius.ops.formats.dense import Dense, dense, dtype_name
 from moebius.ops.formats.format import Format, Planes, PlaneShape
-from moebius.ops.formats.fp4 import FP4, MX_GROUP, Mxfp4Planes
+from moebius.ops.formats.fp4 import FP4, MX_GROUP, Mxfp4Planes, planes_of_blocks
 from moebius.ops.formats.fp8 import Fp8
 from moebius.ops.formats.integers import Affine, Integers
 from moebius.ops.formats.named import PARAMETRIC, made
@@ -35,6 +35,7 @@ __all__ = [
     "dense",
     "dtype_name",
     "format_named",
+    "planes_of_blocks",
 ]
 
 BLOCK_FORMATS = (*BLOCKS_OF_32, *BLOCKS_OF_256)

@@ -53,6 +53,23 @@ class Mxfp4Planes(Format):
         return torch.promote_types(torch.bfloat16, dtype) == dtype
 
 
+def planes_of_blocks(blocks_RY: Tensor) -> Planes:
+    """Mxfp4Planes' planes of GGUF's MXFP4: blocks of 17 bytes (R, 17 * groups), on whatever device.
+
+    A block is a scale and 16 bytes, the low bits of which are columns 0 to 15. Raises ValueError
+    for a scale of 255, which is 2^128 there and no number here.
+    """
+    rows = len(blocks_RY)
+    blocks_RGY = blocks_RY.view(rows, -1, 17)
+    exponents_RG = blocks_RGY[:, :, 0].contiguous()
+    if bool((exponents_RG == 255).any()):
+        raise ValueError("a scale of its MXFP4 blocks is 2^128")
+    both_RGY = blocks_RGY[:, :, 1:]
+    columns_RGY = torch.cat((both_RGY & 15, both_RGY >> 4), 2)
+    codes_RGY = columns_RGY[:, :, ::2] | (columns_RGY[:, :, 1::2] << 4)
+    return codes_RGY.reshape(rows, -1), exponents_RG
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Nvfp4(Format):
     """Codes, an E4M3 scale for each 16 columns, and one float32 for all.

@@ -40,6 +40,8 @@ SPLIT = 1024
 # memory than that: their tiles alone would leave most of a card idle. The bits are the same.
 FEW_ROWS = 16
 PARTS_BYTES = 2**25
+# What kernels would have to load byte by byte: a loader makes planes of it.
+REPACKED = frozenset({"mxfp4"})
 # Tiles of columns that take turns, so that rows are read while they are in the cache.
 SWIZZLE = 8
 EMBED_COLUMNS = 1024
@@ -126,7 +128,7 @@ class LinearOps(SizedOps):
             for each in (torch.bfloat16, torch.float16)
             if dtype in DTYPES and torch.promote_types(each, dtype) == dtype
         }
-        return super().formats(dtype) | exact
+        return (super().formats(dtype) | exact) - REPACKED
 
     def embed(
         self,

@@ -16,7 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What numbers that are not codes may be stored in.
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN_NAMES = frozenset(map(dtype_name, PLAIN))
-_BYTES = ("q8_0", "q4_k", "q6_k", "mxfp4")
+_BYTES = ("q8_0", "q4_k", "q6_k")
 READ = frozenset({*_PLAIN_NAMES, *_BYTES, "mxfp4_planes", "fp8"})
 """Formats whose kernels are ours, by their names without parameters."""
 # What is loaded two bytes at a time.

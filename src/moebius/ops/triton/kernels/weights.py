@@ -2,9 +2,9 @@
 
 How wide loads may be is for the blocks to say. Those of Q8_0 (34 bytes) and Q6_K (210) begin at any
 even address, so what lies there is loaded two bytes at a time: four, or sixteen, would be on
-addresses that no card loads from. Those of MXFP4 (17 bytes) begin anywhere: byte by byte. Those of
-Q4_K (144 bytes), and planes of codes alone, lie as their rows do: where these are ALIGNED, the
-compiler joins neighbours to sixteen bytes.
+addresses that no card loads from. Those of Q4_K (144 bytes), and planes of codes alone, lie as
+their rows do: where these are ALIGNED, the compiler joins neighbours to sixteen bytes. Those of
+MXFP4 (17 bytes) begin anywhere: a loader makes planes of them.
 
 A plane comes as an address, since the weights of a layer's experts, or of several linear layers,
 are tensors of their own: tables have their addresses. FORMAT names what lies there, as
@@ -52,8 +52,6 @@ def tile(
         wide = _q4_k(codes, row, inside, k, columns, stride, ALIGNED, N, K)
     elif FORMAT == "q6_k":
         wide = _q6_k(codes, row, inside, k, columns, stride, N, K)
-    elif FORMAT == "mxfp4":
-        wide = _mxfp4(codes, row, inside, k, columns, stride, N, K)
     elif FORMAT == "mxfp4_planes":
         wide = _mxfp4_planes(
             codes, scales, row, inside, k, columns, stride, scale_stride, ALIGNED, DTYPE, N, K
@@ -213,21 +211,6 @@ def _power(exponent):
     # Below 2^-126 lie 2^-127 and 2^-128, which have no leading one.
     small = 0x00400000 >> tl.minimum(tl.maximum(-field, 0), 1)
     return tl.where(field > 0, field << 23, small).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _mxfp4(address, row, inside, k, columns, stride, N: tl.constexpr, K: tl.constexpr):
-    """Blocks of 17 bytes: a power of two, and 32 codes, the first 16 of them in low bits."""
-    G: tl.constexpr = K // 32
-    group = k // 32 + tl.arange(0, G)
-    start, here = _blocks(address, row, inside, group, columns // 32, stride, False)
-    block = start + group[None, :] * 17
-    exponent = tl.load(block, mask=here, other=0).to(tl.int32)
-    lane = tl.arange(0, 32)
-    at = block[:, :, None] + (1 + lane % 16)[None, None, :]
-    both = tl.load(at, mask=here[:, :, None], other=0).to(tl.int32)
-    codes = (both >> (lane // 16 * 4)[None, None, :]) & 15
-    return tl.reshape(_e2m1_twice(codes) * _power(exponent - 128)[:, :, None], (N, K))
 
 
 @triton.jit
