@@ -304,7 +304,7 @@ def _launch(
     weight = layers[0][1][0]
     few = _columns(layers, sizes.few)
     split = SPLIT if len(few) <= FEW_TILES and weight.shape[1] >= LONG else 0
-    tile = sizes.sized(many=True, codes=kind.codes, sums=2 if split else 1)
+    tile = sizes.sized(many=True, codes=kind.codes)
     many = _Launch(kind, _columns(layers, tile).to(device), weight, bias, split, tile)
     return replace(many, tiles=few.to(device), tile=sizes.few, many=many)
 
