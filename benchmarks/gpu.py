@@ -177,6 +177,8 @@ def run_tests(stage: Stage, where: str) -> None:
     log = stage.out / f"{stage.name}.log"
     results = Path(tempfile.gettempdir()) / f"moebius-gpu-{stage.name}.xml"
     command = [sys.executable, "-m", "pytest", where, f"--junit-xml={results}"]
+    # A file that cannot be imported there costs no other's tests.
+    command.append("--continue-on-collection-errors")
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "MOEBIUS_TEST_DEVICE": stage.device, "PYTHONPATH": path}
     with log.open("w") as file:
