@@ -207,13 +207,15 @@ class _Graph:
 
 
 class FakeCuda:
-    """The one device of this process, while it is entered. replays: how many graphs were played."""
+    """The one device of this process, while it is entered. replays: how many graphs were played;
+    waits: how often the host waited for a value, or for a copy."""
 
     now: FakeCuda
 
     def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
         self.capability = capability
         self.replays = 0
+        self.waits = 0
         self.default = _Stream()
         self.capture: _Capture | None = None
         self.broken_pools: list[object] = []
@@ -285,6 +287,10 @@ class FakeCuda:
         for work in coming:
             work()
 
+    def _wait(self) -> None:
+        self.waits += 1
+        self.arrive(self.begun)
+
     def _copy(self, there: Tensor, source: Tensor, non_blocking: bool) -> None:
         """Between the two sides."""
         here, *_ = (x for x in (source, there) if not isinstance(x, DeviceTensor))
@@ -292,7 +298,7 @@ class FakeCuda:
             self.require_no_capture("memory that is not pinned is copied")
         begins = non_blocking and self.is_pinned(here)
         if not begins:
-            self.arrive(self.begun)
+            self._wait()
         with _disable_current_modes():
             numbers = numbers_of(source).clone()
             if there is here and begins:
@@ -357,7 +363,7 @@ class FakeCuda:
         self._check_operands(name, args, kwargs)
         if reads(name, args):
             self.require_no_capture(f"{name} reads a value")
-            self.arrive(self.begun)
+            self._wait()
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": CPU}
         call = partial(self._compute, name, func, args, kwargs)

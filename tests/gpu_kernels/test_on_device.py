@@ -17,7 +17,9 @@ from gpu_kernels.device_tensor import CARD
 from gpu_kernels.fake_cuda import FakeCuda
 from moebius import LLM, SamplingParams
 from moebius.engine import proof
+from moebius.engine.runner import Runner
 from moebius.models.store.sending import CudaStaging, Sender
+from moebius.ops.steps import StepInputs
 from moebius.ops.transfer import fetch, send
 from oracle import FAMILY, save_tiny
 from tiny import write_tokenizer
@@ -98,6 +100,31 @@ def test_experts_of_the_host(
     with FakeCuda() as cuda:
         assert tokens(tmp_path, "cuda", [GREEDY], experts=experts) == expected
     assert cuda.replays > 20
+
+
+@pytest.mark.usefixtures("_few_proven")
+@pytest.mark.parametrize("model_type", chosen(sorted(FAMILY), of_one_layer))
+def test_no_step_waits_for_the_device(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a prompt's, which no graph has, nor a decode's: all of a step is handed over before
+    anything of it is there."""
+    changes = {"num_hidden_layers": 1} if of_one_layer(model_type) else {}
+    save_tiny(tmp_path, model_type, vocab_size=320, **changes)
+    write_tokenizer(tmp_path)
+    execute = Runner.execute
+    waits: list[int] = []
+
+    def counted(self: Runner, inputs: StepInputs) -> torch.Tensor:
+        before = cuda.waits
+        found = execute(self, inputs)
+        waits.append(cuda.waits - before)
+        return found
+
+    with FakeCuda() as cuda, LLM(str(tmp_path), device="cuda", **OPTIONS) as llm:
+        monkeypatch.setattr(Runner, "execute", counted)
+        llm.generate(PROMPTS, GREEDY, progress=False)
+    assert len(waits) > 5 and not any(waits)
 
 
 def test_weights_arrive_whole(cuda: FakeCuda) -> None:

@@ -15,7 +15,7 @@ from moebius.ops.draws import Draw
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.routing import top_k
 from moebius.ops.sampling import Shaping, TopK
-from moebius.ops.transfer import send_numbers
+from moebius.ops.transfer import send, send_numbers
 from moebius.ops.triton.kernels import sampling as kernels
 
 OPERATIONS = frozenset({Operation.SAMPLING})
@@ -322,7 +322,7 @@ def _change(
     ids = [change.ids + start for change, start in zip(changes, starts, strict=True)]
 
     def joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(asked.rows_R.device)
+        return send(torch.from_numpy(np.concatenate(parts)), asked.rows_R.device)
 
     if not sum(map(len, ids)):
         return asked.rows_R.new_empty(0), asked.logits_LV.new_empty(0)
@@ -385,7 +385,7 @@ def _ban_others(whole: _Rows, words: Sequence[NDArray[np.int32]]) -> Tensor:
     """Bound all logits but those of allowed ids; what the rows were."""
     kept_RV = whole.logits_LV.new_empty((len(words), whole.vocab))
     if kept_RV.numel():
-        words_RW = torch.from_numpy(np.stack(words)).to(kept_RV.device)
+        words_RW = send(torch.from_numpy(np.stack(words)), kept_RV.device)
         kernels.allow[(len(words), whole.count)](
             whole.logits_LV,
             whole.rows_R,
