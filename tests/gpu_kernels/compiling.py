@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ from triton.runtime.interpreter import InterpretedFunction
 # The most shared memory that a block of threads may have, by compute capability (CUDA C++
 # Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+# Of these it is looked at how much of their registers they spill.
+SPILLS_OF = 90
 _OPTIONS = ("num_warps", "num_stages")
 _DTYPES = {
     torch.float64: "fp64",
@@ -119,9 +122,12 @@ def _type(value: Any) -> tuple[str, bool]:
     return "fp32", False
 
 
-def assert_compile(seen: Sequence[Launch], *modules: ModuleType) -> None:
+def assert_compile(
+    seen: Sequence[Launch], *modules: ModuleType, most_spilled: int | None = None
+) -> None:
     """All of `seen` compile for all of SHARED_BYTES and fit there; and no kernel of `modules` that
-    others may launch is missing."""
+    others may launch is missing. most_spilled: bytes of a thread's registers that a kernel may keep
+    in memory."""
     named = {(each.module, each.name) for each in seen}
     every = {
         (module.__name__, name)
@@ -134,7 +140,7 @@ def assert_compile(seen: Sequence[Launch], *modules: ModuleType) -> None:
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, Path(__file__)],
-            input=json.dumps([dataclasses.asdict(each) for each in seen]),
+            input=json.dumps([most_spilled, *map(dataclasses.asdict, seen)]),
             env=_environment() | {"TRITON_CACHE_DIR": cache},
             capture_output=True,
             text=True,
@@ -148,7 +154,7 @@ def _environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def _compile(launch: Launch, capability: int) -> str | None:
+def _compile(launch: Launch, capability: int, most_spilled: int | None) -> str | None:
     """Says what is wrong, in the process without the interpreter."""
     import importlib
 
@@ -170,7 +176,22 @@ def _compile(launch: Launch, capability: int) -> str | None:
         return f"{type(wrong).__name__}: {wrong}"
     if made.metadata.shared > SHARED_BYTES[capability]:
         return f"{made.metadata.shared} bytes of shared memory"
+    if most_spilled is not None and capability == SPILLS_OF:
+        spilled = _spilled(made.asm["ptx"])
+        if spilled > most_spilled:
+            return f"{spilled} bytes of registers are spilled"
     return None
+
+
+def _spilled(ptx: str) -> int:
+    """Bytes that a thread stores, as the assembler that comes with Triton tells."""
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [assembler, "-v", f"--gpu-name=sm_{SPILLS_OF}a", source, "-o", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
 
 
 def _constant(value: Any) -> Any:
@@ -181,9 +202,10 @@ def _constant(value: Any) -> Any:
 
 def _main() -> int:
     failed = 0
-    for each in json.load(sys.stdin):
+    most_spilled, *every = json.load(sys.stdin)
+    for each in every:
         for capability in SHARED_BYTES:
-            wrong = _compile(Launch(**each), capability)
+            wrong = _compile(Launch(**each), capability, most_spilled)
             if wrong is not None:
                 failed += 1
                 print(f"{each['name']} on sm_{capability}, {each['constants']}: {wrong}\n")

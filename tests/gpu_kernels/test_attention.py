@@ -348,6 +348,28 @@ def test_splits_and_tiles_of_keys_end_at_the_same_places(monkeypatch: pytest.Mon
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
+@pytest.mark.parametrize(
+    ("heads", "sinks"),
+    [((32, 4, 128, 128), False), ((64, 8, 64, 64), True)],
+    ids=["qwen3-30b-a3b", "gpt-oss-20b"],
+)
+def test_registers_are_enough(
+    heads: tuple[int, int, int, int], sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is spilled is read back for each tile of keys. With four warps for heads of 64 some 90
+    registers of a thread were."""
+    monkeypatch.setattr(attention, "SPLIT", 512)
+    options = {"sinks_H": torch.zeros(heads[0])} if sinks else {}
+    with launches() as seen:
+        drawn = Drawn.of([(1100, 1), (40, 40)], heads, torch.bfloat16)
+        drawn.attend(OPS, 0.1, window=128 if sinks else None, **options)
+    attends = [each for each in seen if each.name.startswith("attend")]
+    assert len(attends) == 2, "a decode's and a prompt's"
+    assert_compile(attends, most_spilled=160)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sizes of real models, where each also has to find its shared memory."""
     monkeypatch.setattr(attention, "SPLIT", 512)

@@ -19,6 +19,7 @@ from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.steps import Rotation, Step, StepInputs
+from moebius.ops.transfer import send
 from moebius.ops.triton import linear
 from moebius.ops.triton.kernels import attention as kernels
 from moebius.ops.triton.kernels import store
@@ -65,9 +66,7 @@ def sizes_of(key_size: int, value_size: int, dtype: torch.dtype) -> Sizes:
     decode leaves most of a tile empty: its products are still faster than its keys come.
     """
     widest = max(key_size, value_size)
-    if widest <= 64:
-        found = Sizes(entries=64, keys=64, warps=4, stages=2)
-    elif widest <= 128:
+    if widest <= 128:
         found = Sizes(entries=64, keys=64, warps=8, stages=2)
     elif widest <= 256:
         found = Sizes(entries=32, keys=32, warps=8, stages=2)
@@ -173,8 +172,8 @@ def _tiles(step: StepInputs, seen_T3: Tensor, rows: int) -> Tiles:
     columns = (sequence_P, first_P, count_P, low_P, high_P, part_row_P)
     tiles_P6 = torch.stack(columns, dim=1).int()
     return Tiles(
-        tiles_P6[~parted_P].to(step.device),
-        tiles_P6[parted_P].to(step.device),
+        send(tiles_P6[~parted_P], step.device),
+        send(tiles_P6[parted_P], step.device),
         int(splits_P.where(parted_P, 0).amax()) if len(splits_P) else 0,
         int(parted_count_P.sum()),
         int(parted_count_P.amax()) if len(splits_P) else 0,
@@ -211,7 +210,7 @@ class AttentionOps(ReferenceOps):
     ) -> AttentionPlan:
         given = own(step, StepInputs)
         seen_T3 = _rows_seen(given, window)
-        return TritonPlan(given, block_size, window, seen_T3, seen_T3.to(given.device))
+        return TritonPlan(given, block_size, window, seen_T3, send(seen_T3, given.device))
 
     def paged_attention(
         self,
