@@ -109,6 +109,7 @@ def environment(stage: Stage) -> None:
             memory_bytes=properties.total_memory,
             capability=list(torch.cuda.get_device_capability(0)),
             cuda=torch.version.cuda,
+            without_kernels=why_no_kernels(torch.device("cuda")),
         )
     size = 2**22 if stage.small else 2**32
     side = 256 if stage.small else 8192
@@ -122,6 +123,24 @@ def environment(stage: Stage) -> None:
         bytes_per_second=2 * size / min(copies[1:]),
         flops_per_second=2 * side**3 / min(products[1:]),
     )
+
+
+def why_no_kernels(device: Any) -> str:
+    """Why none of ours can be launched on this machine, in a line; empty where they can. Triton
+    builds what launches them with the machine's C compiler, for which Python's headers have to be
+    there."""
+    from moebius.ops.triton_usable import why_not
+
+    reason = why_not(device)
+    if reason:
+        return reason
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # of several kinds
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
 
 
 def tests(stage: Stage) -> None:
