@@ -103,17 +103,14 @@ def load(stage: Stage, name: str, **options: Any) -> Measured:
     model = card_model(name, stage.small)
     folder = Path(tempfile.gettempdir()) / "moebius-gpu" / f"hollow-{name}-{stage.small}"
     nbytes = write_hollow(model, folder)
-    start = time.perf_counter()
-    llm = LLM(
-        str(folder),
-        device=stage.device,
-        dtype="bfloat16",
-        max_model_len=512 if stage.small else max(PROMPTS) + 64,
-        max_num_seqs=8 if stage.small else max(BATCHES),
-        enable_prefix_caching=False,
+    usual = {
+        "max_model_len": 512 if stage.small else max(PROMPTS) + 64,
+        "max_num_seqs": 8 if stage.small else max(BATCHES),
+        "enable_prefix_caching": False,
         **({"kv_cache_memory_bytes": 2**24} if stage.small else {}),
-        **options,
-    )
+    }
+    start = time.perf_counter()
+    llm = LLM(str(folder), device=stage.device, dtype="bfloat16", **(usual | options))
     wall = time.perf_counter() - start
     runner = llm.client._engine.runner  # nothing that serves reaches into its weights
     drawn = 0 if stage.device == "cpu" else draw_holes(runner.model)  # whose pages are a file's
