@@ -42,7 +42,8 @@ UNUSED = ("matplotlib",)
 # Of the development dependencies, what tests/test_device.py and pyproject.toml's pytest settings
 # ask for.
 TESTS = ("pytest", "pytest-timeout")
-GLIBCS = ("2_17", "2_27", "2_28")
+# Wheels for this C library (Debian 11's, Ubuntu 20.04's) and for each before it will do.
+GLIBC = 31
 
 
 def closure(names: Iterable[str]) -> set[str]:
@@ -69,7 +70,8 @@ def needed() -> list[str]:
 
 
 def fetch(wheels: Path, python: str) -> None:
-    platforms = [f"manylinux{tag}_x86_64" for tag in ("2014", *(f"_{glibc}" for glibc in GLIBCS))]
+    tags = ("2014", *(f"_2_{minor}" for minor in range(GLIBC, 16, -1)))
+    platforms = [f"manylinux{tag}_x86_64" for tag in tags]
     command = [
         sys.executable,
         "-m",

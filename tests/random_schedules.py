@@ -372,8 +372,9 @@ class Patient(Constraints):
 
 
 def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, EngineInfo]:
-    """What such an engine is made of."""
+    """What such an engine is made of, on the decoder's device."""
     config = decoder.config
+    device = next(decoder.parameters()).device
     groups = groups_of(decoder, schedule.states)
     pool = PoisonedPool(
         schedule.num_blocks,
@@ -395,7 +396,7 @@ def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, Engi
         decoder.ops,
         num_blocks=schedule.num_blocks,
         block_size=schedule.block_size,
-        device=torch.device("cpu"),
+        device=device,
         num_states=0 if groups.states is None else groups.states.num_slots,
         key_offsets=key_offsets(decoder) if schedule.kv_dtype == torch.int8 else (),
     )
@@ -413,7 +414,7 @@ def parts(decoder: Decoder, schedule: Schedule) -> tuple[Runner, Scheduler, Engi
         "fp",
         start_ids=start_ids,
     )
-    return Runner(decoder, cache, torch.device("cpu")), Scheduler(settings, pool), info
+    return Runner(decoder, cache, device), Scheduler(settings, pool), info
 
 
 def request_of(wish: Wish, engine: Engine) -> Request:

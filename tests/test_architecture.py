@@ -304,7 +304,8 @@ READS = ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop
 # torchrun's own, by which processes of a training find each other, and what NCCL and cuBLAS are told
 # by; nobody sets them by hand.
 FOREIGN = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-FOREIGN |= {"TORCH_NCCL_BLOCKING_WAIT", "NCCL_SOCKET_IFNAME", "CUBLAS_WORKSPACE_CONFIG"}
+FOREIGN |= {"TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
+FOREIGN |= {"NCCL_SOCKET_IFNAME", "CUBLAS_WORKSPACE_CONFIG"}
 # Ray's own, by which its programs find a cluster that runs already.
 FOREIGN |= {"RAY_ADDRESS"}
 # OpenTelemetry's own, which a host sets for all programs; whoever has no collector knows none.

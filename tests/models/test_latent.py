@@ -177,6 +177,13 @@ def test_the_context_ends_where_an_indexer_would_pick(tmp_path: Path, model_type
     assert model_config(raw(model_type)).capped == ""
 
 
+def test_layers_with_an_indexer_by_their_former_name() -> None:
+    """As transformers 5.17 wrote them, and maps them since."""
+    count = raw("deepseek_v32")["num_hidden_layers"]
+    former = raw("deepseek_v32", layer_types=["deepseek_sparse_attention"] * count)
+    assert model_config(former) == model_config(raw("deepseek_v32"))
+
+
 def test_a_token_takes_a_latent_and_a_key(tmp_path: Path) -> None:
     save_tiny(tmp_path, "glm4_moe_lite")
     plan = prepare(tmp_path, EngineConfig(dtype="bfloat16")).plan

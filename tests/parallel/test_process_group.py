@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
 
-from moebius.errors import ConfigError
+from moebius.errors import ConfigError, PeerError
 from moebius.parallel import process_group
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.process_group import join_process_group
@@ -67,6 +68,34 @@ def test_rows_that_arrive_as_others_are_noticed(
         return
     with pytest.raises(ConfigError, match="came as others; use --ranks 1"):
         join()
+
+
+def test_what_nccl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sockets are this host's alone, and a rank that is lost does not end the others."""
+    told: dict[str, Any] = {}
+
+    class Nccl:
+        class Options:
+            _timeout = timedelta(0)
+
+        def __init__(self, store: object, rank: int, size: int, options: Options) -> None:
+            told.update(
+                rank=rank, size=size, timeout=options._timeout, environment=dict(os.environ)
+            )
+            raise RuntimeError("no GPUs found")
+
+    for name in ("NCCL_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+        monkeypatch.setenv(name, "")  # afterwards it is as it was
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    with pytest.raises(PeerError, match="no GPUs found"):
+        join_process_group(
+            tmp_path / "store", SPEC, 0, Epoch("test", 1), timeout=5, device=torch.device("cuda")
+        )
+    environment = told.pop("environment")
+    assert told == {"rank": 0, "size": SPEC.size, "timeout": timedelta(seconds=5)}
+    assert environment["NCCL_SOCKET_IFNAME"] == "lo"
+    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
 
 
 @pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has NCCL")

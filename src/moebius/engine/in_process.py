@@ -10,6 +10,7 @@ from moebius.engine.client import Deliver, EngineInfo, EngineStats, ExpertLoads,
 from moebius.engine.deliveries import Deliveries
 from moebius.engine.engine import Engine
 from moebius.engine.faults import failure, lost
+from moebius.ops.cuda import device_for_threads
 from moebius.request.engine_request import EngineRequest
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class InProcessClient:
         self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._deliveries = Deliveries(engine.drop)
         self._busy_since: float | None = None
+        self._take_device = device_for_threads()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -87,6 +89,7 @@ class InProcessClient:
 
     def _run(self) -> None:
         try:
+            self._take_device()
             while not self.stopped:
                 self._deliveries.send(self._turn())
         except Exception as error:

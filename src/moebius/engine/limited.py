@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from moebius.ops.cuda import device_for_threads
+
 T = TypeVar("T")
 
 
@@ -29,15 +31,13 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     outcome = _Outcome[T]()
     ended = threading.Event()
     context = contextvars.copy_context()
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    device = torch.cuda.current_device() if started else None
+    take_device = device_for_threads()
     inference = torch.is_inference_mode_enabled()
     gradients = torch.is_grad_enabled()
 
     def run() -> None:
         try:
-            if device is not None:
-                torch.cuda.set_device(device)
+            take_device()
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
                 outcome.value = context.run(work)
         except BaseException as error:  # the waiting thread's to raise

@@ -16,6 +16,7 @@ from moebius.models.decoder import Decoder
 from moebius.models.store.load import ExpertMove, Loader
 from moebius.moe.placement import LayerPlacement, Placement
 from moebius.moe.ranks import ExpertRank
+from moebius.ops.cuda import device_for_threads
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ class ExpertMoves:
         self._asked = number
         self._ready = None
         threading.Thread(
-            target=self._bring, args=(number, held), name="experts", daemon=True
+            target=self._bring,
+            args=(number, held, device_for_threads()),
+            name="experts",
+            daemon=True,
         ).start()
 
     def ready(self) -> int:
@@ -89,8 +93,9 @@ class ExpertMoves:
         assert ranks is not None, "this decoder holds all experts"
         return ranks
 
-    def _bring(self, number: int, held: Held) -> None:
+    def _bring(self, number: int, held: Held, take_device: Callable[[], None]) -> None:
         try:
+            take_device()
             some = {layer: LayerPlacement.of(each) for layer, each in held.items()}
             placement = Placement({**self.placement.layers, **some})
             self._arrived.put((number, self._loader.bring_experts(self._decoder, placement)))

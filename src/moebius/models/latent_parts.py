@@ -20,6 +20,8 @@ LAYOUTS = (Layout(SHARED), Layout({**SHARED, **FUSED}))
 # What transformers works out of the other sizes, whatever a file says.
 _WORKED_OUT = {"head_dim", "qk_head_dim"}
 _PREDICTED = {"num_mtp_layers", "num_nextn_predict_layers"}
+# What transformers writes of layers with an indexer; up to 5.17 the second.
+_INDEXED = ({"indexed_attention"}, {"deepseek_sparse_attention"})
 # Beside what frequencies depend on: how queries grow, and what other keys say.
 _GROWTH = "llama_4_scaling_beta"
 _BESIDE = (_GROWTH, "max_position_embeddings", "partial_rotary_factor")
@@ -112,7 +114,7 @@ def indexed_decoder(
     arXiv 2512.02556): up to so many they attend to all, as any other does, and longer sequences
     are not computed here."""
     types = reader.get("layer_types")
-    if types is not None and set(types) != {"indexed_attention"}:
+    if types is not None and set(types) not in _INDEXED:
         raise reader.error(f"layer_types is {types!r}; all layers must have indexed_attention")
     reader.computed |= {"index_head_dim", "index_n_heads"}
     most = reader.integer("index_topk")

@@ -1,6 +1,8 @@
-"""What is said where torch finds no CUDA device or too little memory, in serving and training."""
+"""What is said where torch finds no CUDA device or too little memory, in serving and training; and
+the device of other threads."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -21,6 +23,14 @@ def no_cuda() -> ConfigError:
     )
 
 
+def device_for_threads() -> Callable[[], None]:
+    """For another thread to call before anything else: from then on `cuda` means the same device
+    there as it does here. To a thread that is new it means the first one."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return _as_it_is
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
+
+
 def told_by_device(
     error: torch.OutOfMemoryError, device: torch.device, words: Callable[[int], str]
 ) -> str:
@@ -34,3 +44,7 @@ def told_by_device(
 
 def _first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).partition(". ")[0]
+
+
+def _as_it_is() -> None:
+    """There is no device yet, if any."""

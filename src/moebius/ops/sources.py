@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moebius.ops.program import Given, Rows
 from moebius.ops.steps import Step, StepInputs
+from moebius.ops.transfer import send_numbers
 
 TOKENS = "tokens"
 LOGITS = "logits"
@@ -117,7 +118,7 @@ class RowSource(Source["array[int]", Tensor]):
         return None
 
     def wanted(self, given: "array[int]", device: torch.device | str) -> Tensor:
-        return torch.tensor(given, dtype=torch.int64, device=device)
+        return send_numbers(given, torch.int64, device)
 
     def symbolic(self, columns: Sequence[Tensor]) -> Tensor:
         return columns[0]

@@ -83,6 +83,9 @@ def _group(file: Path, rank: int, size: int, timeout: timedelta, device: torch.d
         )
     # Whoever reaches NCCL's sockets is believed: they are to be this host's alone.
     os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    # Of a rank that is lost the exchange hears by its own clock, and the others go on. torch's own
+    # watch would end this process.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return cast("Group", dist.ProcessGroupNCCL(store, rank, size, options))

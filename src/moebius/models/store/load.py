@@ -27,6 +27,7 @@ from moebius.moe.placement import Placement
 from moebius.moe.ranks import ExpertRank
 from moebius.nn.linear import Weighted, WeightList
 from moebius.ops import Format, Matrix, Ops, PreparedExperts, Weight, select_ops
+from moebius.ops.cuda import device_for_threads
 from moebius.ops.formats import Dense, Repacked, dtype_name, format_named, planes_of_blocks
 from moebius.pages import Span, give_back
 
@@ -272,7 +273,7 @@ class Loader:
             done_with(source)
             return brought
 
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=device_for_threads()) as pool:
             for index, weight in zip(others, pool.map(convert, others), strict=True):
                 values[index] = (values[index][0], weight)
         if isinstance(self._send, Sender):

@@ -16,6 +16,7 @@ from moebius.ops.config import ChannelDecay, DeltaSizes, GateFunction, HeadGates
 from moebius.ops.interface import Ops
 from moebius.ops.prepared import StatePlan, own
 from moebius.ops.steps import Step, StepInputs
+from moebius.ops.transfer import send_numbers
 
 # Added to the sum of squares that queries and keys are divided by the root of.
 _L2_EPS = 1e-6
@@ -82,7 +83,7 @@ def _plan(
         sequence[starts[b] : starts[b + 1]] = [place] * lengths[b]
 
     def tensor(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return send_numbers(values, torch.int64, device)
 
     return ReferenceStatePlan(
         tensor([starts[b] for b in longest]),

@@ -18,6 +18,7 @@ from moebius.ops.config import PLAIN_HEADS, HeadRows
 from moebius.ops.prepared import AttentionPlan, LayerCache, own
 from moebius.ops.reference.attention import ReferenceCache
 from moebius.ops.steps import Rotation, Step, StepInputs
+from moebius.ops.transfer import send
 from moebius.ops.triton import linear
 from moebius.ops.triton.kernels import attention as kernels
 from moebius.ops.triton.store import rotated_and_stored
@@ -197,9 +198,9 @@ def _tiles(step: StepInputs, seen_T3: Tensor, rows: int) -> Tiles:
     columns = (sequence_P, first_P, count_P, low_P, high_P, part_row_P)
     tiles_P6 = torch.stack(columns, dim=1).int()
     return Tiles(
-        tiles_P6[~few_P].to(step.device),
-        tiles_P6[few_P & ~parted_P].to(step.device),
-        tiles_P6[parted_P].to(step.device),
+        send(tiles_P6[~few_P], step.device),
+        send(tiles_P6[few_P & ~parted_P], step.device),
+        send(tiles_P6[parted_P], step.device),
         int(splits_P.where(parted_P, 0).amax()) if len(splits_P) else 0,
         int(parted_count_P.sum()),
         int(parted_count_P.amax()) if len(splits_P) else 0,
@@ -236,7 +237,7 @@ class AttentionOps(SizedOps):
     ) -> AttentionPlan:
         given = own(step, StepInputs)
         seen_T3 = _rows_seen(given, window)
-        return TritonPlan(given, block_size, window, seen_T3, seen_T3.to(given.device))
+        return TritonPlan(given, block_size, window, seen_T3, send(seen_T3, given.device))
 
     def paged_attention(
         self,

@@ -88,6 +88,10 @@ class CudaCard(Card):
         try:
             with torch.cuda.stream(self._stream):
                 yield
+        except BaseException:
+            # No stream may wait for one that captures.
+            self.drop()
+            raise
         finally:
             usual.wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
@@ -102,15 +106,30 @@ class CudaCard(Card):
     def end(self) -> Callable[[], None]:
         graph = self._graph
         assert graph is not None, "begin was called"
-        self._graph = None
         graph.capture_end()
+        self._graph = None
         return graph.replay
 
     def drop(self) -> None:
-        if self._graph is not None:
-            # A capture that something has ended before says so again.
-            with suppress(RuntimeError):
-                self.end()
+        graph = self._graph
+        self._graph = None
+        if graph is None:
+            return
+        try:
+            # A capture ends on the stream that it began on.
+            with torch.cuda.stream(self._stream):
+                graph.capture_end()
+        except RuntimeError:
+            self._leave_pool()
+
+    def _leave_pool(self) -> None:
+        """Where CUDA ended a capture by itself, torch leaves its allocator believe that it goes on,
+        and that the graph holds the pool."""
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
 
     def taken(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)

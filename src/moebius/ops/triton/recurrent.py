@@ -15,6 +15,7 @@ from moebius.ops.prepared import StatePlan, own
 from moebius.ops.reference import ReferenceOps
 from moebius.ops.reference.recurrent import ReferenceStatePlan, require_state
 from moebius.ops.steps import Step
+from moebius.ops.transfer import send_numbers
 from moebius.ops.triton.kernels import recurrent as kernels
 from moebius.ops.triton.weights import DTYPES
 
@@ -36,6 +37,14 @@ _STATE_COLUMNS = 32
 _HEADS = 4
 
 
+def _lengths(counts: Sequence[int]) -> list[int]:
+    """How many rows each sequence has, longest first. counts: how many have a row at each turn."""
+    lengths: list[int] = []
+    for turn in range(len(counts), 0, -1):
+        lengths += [turn] * (counts[turn - 1] - len(lengths))
+    return lengths
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TritonStatePlan(ReferenceStatePlan):
     """stops   behind the last row of each sequence (B,)"""
@@ -45,7 +54,8 @@ class TritonStatePlan(ReferenceStatePlan):
     @classmethod
     def of(cls, plan: StatePlan) -> "TritonStatePlan":
         known = own(plan, ReferenceStatePlan)
-        rows_B = torch.bincount(known.sequence, minlength=len(known.starts))
+        # To count on the device would be to wait for it.
+        rows_B = send_numbers(_lengths(known.counts), torch.int64, known.starts.device)
         return cls(
             known.starts,
             known.slots,
