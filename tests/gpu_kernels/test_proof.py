@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from covering import rest
 from gpu_kernels.conftest import DEVICE
+from gpu_kernels.fake_cuda import FakeCuda
+from moebius.engine import proof as proof_module
 from moebius.engine.kv_cache import KVCache
 from moebius.engine.proof import (
     LIMIT_SECONDS,
@@ -53,12 +56,13 @@ def proof_of(
     dtype: torch.dtype = FLOAT32,
     sizes: ProofSizes = FEW,
     limit: float = LIMIT_SECONDS,
+    device: str = DEVICE,
 ) -> Proof:
     checkpoint = open_checkpoint(directory)
     name = str(dtype).removeprefix("torch.")
-    weights = checkpoint.plan_weights(name, DEVICE, ops.formats(dtype), checkpoint.sources_at(None))
+    weights = checkpoint.plan_weights(name, device, ops.formats(dtype), checkpoint.sources_at(None))
     decoder = decoder_of(checkpoint.config, ops, dtype, device="meta")
-    loader = Loader(checkpoint, torch.device(DEVICE))
+    loader = Loader(checkpoint, torch.device(device))
     return prove(decoder, loader, weights, block_size=4, sizes=sizes, limit=limit)
 
 
@@ -258,6 +262,30 @@ def test_a_kernel_that_breaks_the_card_ends_the_start(
     with pytest.raises(EngineError, match="MOEBIUS_CPU_ISA=reference") as told:
         proof_of(tmp_path, CheckedOps())
     assert "illegal memory access" in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a fake stands in the card's place")
+@pytest.mark.parametrize("why", ["is lost", "computes for ever"])
+def test_no_memory_is_asked_back_of_a_card_that(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would fail, or never end, in the place of what is to be told."""
+    save_tiny(tmp_path, "llama", vocab_size=300, num_hidden_layers=1)
+    limit = LIMIT_SECONDS
+
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(TritonOps, "linear", broken)
+    if why == "computes for ever":
+        monkeypatch.setattr(TritonOps, "linear", lambda *args: time.sleep(5))
+        monkeypatch.setattr(proof_module, "require_idle", partial(require_idle, seconds=0.1))
+        limit = 0.1
+    with FakeCuda() as cuda:
+        monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+        monkeypatch.setattr(cuda.default, "query", lambda: False)
+        with pytest.raises(EngineError, match="MOEBIUS_CPU_ISA=reference"):
+            proof_of(tmp_path, CheckedOps(), limit=limit, device="cuda")
 
 
 def test_one_layer_of_each_kind_is_looked_at(tmp_path: Path) -> None:

@@ -140,9 +140,9 @@ def prove(
     except torch.OutOfMemoryError:
         free = human_bytes(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else "none"
         proof = Proof(reason=f"there is too little memory to prove them, {free} are left")
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    # Not of a card that is lost, or computes for ever: to give memory back is to wait for it.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     proof.seconds = time.perf_counter() - start
     failed = dict.fromkeys(METHODS, proof.reason) if proof.reason else proof.failed
     for operation, reason in failed.items():
