@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from forked import Parent
+from forked import PARENT
 from moebius.engine import child
 
 # While tests are collected and what they need is imported, almost all that is made stays.
@@ -69,12 +69,11 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _engines_are_forked() -> Iterator[None]:
     """From one process that has imported what they need: see forked.py."""
-    parent = Parent()
-    known = SimpleNamespace(Popen=parent.popen, DEVNULL=subprocess.DEVNULL)
+    known = SimpleNamespace(Popen=PARENT.popen, DEVNULL=subprocess.DEVNULL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(child, "subprocess", known)
         yield
-    parent.close()
+    PARENT.close()
 
 
 @pytest.fixture(scope="module")

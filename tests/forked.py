@@ -25,7 +25,6 @@ import time
 import types
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 IMPORTED = (
@@ -35,6 +34,8 @@ IMPORTED = (
     "moebius.engine.in_process",
     "moebius.engine.member",
     "moebius.engine.rank",
+    "moebius.server.app",
+    "moebius.server.run",
 )
 READ_AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_")
 """Variables that an interpreter or a library reads once, as it is loaded."""
@@ -44,31 +45,29 @@ _PR_SET_CHILD_SUBREAPER = 36
 _FRAME = 1 << 20
 
 
-class Forked:
-    """A process, with as much of subprocess.Popen as those have need of who start engines."""
+class Forked(subprocess.Popen[Any]):
+    """A process that `parent` forks. It takes as much of what a Popen takes as tests make use of."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-        self._lock = threading.Lock()
+    def __init__(self, parent: Parent, command: Sequence[str], **options: Any) -> None:
+        self._parent = parent
+        super().__init__(command, **options)
 
-    def kill(self) -> None:
-        if self.returncode is None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self) -> int:
-        with self._lock:
-            if self.returncode is None:
-                try:
-                    self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-                except ChildProcessError:  # somebody else has waited for it
-                    self.returncode = 0
-        return self.returncode
+    def _execute_child(self, args: Any, *more: Any) -> None:
+        """In the place of what forks this process and calls exec."""
+        cwd, env = more[4:6]
+        pipes = more[9:15]
+        inherited = zip(pipes[0::2], pipes[1::2], strict=True)
+        (stdin, _), (_, stdout), (_, stderr) = inherited
+        streams = [
+            number if file == -1 else file for number, file in enumerate((stdin, stdout, stderr))
+        ]
+        self.pid = self._parent.fork(args, streams, env, cwd or os.getcwd())
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
 
 
 class Parent:
-    """The process that forks them, where Linux lets it: `start` begins it."""
+    """The process that forks them, where Linux lets it; begun when it is first asked to."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,20 +75,41 @@ class Parent:
         self._environment: dict[str, str] = {}
 
     def popen(
-        self, command: Sequence[str], *, stdin: int, env: Mapping[str, str]
-    ) -> Forked | subprocess.Popen[bytes]:
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> subprocess.Popen[Any]:
         """As subprocess.Popen, for `python -P -c CODE ...`; another command is started as ever."""
-        if list(command[:3]) != [_PYTHON, "-P", "-c"] or not self._suits(env):
-            return subprocess.Popen(command, stdin=stdin, env=env)
-        assert stdin == subprocess.DEVNULL
+        if list(command[:3]) != [_PYTHON, "-P", "-c"] or not self._suits(env or os.environ):
+            return subprocess.Popen(command, env=env, **options)
+        return Forked(self, command, env=env, **options)
+
+    def fork(
+        self,
+        command: Sequence[str],
+        streams: Sequence[int],
+        env: Mapping[str, str] | None,
+        directory: str,
+    ) -> int:
+        """A process's id. Its parent has ended by then, and it is this process that adopts it."""
         asked = {
             "arguments": list(command[3:]),
-            "environment": dict(env),
-            "directory": os.getcwd(),
+            "environment": dict(os.environ if env is None else env),
+            "directory": directory,
             "blocked": [int(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
         }
         with self._lock:
-            return Forked(self._fork(asked))
+            if self._socket is None:
+                self._begin()
+            assert self._socket is not None
+            _adopt(True)
+            try:
+                socket.send_fds(self._socket, [json.dumps(asked).encode()], streams)
+                return int(self._socket.recv(_FRAME))
+            finally:
+                _adopt(False)
 
     def close(self) -> None:
         """It ends with its socket. What it has forked goes on."""
@@ -106,18 +126,6 @@ class Parent:
         names = {name for name in {*before, *env} if name.startswith(READ_AT_START)}
         return all(before.get(name) == env.get(name) for name in names)
 
-    def _fork(self, asked: dict[str, Any]) -> int:
-        """A process's id. Its parent has ended by then, and it is this process that adopts it."""
-        if self._socket is None:
-            self._begin()
-        assert self._socket is not None
-        _adopt(True)
-        try:
-            socket.send_fds(self._socket, [json.dumps(asked).encode()], [1, 2])
-            return int(self._socket.recv(_FRAME))
-        finally:
-            _adopt(False)
-
     def _begin(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -128,6 +136,10 @@ class Parent:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
+
+
+PARENT = Parent()
+"""That of all tests of a session; ended with it."""
 
 
 def _adopt(wanted: bool) -> None:
@@ -143,7 +155,7 @@ def _serve(asking: socket.socket) -> None:
     gc.collect()
     gc.freeze()
     while True:
-        frame, streams, _, _ = socket.recv_fds(asking, _FRAME, 2)
+        frame, streams, _, _ = socket.recv_fds(asking, _FRAME, 3)
         if not frame:
             return
         read, write = os.pipe()
@@ -176,7 +188,7 @@ def _become(asked: dict[str, Any], streams: Sequence[int], between: int) -> None
     """
     while os.getppid() == between:
         time.sleep(0.0005)
-    for number, file in enumerate(streams, 1):
+    for number, file in enumerate(streams):
         os.dup2(file, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()

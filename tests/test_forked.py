@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from forked import Forked, Parent
+from forked import PARENT, Forked, Parent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process adopts those of another")
 
@@ -28,11 +27,9 @@ sys.exit(7)
 """
 
 
-@pytest.fixture(scope="module")
-def parent() -> Iterator[Parent]:
-    made = Parent()
-    yield made
-    made.close()
+@pytest.fixture
+def parent() -> Parent:
+    return PARENT
 
 
 def begun(parent: Parent, code: str, *arguments: str, **variables: str) -> Forked:
@@ -82,6 +79,14 @@ def test_what_an_interpreter_reads_at_its_start_it_reads_itself(parent: Parent) 
 def test_another_program_is_started_as_ever(parent: Parent) -> None:
     made = parent.popen(["/bin/true"], stdin=subprocess.DEVNULL, env=os.environ)
     assert not isinstance(made, Forked) and made.wait(60) == 0
+
+
+def test_its_pipes_are_read_and_written(parent: Parent) -> None:
+    code = "import sys; print(sys.stdin.read().upper()); print('err', file=sys.stderr)"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with parent.popen([sys.executable, "-P", "-c", code], text=True, **pipes) as process:
+        assert process.communicate("said", timeout=60) == ("SAID\n", "err\n")
+    assert process.returncode == 0
 
 
 def test_nobody_else_is_adopted(parent: Parent) -> None:
