@@ -19,7 +19,7 @@ APART := gpu_kernels train text inspect moe nn
 # compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: serve test test-schedule test-core test-apart test-others reading simulate wheel setup format constraints clean
+.PHONY: serve test test-types test-schedule test-core test-apart test-others reading simulate wheel setup format constraints clean
 
 serve: setup
 	exec $(BIN)/moebius serve $(MODEL) --port $(PORT)
@@ -27,8 +27,10 @@ serve: setup
 test: setup
 	$(BIN)/ruff check src tests benchmarks recipes
 	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(MAKE) --no-print-directory --jobs 3 --keep-going --output-sync test-core test-others test-apart test-schedule test-types
+
+test-types:
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory --jobs 3 --keep-going --output-sync test-core test-others test-apart test-schedule
 
 test-schedule:
 	$(BIN)/pytest tests/schedule --cov=moebius.schedule --cov-report=term-missing:skip-covered --cov-fail-under=100

@@ -6,15 +6,19 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from forked import PARENT
+from moebius.engine import child
+
 # While tests are collected and what they need is imported, almost all that is made stays.
-COLLECTOR = gc.get_threshold()
 gc.set_threshold(100_000)
 
 # Before anything imports triton, whose own functions ask for it as they are made.
@@ -30,10 +34,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """All that is there by now stays: the collector need not walk it again each time."""
+    """All that is there by now stays: the collector need not walk it again each time. From here on
+    it comes as often as in an engine (engine/garbage.py)."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*COLLECTOR)
+    gc.set_threshold(10_000)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -47,8 +52,36 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_device_is_seeded() -> Iterator[None]:
+    """torch keeps each seed for a device that is not there, with the stack of who has set it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for devices in (torch.cuda, torch.xpu):
+            if not devices.is_available():
+                patch.setattr(devices, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines_are_forked() -> Iterator[None]:
+    """From one process that has imported what they need: see forked.py."""
+    known = SimpleNamespace(Popen=PARENT.popen, DEVNULL=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "subprocess", known)
+        yield
+    PARENT.close()
+
+
+@pytest.fixture(scope="module")
+def real_processes() -> Iterator[None]:
+    """Engines' processes in a module begin as they do for users, and import what they need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "subprocess", subprocess)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -28,13 +28,10 @@ def words(codes: Tensor, bits: int) -> Tensor:
     is filled up with zeros."""
     per_word = 32 // bits
     rows, columns = codes.shape
-    found = []
-    for row in codes.tolist():
-        row += [0] * (-columns % per_word)
-        for start in range(0, len(row), per_word):
-            value = sum(c << (bits * i) for i, c in enumerate(row[start : start + per_word]))
-            found.append(value - (1 << 32) if value >= 1 << 31 else value)
-    return torch.tensor(found, dtype=torch.int32).view(rows, -1)
+    filled = torch.nn.functional.pad(codes.long(), (0, -columns % per_word))
+    shifted = filled.view(rows, -1, per_word) << (bits * torch.arange(per_word))
+    unsigned = shifted.sum(-1)
+    return (unsigned - ((unsigned >> 31) << 32)).to(torch.int32)
 
 
 def per_column(of_groups: Tensor, columns: int) -> Tensor:

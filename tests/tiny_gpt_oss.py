@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moebius.files import read_json
 from oracle import save_tiny
@@ -64,6 +63,9 @@ def write_scripted(directory: Path, ids: Sequence[int]) -> None:
 def in_mxfp4(directory: Path, layers: tuple[int, ...] = (0, 1), **changes: object) -> Path:
     """A tiny model whose experts are MXFP4 in these layers. Beside it, in `plain`, which is
     returned, the numbers that transformers makes of them."""
+    # Here, as it takes a second to import and most tests need none of it.
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
     save_tiny(directory, "gpt_oss", **{**SIZES, **changes})
     tensors = load_file(directory / "model.safetensors")
     plain = dict(tensors)

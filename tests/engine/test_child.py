@@ -16,6 +16,8 @@ import pytest
 from moebius.engine import child as child_module
 from moebius.engine.child import ChildProcess
 
+pytestmark = pytest.mark.usefixtures("real_processes")
+
 
 def test_a_child_is_reaped_and_told_of() -> None:
     told = threading.Event()

@@ -29,7 +29,7 @@ from moebius.request.constraint import Constraint, Grammar
 from moebius.schedule.groups import CacheGroups
 from moebius.schedule.request import SamplingParams
 from ops.formats.blocks import BLOCKS
-from oracle import FAMILY, load_theirs, save_tiny
+from oracle import FAMILY, load_theirs, save_tiny, saved_tiny
 from random_schedules import (
     MAX_MODEL_LEN,
     WINDOWED,
@@ -362,7 +362,7 @@ def test_every_architecture_gives_one_answer(
     model_type: str, dtype: torch.dtype, stored: torch.dtype, schedules: int, tmp_path: Path
 ) -> None:
     sizes = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": 300}
-    save_tiny(tmp_path, model_type, **sizes).to(stored).save_pretrained(tmp_path)
+    saved_tiny(tmp_path, model_type, **sizes).to(stored).save_pretrained(tmp_path)
     decoders = [load_decoder(tmp_path, dtype, ops=ops) for ops in KERNELS.values()]
     rng = random.Random(model_type)
     asked = wishes(6, decoders[0].config.vocab_size, rng, free=True)

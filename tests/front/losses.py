@@ -6,7 +6,6 @@ import gc
 import os
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import pytest
 from engine.collector import Collector
 from engine.test_engine import ask, engine
 from moebius.cluster.engines import EngineProcesses
-from moebius.engine import wire
+from moebius.engine import child, wire
 from moebius.engine.client import StepOutput
 from moebius.engine.config import EngineConfig
 from moebius.engine.engine import Engine
@@ -161,16 +160,14 @@ def losses(
     step_deadline: float = 60.0,
 ) -> Iterator[Losses]:
     """At the end no process and no shared memory of it is left."""
-    python = scratch / "python"
-    python.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} -P {FAULTY} "$@"\n')
-    python.chmod(0o700)
+    program = f"import runpy; runpy.run_path({str(FAULTY)!r}, run_name='__main__')"
     faults = scratch / "faults"
     faults.mkdir()
     gc.collect()  # what an earlier test has left may hold some, and go in the middle of this one
     files = shared_memory()
     with monkeypatch.context() as patch:
         patch.setenv("FAULTS", str(faults))
-        patch.setattr(sys, "executable", str(python))
+        patch.setattr(child, "_program", lambda: program)
         made = Losses(directory, faults, ranks, step_deadline)
         pids = made.pids
         try:

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu_kernels.interpreting import hurry
+from gpu_kernels.interpreting import hurrying
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,31 +30,8 @@ def _the_interpreter_hurries() -> Iterator[None]:
     if DEVICE == "cuda":
         yield
         return
-    with pytest.MonkeyPatch.context() as patch:
-        hurry(patch)
+    with hurrying():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _functions_are_called_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter replaces the language's functions by its own at each launch, and, which takes
-    most of its time, again at each call of one function by another: once for each module will
-    do."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    call = InterpretedFunction.__call__
-    replaced: set[str] = set()
-
-    def call_once_replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        module = self.fn.__module__
-        if module in replaced or module.startswith("moebius."):
-            return self.rewrite()(*args, **kwargs)
-        replaced.add(module)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "__call__", call_once_replaced)
 
 
 @pytest.fixture

@@ -2,11 +2,15 @@
 
 Half of its time goes into describing types: each operation on a tile makes the tile's type anew,
 the shape as constants, and a table of NumPy's dtypes. Types never change, so one of each will do.
+Nor does what stands for the language's functions, which it looks for at each launch and at each call
+of one function by another.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,24 @@ from triton.runtime import interpreter
 EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
+@contextmanager
+def hurrying() -> Iterator[None]:
+    """Within it the interpreter hurries; within another one it does already.
+
+    To be left when all is over: a class does not take its own `__new__` back.
+    """
+    if interpreter._get_np_dtype.__module__ == __name__:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        yield
+
+
 def hurry(patch: pytest.MonkeyPatch) -> None:
     remember_types(patch)
     compare_at_once(patch)
+    replace_once(patch)
 
 
 def remember_types(patch: pytest.MonkeyPatch) -> None:
@@ -91,3 +110,28 @@ def compare_at_once(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", overflow)
     patch.setattr(TritonSemantic, "broadcast_impl_value", together)
+
+
+def replace_once(patch: pytest.MonkeyPatch) -> None:
+    """The language's functions are replaced by the interpreter's once for each module of kernels, and
+    stay so; and they are called without a look at what they are called with."""
+    replace = interpreter._patch_lang
+    seen: set[str] = set()
+
+    def once(fn: Any) -> Any:
+        if fn.__module__ not in seen:
+            replace(fn)
+            seen.add(fn.__module__)
+        return interpreter._LangPatchScope()  # of which nothing is to be restored
+
+    def replace_one(obj: object, name: str, member: Any, builder: object, scope: Any) -> None:
+        function: Callable[..., Any] = getattr(member, "__wrapped__", member)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, called)
+
+    patch.setattr(interpreter, "_patch_lang", once)
+    patch.setattr(interpreter, "_patch_attr", replace_one)

@@ -16,7 +16,7 @@ from moebius.errors import ConfigError, NumericalError, StorageError, UsageError
 from moebius.inspect.config import InspectConfig
 from moebius.inspect.corpus import Document, read_documents
 from moebius.inspect.run import page, verdict, write_report
-from oracle import save_tiny
+from oracle import saved_tiny
 from tiny import write_model, write_tokenizer
 
 from .conftest import SETTINGS
@@ -293,7 +293,7 @@ def test_the_command(
 @pytest.mark.case("C10")
 def test_a_router_that_masks_groups_is_reported(corpus: Path, tmp_path: Path) -> None:
     """dots1's scores of masked groups are minus infinity, which JSON has not."""
-    model = save_tiny(
+    model = saved_tiny(
         tmp_path, "dots1", vocab_size=320, n_routed_experts=6, n_group=3, topk_group=2
     )
     write_tokenizer(tmp_path)

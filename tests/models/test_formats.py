@@ -16,7 +16,15 @@ from moebius.ops import FORMATS, Ops
 from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from ops.toy_format import Int8, quantised
-from oracle import FAMILY, ONE_OF_EACH_KIND, Server, assert_close, load_theirs, save_tiny
+from oracle import (
+    FAMILY,
+    ONE_OF_EACH_KIND,
+    Server,
+    assert_close,
+    load_theirs,
+    save_tiny,
+    saved_tiny,
+)
 
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
 HALVES = [torch.float16, torch.bfloat16]
@@ -25,7 +33,7 @@ KERNELS = CpuOps(2)
 
 def save_as(directory: Path, stored: torch.dtype, model_type: str, **overrides: Any) -> Path:
     """A tiny random checkpoint whose numbers are `stored`; returns its copy in float32."""
-    model = save_tiny(directory, model_type, **overrides).to(stored)
+    model = saved_tiny(directory, model_type, **overrides).to(stored)
     model.save_pretrained(directory)
     copy = directory / "copy"
     model.float().save_pretrained(copy)

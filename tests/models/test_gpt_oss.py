@@ -30,7 +30,7 @@ from moebius.ops.cpu import CpuOps
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
-from oracle import PROMPT, Server, assert_close, assert_same_answers, load_theirs, save_tiny
+from oracle import PROMPT, Server, assert_close, assert_same_answers, load_theirs, saved_tiny
 from quantised import held
 from tiny import write_tokenizer
 from tiny_gpt_oss import EXPERTS, PUBLISHED, SIZES, in_mxfp4
@@ -125,7 +125,7 @@ def test_ranks_hold_their_own_experts(tmp_path: Path, near: bool) -> None:
 
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
     """Within 5 % of the logits' scale; norms and sinks stay float32."""
-    model = save_tiny(tmp_path, "gpt_oss", **SIZES)
+    model = saved_tiny(tmp_path, "gpt_oss", **SIZES)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path, torch.bfloat16, ops=ReferenceOps())
     kept = {name.split(".")[-1] for name, p in decoder.named_parameters() if p.dtype == F32}

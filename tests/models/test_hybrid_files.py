@@ -21,7 +21,7 @@ from moebius.models.store.load import load_decoder
 from moebius.ops.reference import ReferenceOps
 from moebius.quantize.cached import Quantized
 from moebius.quantize.export import write_model
-from oracle import ONE_OF_EACH_KIND, Server, assert_close, load_theirs, save_tiny
+from oracle import ONE_OF_EACH_KIND, Server, assert_close, load_theirs, save_tiny, saved_tiny
 from quantised import KINDS, write_quantised
 from tiny import write_tokenizer
 
@@ -59,7 +59,7 @@ def served(decoder: Any) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", SIZES)
 def test_prompts_equal_transformers_chunks(tmp_path: Path, model_type: str) -> None:
     """It computes a prompt in chunks of 64 or 256 tokens: other sums of the same numbers."""
-    model = save_tiny(tmp_path, model_type, max_position_embeddings=512)
+    model = saved_tiny(tmp_path, model_type, max_position_embeddings=512)
     ids = [(7 * i * i + i) % 67 for i in range(300)]
     server = Server(load_decoder(tmp_path, torch.float32), block_size=16, num_blocks=20)
     server.step([(0, ids)])
@@ -88,7 +88,7 @@ def test_a_quantised_checkpoint_computes_what_a_file_of_it_does(
 
 @pytest.mark.parametrize("model_type", chosen(SIZES, ONE_OF_EACH_KIND.__contains__))
 def test_a_written_file_answers_as_the_original(tmp_path: Path, model_type: str) -> None:
-    model = save_tiny(tmp_path / "model", model_type, vocab_size=320)
+    model = saved_tiny(tmp_path / "model", model_type, vocab_size=320)
     write_tokenizer(tmp_path / "model")
     write_model(tmp_path / "model", tmp_path / "out.gguf", "f32")
     found = served(load_decoder(tmp_path / "out.gguf", torch.float32))
@@ -99,7 +99,7 @@ DENSE = {"layers_block_type": [LINEAR, "mlp", FULL, "mlp"]}
 
 
 def test_a_written_file_of_a_dense_nemotron_answers_as_the_original(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", "nemotron_h", vocab_size=320, **DENSE)
+    model = saved_tiny(tmp_path / "model", "nemotron_h", vocab_size=320, **DENSE)
     write_tokenizer(tmp_path / "model")
     write_model(tmp_path / "model", tmp_path / "out.gguf", "f32")
     assert open_gguf(tmp_path / "out.gguf").metadata["general.architecture"] == "nemotron_h"

@@ -41,6 +41,7 @@ from oracle import (
     assert_close,
     load_theirs,
     save_tiny,
+    saved_tiny,
     tiny_model,
 )
 from quantised import KINDS, write_quantised
@@ -148,7 +149,7 @@ def test_prefill_and_each_step_equal_transformers_recurrence(
     tmp_path: Path, ops: Ops, name: str, model_type: str, changes: dict[str, Any]
 ) -> None:
     """Two prompts in chunks beside each other's steps; then each decodes what it chooses."""
-    model = save_tiny(tmp_path, model_type, **changes)
+    model = saved_tiny(tmp_path, model_type, **changes)
     for text, ours in served_beside_each_other(load_decoder(tmp_path, torch.float32, ops=ops)):
         assert_same(ours, recurrent(model, text))
 
@@ -168,7 +169,7 @@ def served_beside_each_other(decoder: Decoder) -> list[tuple[list[int], Tensor]]
 
 
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
-    save_tiny(tmp_path, "qwen3_5_moe_text").to(torch.bfloat16).save_pretrained(tmp_path)
+    saved_tiny(tmp_path, "qwen3_5_moe_text").to(torch.bfloat16).save_pretrained(tmp_path)
     logits = {}
     for dtype in (torch.bfloat16, torch.float32):
         server = Server(load_decoder(tmp_path, dtype), block_size=4, num_blocks=16)
@@ -240,7 +241,7 @@ def test_a_head_may_be_tied_for_the_whole_file(tmp_path: Path) -> None:
 
 def test_projections_in_groups_are_read_where_they_lie(tmp_path: Path) -> None:
     """Qwen3-Next's matrices are mapped whole, as they are stored."""
-    save_tiny(tmp_path, "qwen3_next").to(torch.bfloat16).save_pretrained(tmp_path)
+    saved_tiny(tmp_path, "qwen3_next").to(torch.bfloat16).save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path, torch.bfloat16)
     planned = {each.name: each for each in open_checkpoint(tmp_path).plan_weights("bfloat16")}
     for name in ("in_proj_qkvz", "in_proj_ba"):
@@ -301,7 +302,7 @@ def test_states_of_published_sizes() -> None:
 def test_time_steps_are_not_bounded(tmp_path: Path) -> None:
     """transformers bounds Nemotron-H's from below in prompts and not in answers: here as in the
     latter, and as in llama.cpp."""
-    model = save_tiny(tmp_path, "nemotron_h", time_step_min=3.0, time_step_max=4.0)
+    model = saved_tiny(tmp_path, "nemotron_h", time_step_min=3.0, time_step_max=4.0)
     server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=8)
     server.step([(0, IDS)])
     with torch.inference_mode():
@@ -448,7 +449,7 @@ def test_what_predicts_further_tokens_is_left_out_of_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A block behind the model's own, which block_count counts."""
-    model = save_tiny(tmp_path, "qwen3_5_moe_text")
+    model = saved_tiny(tmp_path, "qwen3_5_moe_text")
 
     def change(writer: gguf.GGUFWriter) -> None:
         for keys in writer.kv_data:

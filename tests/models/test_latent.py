@@ -38,6 +38,7 @@ from oracle import (
     assert_same_answers,
     load_theirs,
     save_tiny,
+    saved_tiny,
 )
 from tiny import write_tokenizer
 
@@ -228,7 +229,7 @@ def test_the_text_of_mistral_small_4_is_read_out_of_its_files(tmp_path: Path, pr
 
 def test_published_ax_k1_has_its_norm_in_layers_and_no_selection_bias(tmp_path: Path) -> None:
     """As its repository has it; transformers takes a bias of zeros."""
-    model = save_tiny(tmp_path, "axk1")
+    model = saved_tiny(tmp_path, "axk1")
     tensors = load_file(tmp_path / "model.safetensors")
     named = {}
     for name, tensor in tensors.items():

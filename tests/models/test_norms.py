@@ -15,7 +15,7 @@ from moebius.models.store import Checkpoint, open_checkpoint
 from moebius.models.store.load import load_decoder
 from moebius.nn.spec import Norm
 from moebius.ops.reference import ReferenceOps
-from oracle import save_tiny
+from oracle import save_tiny, saved_tiny
 
 BF16, F32 = torch.bfloat16, torch.float32
 DTYPES = {"bfloat16": BF16, "float32": F32}
@@ -25,7 +25,7 @@ def opened(
     directory: Path, norm: Norm, dtype: torch.dtype, layout: Layout | None = None
 ) -> Checkpoint:
     """A Qwen3, which has norms of heads too, as if its norms were of this kind."""
-    save_tiny(directory, "qwen3").to(dtype).save_pretrained(directory)
+    saved_tiny(directory, "qwen3").to(dtype).save_pretrained(directory)
     checkpoint = open_checkpoint(directory)
     config = replace(checkpoint.config, norm=norm)
     return replace(checkpoint, config=config, sources=tuple(sources(config, layout or Layout())))

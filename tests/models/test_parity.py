@@ -26,7 +26,7 @@ from oracle import (
     Server,
     assert_close,
     load_theirs,
-    save_tiny,
+    saved_tiny,
     tiny_model,
 )
 
@@ -217,7 +217,7 @@ BY_BOTH = [(ops, *case) for case in CASES for ops in OPS]
 def test_served_logits_equal_transformers(
     tmp_path: Path, ops: Ops, name: str, model_type: str, overrides: dict[str, Any]
 ) -> None:
-    model = save_tiny(tmp_path, model_type, **overrides)
+    model = saved_tiny(tmp_path, model_type, **overrides)
     decoder = load_decoder(tmp_path, torch.float32, ops=ops)
     for block_size in (3, 16) if model_type in ONE_OF_EACH_KIND and not overrides else (5,):
         server = Server(decoder, block_size, num_blocks=60 // block_size + 2)
@@ -233,7 +233,7 @@ def test_served_logits_equal_transformers(
 
 def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
     """transformers' own cached generation, not only its full forward."""
-    model = save_tiny(tmp_path, "qwen3_moe")
+    model = saved_tiny(tmp_path, "qwen3_moe")
     server = Server(load_decoder(tmp_path, torch.float32), block_size=4, num_blocks=16)
     ours = _serve(server)[0]
     theirs = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=5, do_sample=False)
@@ -257,7 +257,7 @@ def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
 def test_training_logits_and_gradients_equal_transformers(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
 ) -> None:
-    model = save_tiny(tmp_path, model_type, **overrides).train()
+    model = saved_tiny(tmp_path, model_type, **overrides).train()
     decoder = load_decoder(tmp_path, torch.float32, ops=ReferenceOps(), mapped=False)
     ids = torch.randint(0, 67, (3, 11), generator=torch.Generator().manual_seed(1))
     targets = torch.randint(0, 67, (33,), generator=torch.Generator().manual_seed(2))

@@ -33,7 +33,7 @@ from moebius.ops.steps import StepInputs
 from moebius.parallel.exchange import Epoch, ExchangeSpec
 from moebius.parallel.shared_memory import Segment
 from ops.levels import bits
-from oracle import FAMILY, ONE_OF_EACH_KIND, save_tiny
+from oracle import FAMILY, ONE_OF_EACH_KIND, save_tiny, saved_tiny
 from parallel import rank_side
 from parallel import ranks as processes
 from parallel.rank_side import Meeting
@@ -309,7 +309,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_lacks_nothing_that_is_at_another_rank(tmp_path: Path) -> None:
     """All tensors are checked by name and shape, whoever is to load them: rank 0 has experts 0 to
     2."""
-    theirs = save_tiny(tmp_path, "mixtral")
+    theirs = saved_tiny(tmp_path, "mixtral")
     state = theirs.state_dict()
     name = next(name for name in state if "experts.gate_up_proj" in name)
     state[name] = state[name][:4].clone()

@@ -28,7 +28,15 @@ from moebius.ops.cpu import CpuOps
 from moebius.ops.formats import dtype_name
 from moebius.ops.reference import ReferenceOps
 from moebius.train.initial import init_weights
-from oracle import FAMILY, ONE_OF_EACH_KIND, Server, assert_close, load_theirs, save_tiny
+from oracle import (
+    FAMILY,
+    ONE_OF_EACH_KIND,
+    Server,
+    assert_close,
+    load_theirs,
+    save_tiny,
+    saved_tiny,
+)
 
 PROMPT = [5, 66, 0, 17, 23, 23, 41, 8]
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -286,7 +294,7 @@ def test_no_parameter_may_be_left_without_values(good: Path) -> None:
 def test_stacked_layout_of_transformers_5_equals_the_published_one(
     tmp_path: Path, model_type: str
 ) -> None:
-    model = save_tiny(tmp_path / "published", model_type)
+    model = saved_tiny(tmp_path / "published", model_type)
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
     names = set(load_file(tmp_path / "stacked" / "model.safetensors"))
     assert any(name.endswith("experts.gate_up_proj") for name in names)
@@ -313,7 +321,7 @@ def test_mapped_or_copied_as_reported(
     tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
 ) -> None:
     """Matrices are mapped wherever `wanted` holds their numbers exactly."""
-    model = save_tiny(tmp_path, "granitemoe").to(stored)
+    model = saved_tiny(tmp_path, "granitemoe").to(stored)
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.dtype == dtype_name(stored)
@@ -343,7 +351,7 @@ def test_mapped_or_copied_as_reported(
 def test_nothing_is_mapped_for_another_device_or_a_backend_that_reads_no_other_format(
     tmp_path: Path,
 ) -> None:
-    save_tiny(tmp_path, "llama").half().save_pretrained(tmp_path)
+    saved_tiny(tmp_path, "llama").half().save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     everything = {"bfloat16", "float16", "float32"}
     for rows in (
@@ -356,7 +364,7 @@ def test_nothing_is_mapped_for_another_device_or_a_backend_that_reads_no_other_f
 
 
 def test_training_takes_every_weight_in_its_own_dtype(tmp_path: Path) -> None:
-    save_tiny(tmp_path, "llama").half().save_pretrained(tmp_path)
+    saved_tiny(tmp_path, "llama").half().save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path, torch.float32, mapped=False)
     assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in decoder.parameters())

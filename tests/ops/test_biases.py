@@ -95,13 +95,11 @@ def naive(
             position = keys - rows + row
             seen = range(first, keys if whole else position + 1)
             for h in range(H):
-                scores = []
-                for key in seen:
-                    score = float(q[row, h].double() @ k[key, h].double())
-                    if bias is not None:
-                        score += float(bias[h, max(-REACH, min(REACH, key - position)) + REACH])
-                    scores.append(score)
-                weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)
+                scores = k[seen.start : seen.stop, h].double() @ q[row, h].double()
+                if bias is not None:
+                    near = [max(-REACH, min(REACH, key - position)) + REACH for key in seen]
+                    scores = scores + bias[h, near].double()
+                weights = torch.softmax(scores, 0)
                 out[row, h] = weights @ v[seen.start : seen.stop, h].double()
         found.append(out)
     return found

@@ -94,26 +94,27 @@ class Layer:
         key_of = self.keys.double().view(sizes.heads, sizes.latent, sizes.plain)
         value_of = self.values.double().view(sizes.heads, sizes.value, sizes.latent)
         out = torch.zeros(count, sizes.heads, sizes.value, dtype=torch.float64)
-        shared = [self.turned(latents[t, sizes.latent :], t) for t in range(count)]
-        for t in range(count):
-            grown = 1.0
-            if self.temperature is not None:
-                periods = t // self.temperature.original
-                grown = 1 + self.temperature.beta * math.log(1 + periods)
-            for h in range(sizes.heads):
-                query = grown * q[t, h].double()
-                turned = self.turned(query[sizes.plain :], t)
-                keys = latent[: t + 1] @ key_of[h]
-                scores = keys @ query[: sizes.plain] + torch.stack(shared[: t + 1]) @ turned
-                weights = torch.softmax(scores * self.scale, 0)
-                out[t, h] = weights @ (latent[: t + 1] @ value_of[h].T)
+        shared = torch.stack([self.turned(latents[t, sizes.latent :], t) for t in range(count)])
+        turned = torch.stack([self.turned(q[t, :, sizes.plain :], t) for t in range(count)])
+        for h in range(sizes.heads):
+            keys = latent @ key_of[h]
+            values = latent @ value_of[h].T
+            for t in range(count):
+                grown = 1.0
+                if self.temperature is not None:
+                    periods = t // self.temperature.original
+                    grown = 1 + self.temperature.beta * math.log(1 + periods)
+                scores = keys[: t + 1] @ q[t, h, : sizes.plain].double()
+                scores += shared[: t + 1] @ turned[t, h]
+                weights = torch.softmax(scores * grown * self.scale, 0)
+                out[t, h] = weights @ values[: t + 1]
         return out
 
     def turned(self, x: Tensor, position: int) -> Tensor:
         angles = position * self.inverse.double()
-        a, b = x.double()[0::2], x.double()[1::2]
+        a, b = x.double()[..., 0::2], x.double()[..., 1::2]
         pairs = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
-        return torch.stack(pairs, dim=1).flatten()
+        return torch.stack(pairs, dim=-1).flatten(-2)
 
 
 class Run:

@@ -53,11 +53,13 @@ def test_each_family_of_models(family, steps):
     assert (total.restores > steps / 300) == recurrent
 
 
+@no_cover
 def test_a_seed_replays():
     assert Episode(7).run(300) == Episode(7).run(300)
     assert Episode(7).run(300) != Episode(8).run(300)
 
 
+@no_cover
 def test_episodes_follow_each_other_until_the_steps_are_done():
     total = simulate(1500, 40)
     assert total.episodes == 3 and total.steps >= 1500

@@ -37,9 +37,12 @@ def search(description: str, steps: int, seed: int) -> Violation | None:
 
 
 def find(description: str) -> Violation | None:
-    """In the episode that showed it once, where it still does; else in any within MAX_STEPS."""
+    """In the episode that showed it once, where it still does; else in any within MAX_STEPS.
+
+    What shows between two steps is noted with the first of them.
+    """
     seed, step = found_at().get(description, (SEED, 0))
-    return search(description, step, seed) or search(description, MAX_STEPS, SEED)
+    return search(description, step + 1, seed) or search(description, MAX_STEPS, SEED)
 
 
 @functools.cache

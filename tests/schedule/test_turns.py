@@ -54,6 +54,7 @@ def test_owners_get_tokens_in_proportion_to_their_weights() -> None:
     assert max(by_weight) < 1.05 * min(by_weight), found
 
 
+@pytest.mark.no_cover
 def test_what_one_does_not_take_is_the_others() -> None:
     """An owner that asks seldom does not hold the others up, and saves up no turns for later."""
     scheduler = make_scheduler(blocks=2000, seqs=1, budget=64, caching=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import socket
@@ -17,12 +16,15 @@ from typing import Any
 import httpx
 import pytest
 
+from forked import PARENT
 from moebius.errors import ConfigError
 from moebius.server.listen import reserve
 from server.serving import http_request, wait_until
 
 SERVER = """
-import sys
+import sys, warnings
+warnings.simplefilter("error")
+sys.path[:0] = sys.argv.pop(1).split(":")
 from server.serving import engine, settings, tokenizer
 from moebius.server.app import create_app
 from moebius.server.listen import reserve
@@ -43,11 +45,9 @@ def process(
     step_seconds: float, drain_timeout: float = 30
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
     root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'tests'}"}
-    command = [sys.executable, "-W", "error", "-c", SERVER, str(step_seconds), str(drain_timeout)]
-    child = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-P", "-c", SERVER, f"{root / 'src'}:{root / 'tests'}"]
+    command += [str(step_seconds), str(drain_timeout)]
+    child = PARENT.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         port = int(child.stdout.readline())

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 pytest.importorskip("triton")
 
 from covering import chosen
+from gpu_kernels.interpreting import hurrying
 from gpu_kernels.standing_in import HostRead, no_host_reads
 from moebius.errors import MemoryPlanError
 from moebius.moe.training import TrainingRouting
@@ -53,6 +54,12 @@ BIASED = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_interpreter_hurries() -> Iterator[None]:
+    with nullcontext() if torch.cuda.is_available() else hurrying():
+        yield
 
 
 def changed(recipe: Recipe, name: str) -> Recipe:

@@ -20,6 +20,10 @@ from moebius.ops.steps import StepInputs
 # Buffers begin at cache lines.
 _ALIGNMENT = 64
 
+# Within it no mode of torch is asked: the recorder's own looks at tensors, some twenty for each
+# operation, need not be watched.
+_unwatched = torch._C.DisableTorchFunction
+
 
 class NotRecorded(Exception):
     """Why a computation cannot be recorded."""
@@ -128,15 +132,13 @@ class Recorder:
         self._given: list[Buffer] = []
         # How often calls to the host have decided each count.
         self._decided = Counter[Rows]()
-        self._making = False
         self._watch = _Watch(self)
         self.columns = [self._buffer(rows, (rows.most,), torch.int64) for _ in range(width)]
 
     def _buffer(self, rows: Rows, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        self._making = True
-        with torch.inference_mode(False):  # only other tensors know how often they were changed
+        # Only tensors of no inference mode know how often they were changed.
+        with _unwatched(), torch.inference_mode(False):
             whole = torch.empty(shape, dtype=dtype, device="meta")
-        self._making = False
         now = len(self.calls)
         buffer = Buffer(whole, rows, self._decided[rows], first=now, last=now)
         if self._places:
@@ -144,7 +146,8 @@ class Recorder:
                 raise self.refuse("it called other operations than were planned")
             buffer.at = self._places[len(self.buffers)]
         self.buffers.append(buffer)
-        self._of[whole.untyped_storage()._cdata] = buffer
+        with _unwatched():
+            self._of[whole.untyped_storage()._cdata] = buffer
         return whole
 
     def find(self, x: Tensor) -> Buffer | None:
@@ -153,7 +156,7 @@ class Recorder:
 
     def makes(self, given: Sequence[object], out: object) -> bool:
         """Whether a tensor on meta came of none: one like a step's, by somebody else."""
-        if self._making or any(x.is_meta for x in _tensors(given)):
+        if any(x.is_meta for x in _tensors(given)):
             return False
         return any(x.is_meta for x in _tensors((out,)))
 
@@ -164,6 +167,10 @@ class Recorder:
 
     def buffer_of(self, x: Tensor) -> Buffer:
         """The buffer whose rows x has, all of them."""
+        with _unwatched():
+            return self._buffer_of(x)
+
+    def _buffer_of(self, x: Tensor) -> Buffer:
         found = self.find(x)
         if found is None:
             raise self.refuse("an operation is given a tensor that is not of this step")
@@ -188,15 +195,16 @@ class Recorder:
 
     def address(self, x: Tensor) -> int:
         """Where the next call finds x: a buffer's place, or where a weight or a cache lies."""
-        if self.find(x) is not None:
-            buffer = self.buffer_of(x)
-            buffer.last = len(self.calls)
-            self._given.append(buffer)
-            return self._memory + buffer.at
-        if x.is_meta and not self._on_meta:
-            raise self.refuse("an operation is given a tensor that was made for a step")
-        self.held.append(x.detach())
-        return 0 if x.is_meta else x.data_ptr()
+        with _unwatched():
+            if self.find(x) is not None:
+                buffer = self._buffer_of(x)
+                buffer.last = len(self.calls)
+                self._given.append(buffer)
+                return self._memory + buffer.at
+            if x.is_meta and not self._on_meta:
+                raise self.refuse("an operation is given a tensor that was made for a step")
+            self.held.append(x.detach())
+            return 0 if x.is_meta else x.data_ptr()
 
     def note(
         self,
