@@ -200,13 +200,16 @@ def _in_mxfp4(name: str, shape: tuple[int, ...]) -> Iterator[Entry]:
 
 @torch.no_grad()
 def draw_holes(decoder: torch.nn.Module, seed: int = 0) -> int:
-    """Draws what was a hole, where it lies: how many tensors. What is in them is no zero."""
+    """Draws what was a hole, where it lies: how many tensors. What is in them is no zero. What lies
+    elsewhere than the embedding stays: experts of the host are a file's pages, which cannot be
+    written."""
     from moebius.models.decoder import Decoder
 
     assert isinstance(decoder, Decoder)
     drawn = 0
+    own = decoder.embed_tokens.weight.device
     for number, tensor in enumerate(_tensors(decoder)):
-        if not tensor.numel() or bool(tensor.flatten()[:16].ne(0).any()):
+        if tensor.device != own or not tensor.numel() or bool(tensor.flatten()[:16].ne(0).any()):
             continue
         generator = torch.Generator(tensor.device).manual_seed(seed * 2**20 + number)
         if tensor.dtype == torch.uint8:

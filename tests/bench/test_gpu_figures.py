@@ -14,6 +14,8 @@ import torch
 
 from moebius.models.store import open_checkpoint
 from moebius.models.store.load import load_decoder
+from moebius.moe.crossing import CrossingRows
+from moebius.moe.on_host import HostExperts
 from moebius.ops import Matrix
 from moebius.ops.reference import ReferenceOps
 
@@ -66,6 +68,27 @@ def test_holes_are_drawn_and_what_was_there_stays(models: Any, tmp_path: Path, n
             wide = Matrix.of(weight).widened(torch.float32)
             assert 0.01 < wide.std() < 0.1 and wide.isfinite().all()
     assert models.draw_holes(decoder) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fake stands in the card's place")
+def test_the_host_s_experts_are_pages_of_a_file_and_stay(models: Any, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from gpu_kernels.fake_cuda import FakeCuda
+
+    models.write_hollow(models.card_model("qwen3-30b", small=True), tmp_path)
+    config = open_checkpoint(tmp_path).config
+    held = {layer: range(2, count) for layer, count in config.experts.items()}
+    most = CrossingRows(8, 2, config.hidden_size, torch.bfloat16)
+    host = HostExperts(ReferenceOps(), held, config.experts, most)
+    with FakeCuda():
+        decoder = load_decoder(
+            tmp_path, torch.bfloat16, device="cuda", ops=ReferenceOps(), host=host
+        )
+        assert models.draw_holes(decoder) > 10
+        for layer in decoder.layers:
+            every = layer.mlp.experts.weights().gate_FD
+            drawn = [bool(Matrix.of(weight).planes[0].ne(0).any()) for weight in every]
+            assert drawn == [True, True, False, False]
 
 
 def test_a_step_of_codes_reads_their_bytes(models: Any) -> None:

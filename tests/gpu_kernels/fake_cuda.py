@@ -60,6 +60,13 @@ def capture_error(why: str) -> torch.AcceleratorError:
     return torch.AcceleratorError(f"CUDA error: {why} while the stream is capturing")
 
 
+class _Generator(torch.Generator):
+    """Of a device's random numbers, which here are a CPU's."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls)
+
+
 class _Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         self._stream: _Stream | None = None
@@ -436,7 +443,7 @@ class FakeCuda:
         DeviceTensor.device_now = self
         replaced: list[tuple[object, dict[str, Any]]] = [
             (torch.cuda, self._told() | {"CUDAGraph": _Graph, "Stream": _Stream, "Event": _Event}),
-            (torch, {"Stream": _Stream, "Event": _Event}),
+            (torch, {"Stream": _Stream, "Event": _Event, "Generator": _Generator}),
             (torch._C, self._allocator()),
             (InterpretedFunction, {"run": self._launcher(InterpretedFunction.run)}),
             (threading.Thread, {"run": _with_modes(threading.Thread.run)}),
