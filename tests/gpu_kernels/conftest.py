@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu_kernels.interpreting import hurrying
+from gpu_kernels.interpreting import hurrying, sum_in_order
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,15 +38,8 @@ def _the_interpreter_hurries() -> Iterator[None]:
 def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's products as a GPU's: what a row of a tile gives does not depend on its
     place in it, as in NumPy's."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(_: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
-        products = a.data[:, :, None] * b.data[None, :, :]
-        return TensorHandle(products.sum(1) + acc.data, acc.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    if DEVICE != "cuda":
+        sum_in_order(monkeypatch)
 
 
 @pytest.fixture

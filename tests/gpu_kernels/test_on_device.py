@@ -140,7 +140,8 @@ def test_what_is_fetched_is_waited_for(cuda: FakeCuda) -> None:
     x = torch.arange(5).to(CARD)
     wait = fetch(x)
     x.zero_()
-    assert wait() == [0, 1, 2, 3, 4]
+    (found,) = wait()
+    assert found.tolist() == [0, 1, 2, 3, 4]
     assert send(torch.tensor([3, 4]), CARD).tolist() == [3, 4]
 
 
