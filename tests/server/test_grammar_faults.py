@@ -72,7 +72,8 @@ def test_it_is_named_in_the_middle_of_a_stream_too(
         if "completions" in route:
             assert f'"param":"{param}"' in response.text
 
-    run(check, saying("aaaa", step_seconds=0.01), tokenizer=TOKENIZER)
+    # Long enough for a first token to be sent by itself, however busy the machine.
+    run(check, saying("aaaa", step_seconds=0.1), tokenizer=TOKENIZER)
 
 
 def test_a_response_that_fails_says_so_in_its_last_event() -> None:
