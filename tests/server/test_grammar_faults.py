@@ -84,7 +84,7 @@ def test_a_response_that_fails_says_so_in_its_last_event() -> None:
         assert last["type"] == "response.failed"
         assert last["response"]["error"]["message"].startswith("text.format.schema: ")
 
-    run(check, saying("aaaa", step_seconds=0.01), tokenizer=TOKENIZER)
+    run(check, saying("aaaa", step_seconds=0.1), tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize(
