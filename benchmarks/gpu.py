@@ -4,7 +4,7 @@ valid at any moment.
     python benchmarks/gpu.py STAGE --out OUT [--device cuda|cpu] [--small]
 
     environment   what the machine is, its memory bandwidth and its matrix peak
-    tests         tests/test_device.py on the device
+    tests         tests/test_device.py on the device, and one rank over NCCL
     kernels       tests/gpu_kernels on it, each kernel beside plain PyTorch; without a GPU in
                   Triton's interpreter
     tiles         a linear layer with each of some sizes of tiles, for the table in
@@ -143,7 +143,7 @@ def why_no_kernels(device: Any) -> str:
 
 
 def tests(stage: Stage) -> None:
-    run_tests(stage, "tests/test_device.py")
+    run_tests(stage, "tests/test_device.py", "tests/parallel/test_nccl.py")
 
 
 def kernels(stage: Stage) -> None:
@@ -186,10 +186,10 @@ def tiles(stage: Stage) -> None:
         stage.keep(shape=list(weight.shape), tiles=found)
 
 
-def run_tests(stage: Stage, where: str) -> None:
+def run_tests(stage: Stage, *where: str) -> None:
     log = stage.out / f"{stage.name}.log"
     results = Path(tempfile.gettempdir()) / f"moebius-gpu-{stage.name}.xml"
-    command = [sys.executable, "-m", "pytest", where, f"--junit-xml={results}"]
+    command = [sys.executable, "-m", "pytest", *where, f"--junit-xml={results}"]
     # A file that cannot be imported there costs no other's tests.
     command.append("--continue-on-collection-errors")
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
