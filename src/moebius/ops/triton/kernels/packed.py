@@ -12,101 +12,87 @@ $0 and so on are an assembler's operands: results first.
 import triton
 import triton.language as tl
 
+# Which of four bytes go to the low bytes of a pair.
+_FIRST_TWO = "0x4140"
+_LAST_TWO = "0x4342"
+
+
+def _number(into: str, sign: int, rest: int, mask: str) -> str:
+    """The pair `two`, codes of a sign and some bits, as bfloat16: moved up by so many bits to where
+    that has its sign, and where the last bits of its exponent meet the first of its fraction. There
+    they are 1 / unit of what they stand for, those without a leading one included, and products
+    with the unit are exact."""
+    return f"""
+    shl.b32 sign, two, {sign};
+    shl.b32 rest, two, {rest};
+    and.b32 sign, sign, 0x80008000;
+    and.b32 rest, rest, {mask};
+    or.b32 rest, rest, sign;
+    fma.rn.bf16x2 {into}, rest, unit, none;"""
+
+
+def _numbers(unit: str, *steps: str) -> tl.constexpr:
+    """none: minus zero, which added changes no sign of a zero."""
+    return tl.constexpr(
+        f"""{{
+    .reg .b32 two, sign, rest, unit, none;
+    mov.b32 unit, {unit};
+    mov.b32 none, 0x80008000;"""
+        + "".join(steps)
+        + "\n}"
+    )
+
+
+def _e2m1_pair(two: str, low: str, high: str, scale: str) -> str:
+    return (
+        f"\n    prmt.b32 two, $4, 0, {two};"
+        + _number("rest", 12, 6, "0x01C001C0")
+        + f"\n    fma.rn.bf16x2 {low}, rest, {scale}, none;"
+        + _number("rest", 8, 2, "0x01C001C0")
+        + f"\n    fma.rn.bf16x2 {high}, rest, {scale}, none;"
+    )
+
+
+def _e4m3_pair(two: str, into: str) -> str:
+    return f"\n    prmt.b32 two, $2, 0, {two};" + _number(into, 8, 4, "0x07F007F0")
+
+
+def _nibble_pair(two: str, low: str, high: str) -> str:
+    return f"""
+    prmt.b32 two, $4, 0, {two};
+    and.b32 code, two, 0x000F000F;
+    or.b32 code, code, 0x64006400;
+    fma.rn.f16x2 {low}, code, one, offset;
+    and.b32 code, two, 0x00F000F0;
+    or.b32 code, code, 0x64006400;
+    fma.rn.f16x2 {high}, code, sixteenth, its_offset;"""
+
+
 # Each byte's low and high four bits, numbers of OCP Microscaling's E2M1, times a scale, as
 # bfloat16: $0, $1 the low ones of four bytes $4, $2, $3 the high ones; $5, $6 the bytes' scales.
-#
-# A sign and three bits, put where a bfloat16 has its sign, the last two bits of its exponent and
-# the first of its fraction, are 2^-126 times what the code stands for, zero and the half without a
-# leading one included. All products are exact.
-E2M1 = tl.constexpr("""
-{
-.reg .b32 two, sign, rest, unit, none;
-mov.b32 unit, 0x7E807E80;
-mov.b32 none, 0x80008000;
-prmt.b32 two, $4, 0, 0x4140;
-shl.b32 sign, two, 12;
-shl.b32 rest, two, 6;
-and.b32 sign, sign, 0x80008000;
-and.b32 rest, rest, 0x01C001C0;
-or.b32 rest, rest, sign;
-fma.rn.bf16x2 rest, rest, unit, none;
-fma.rn.bf16x2 $0, rest, $5, none;
-shl.b32 sign, two, 8;
-shl.b32 rest, two, 2;
-and.b32 sign, sign, 0x80008000;
-and.b32 rest, rest, 0x01C001C0;
-or.b32 rest, rest, sign;
-fma.rn.bf16x2 rest, rest, unit, none;
-fma.rn.bf16x2 $2, rest, $5, none;
-prmt.b32 two, $4, 0, 0x4342;
-shl.b32 sign, two, 12;
-shl.b32 rest, two, 6;
-and.b32 sign, sign, 0x80008000;
-and.b32 rest, rest, 0x01C001C0;
-or.b32 rest, rest, sign;
-fma.rn.bf16x2 rest, rest, unit, none;
-fma.rn.bf16x2 $1, rest, $6, none;
-shl.b32 sign, two, 8;
-shl.b32 rest, two, 2;
-and.b32 sign, sign, 0x80008000;
-and.b32 rest, rest, 0x01C001C0;
-or.b32 rest, rest, sign;
-fma.rn.bf16x2 rest, rest, unit, none;
-fma.rn.bf16x2 $3, rest, $6, none;
-}
-""")
-# Each byte's low and high four bits, numbers from 0 to 15, as float16: $0, $1 the low ones of four
-# bytes $4, $2, $3 the high ones.
-#
-# In the last bits of a float16 of 1,024 they are as much more than it, or sixteen times as much.
-NIBBLES = tl.constexpr("""
-{
-.reg .b32 two, code, one, offset, sixteenth, its_offset;
-mov.b32 one, 0x3C003C00;
-mov.b32 offset, 0xE400E400;
-mov.b32 sixteenth, 0x2C002C00;
-mov.b32 its_offset, 0xD400D400;
-prmt.b32 two, $4, 0, 0x4140;
-and.b32 code, two, 0x000F000F;
-or.b32 code, code, 0x64006400;
-fma.rn.f16x2 $0, code, one, offset;
-and.b32 code, two, 0x00F000F0;
-or.b32 code, code, 0x64006400;
-fma.rn.f16x2 $2, code, sixteenth, its_offset;
-prmt.b32 two, $4, 0, 0x4342;
-and.b32 code, two, 0x000F000F;
-or.b32 code, code, 0x64006400;
-fma.rn.f16x2 $1, code, one, offset;
-and.b32 code, two, 0x00F000F0;
-or.b32 code, code, 0x64006400;
-fma.rn.f16x2 $3, code, sixteenth, its_offset;
-}
-""")
+# The unit is 2^126.
+E2M1 = _numbers(
+    "0x7E807E80",
+    _e2m1_pair(_FIRST_TWO, "$0", "$2", "$5"),
+    _e2m1_pair(_LAST_TWO, "$1", "$3", "$6"),
+)
 # What four bytes $2 are in FP8's E4M3 (arXiv 2209.05433), as bfloat16, but 480 for what is no
-# number: $0 and $1.
-#
-# As above: with all four bits of an exponent and three of a fraction, 2^-120 times the number.
-E4M3 = tl.constexpr("""
-{
-.reg .b32 two, sign, rest, unit, none;
-mov.b32 unit, 0x7B807B80;
-mov.b32 none, 0x80008000;
-prmt.b32 two, $2, 0, 0x4140;
-shl.b32 sign, two, 8;
-shl.b32 rest, two, 4;
-and.b32 sign, sign, 0x80008000;
-and.b32 rest, rest, 0x07F007F0;
-or.b32 rest, rest, sign;
-fma.rn.bf16x2 $0, rest, unit, none;
-prmt.b32 two, $2, 0, 0x4342;
-shl.b32 sign, two, 8;
-shl.b32 rest, two, 4;
-and.b32 sign, sign, 0x80008000;
-and.b32 rest, rest, 0x07F007F0;
-or.b32 rest, rest, sign;
-fma.rn.bf16x2 $1, rest, unit, none;
-}
-""")
+# number: $0 and $1. The unit is 2^120.
+E4M3 = _numbers("0x7B807B80", _e4m3_pair(_FIRST_TWO, "$0"), _e4m3_pair(_LAST_TWO, "$1"))
+# Each byte's low and high four bits, numbers from 0 to 15, as float16: $0, $1 the low ones of four
+# bytes $4, $2, $3 the high ones. In the last bits of a float16 of 1,024 they are as much more than
+# it, or sixteen times as much.
+NIBBLES = tl.constexpr(
+    """{
+    .reg .b32 two, code, one, offset, sixteenth, its_offset;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 offset, 0xE400E400;
+    mov.b32 sixteenth, 0x2C002C00;
+    mov.b32 its_offset, 0xD400D400;"""
+    + _nibble_pair(_FIRST_TWO, "$0", "$2")
+    + _nibble_pair(_LAST_TWO, "$1", "$3")
+    + "\n}"
+)
 
 
 @triton.jit
