@@ -1,6 +1,6 @@
 """Operations by kernels in Triton, for CUDA devices; what they lack, plain PyTorch computes there.
 
-No card has proven them yet: until one has, `select_ops` takes plain PyTorch on CUDA devices.
+Each card proves them at a start (moebius.engine.proof): what fails there is plain PyTorch's.
 """
 
 import torch

@@ -4,8 +4,11 @@ Triton runs a kernel on a GPU, or, where TRITON_INTERPRET=1 was set before this 
 step by step on the CPU: that proves its values, not its bits and not its speed.
 
 Rules of these kernels, by which a row's bits depend on the row alone (promise P1):
-    - a tile's sizes are constants of the kernel or of the chip, never of the number of rows;
+    - a tile's sizes are constants of the kernel or of the chip; where the number of rows chooses
+      between two, both go through a sum in the same steps, by the same instructions, and a card has
+      shown that a row's bits are the same (moebius.ops.triton.tiles);
     - a sum goes over a dimension in one order, in one program, or is split at fixed places;
+    - where the same lines stand in two kernels, or beside others, what is fused is written out;
     - no atomics on floats, and no tuning at run time that could choose another order.
 """
 

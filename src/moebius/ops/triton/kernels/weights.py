@@ -148,7 +148,8 @@ def _q4_k(
     both = tl.load(at[:, :, None] + tl.arange(0, 32)[None, None, :], mask=here[:, :, None], other=0)
     low, high = _nibbles(both)
     codes = tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), (N, G, 32))
-    wide = codes * scale[:, :, None] - least[:, :, None]
+    # Fused by name, as a compiler may fuse it in one kernel and not in another.
+    wide = tl.fma(codes, scale[:, :, None], -least[:, :, None])
     return tl.reshape(wide, (N, K))
 
 
